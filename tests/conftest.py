@@ -1,0 +1,30 @@
+"""Shared pytest options and fixtures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN_DIR = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden-dir",
+        type=Path,
+        default=GOLDEN_DIR,
+        help="folder of golden vectors: <method>/<case>.safetensors (default: tests/golden)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_file" in metafunc.fixturenames:
+        root = metafunc.config.getoption("--golden-dir")
+        files = sorted(root.glob("**/*.safetensors"))
+        metafunc.parametrize(
+            "golden_file", files, ids=[str(f.relative_to(root).with_suffix("")) for f in files]
+        )

@@ -1,0 +1,65 @@
+"""Golden checks of tome."""
+
+import torch
+import torch.nn.functional as F
+
+from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.merge_plan import check_plan, outputs, parity_indices
+from tokprune.operators.bipartite import (
+    bipartite_soft_matching,
+    kth_bipartite,
+    parse_r,
+    random_bipartite,
+)
+from tokprune.operators.merging import proportional_bias
+
+
+def check_matching(case: Case) -> None:
+    p = case.parameters
+    plan = bipartite_soft_matching(case["in.metric"], p["r"], p["class_token"], p["distill_token"])
+    assert plan is not None
+    assert plan.tokens == p["T"]
+    assert plan.src.shape[1] == p["r_effective"]
+    check_plan(case, plan, parity_indices(plan))
+
+
+def check_kth(case: Case) -> None:
+    plan = kth_bipartite(case["in.metric"], case.parameters["k"])
+    assert plan is not None
+    check_plan(case, plan, {"dst_idx": plan.slot})
+
+
+def check_random(case: Case) -> None:
+    permutation = torch.cat([case["in.a_idx"], case["in.b_idx"]], dim=1)
+    plan = random_bipartite(case["in.metric"], case.parameters["r"], permutation)
+    assert plan is not None
+    check_plan(case, plan, {"dst_idx": plan.slot})
+
+
+def check_parse_r(case: Case) -> None:
+    for i, (layers, r, kind) in enumerate(case.parameters):
+        schedule = parse_r(layers, tuple(r) if kind == "tuple" else r)
+        assert_equal(torch.tensor(schedule), case[f"out.{i}"], f"{layers} layers, r = {r}")
+    assert outputs(case) == {str(i) for i in range(len(case.parameters))}
+
+
+def check_attention(case: Case) -> None:
+    heads, scale = case.parameters["num_heads"], case.parameters["scale"]
+    x = case["in.x"]
+    qkv = F.linear(x, case["in.qkv_weight"], case["in.qkv_bias"])
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    assert_close(k.mean(1), case["out.metric"], "metric")
+    for name, bias in (("y", proportional_bias(case["in.size"])), ("y_no_size", None)):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        y = F.linear(y.transpose(1, 2).flatten(2), case["in.proj_weight"], case["in.proj_bias"])
+        assert_close(y, case[f"out.{name}"], name)
+    assert outputs(case) == {"metric", "y", "y_no_size"}
+
+
+CHECKS = {
+    "bipartite_soft_matching": check_matching,
+    "kth_bipartite_soft_matching": check_kth,
+    "random_bipartite_soft_matching": check_random,
+    "parse_r": check_parse_r,
+    "proportional_attention": check_attention,
+}

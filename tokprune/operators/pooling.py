@@ -1,0 +1,210 @@
+"""Trivial reducers of a grid: average pooling, evenly spaced and random positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def exact_scales(height: int, width: int) -> list[int]:
+    """Token counts that square windows without remainder can give, largest first.
+
+    Args:
+        height, width: the grid, both at least 1.
+
+    Returns:
+        (height/p)·(width/p) for every common divisor p, e.g. 576, 144, 64, 36, 16, 9, 4, 1 for
+        24×24.
+
+    Raises:
+        ValueError: a side is not positive.
+    """
+    common = _common(height, width)
+    return [height * width // (p * p) for p in range(1, common + 1) if common % p == 0]
+
+
+def nested_scales(height: int, width: int) -> list[int]:
+    """A chain of exact scales, each a pooling of the one before: 576, 144, 36, 9, 1 for 24×24.
+
+    Args:
+        height, width: the grid, both at least 1.
+
+    Returns:
+        Token counts, largest first; every step pools by the smallest prime possible.
+
+    Raises:
+        ValueError: a side is not positive.
+
+    Source: Matryoshka Multimodal Models, arXiv 2405.17430, section 3; the rule for other grids is
+    ours.
+    """
+    left = _common(height, width)
+    scales = [height * width]
+    while left > 1:
+        step = next(p for p in range(2, left + 1) if left % p == 0)
+        left //= step
+        scales.append(scales[-1] // (step * step))
+    return scales
+
+
+def grid_avg_pool(
+    x: Tensor,
+    scale: int | None = None,
+    window: int | None = None,
+    grid: tuple[int, int] | None = None,
+    official_rounding: bool = False,
+) -> Tensor:
+    """Average over p×p windows that do not overlap.
+
+    Args:
+        x: [N, H·W, C] in raster order, any float dtype; means are taken in float32.
+        scale: tokens wanted, (H/p)·(W/p) for a whole p. Give ``scale`` or ``window``.
+        window: p, a divisor of both sides.
+        grid: (H, W); None means a square.
+        official_rounding: take p = ⌊√(H·W/scale)⌋ whatever count that gives, and leave out rows
+            and columns that do not fill a window.
+
+    Returns:
+        [N, ⌊H/p⌋·⌊W/p⌋, C] in the dtype of ``x``, raster order.
+
+    Raises:
+        ValueError: ``scale`` or ``window`` does not fit the grid, both or neither is given, ``x``
+            is not [N, H·W, C].
+
+    Source: Matryoshka Multimodal Models, arXiv 2405.17430, section 3.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [N, H·W, C]")
+    tokens = x.shape[1]
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"grid is None but {tokens} tokens are no square; give grid=(H, W)")
+        grid = (side, side)
+    height, width = grid
+    if _common(height, width) and height * width != tokens:
+        raise ValueError(f"grid is {grid}; its product should be the {tokens} tokens of x")
+    p = _window(height, width, scale, window, official_rounding)
+    if p == 1:
+        return x
+    rows, columns = height // p, width // p
+    tiles = x.unflatten(1, (height, width))[:, : rows * p, : columns * p]
+    tiles = tiles.reshape(x.shape[0], rows, p, columns, p, x.shape[2])
+    return tiles.mean((2, 4), dtype=torch.float32).to(x.dtype).flatten(1, 2)
+
+
+def grid_sample(
+    height: int, width: int, keep: int, device: torch.device | str | None = None
+) -> Tensor:
+    """Exactly ``keep`` positions spread evenly over a grid.
+
+    R = round(√(keep·height/width)) rows at ⌊(2i+1)·height/(2R)⌋; row i gets
+    ⌊(i+1)·keep/R⌋ − ⌊i·keep/R⌋ = c positions at columns ⌊(2j+1)·width/(2c)⌋. R is raised or
+    lowered as far as keep ≤ R·width and R ≤ min(height, keep) ask for. With
+    keep = (height/p)·(width/p) these are the centres (⌊p/2⌋, ⌊p/2⌋) of all p×p windows.
+
+    Args:
+        height, width: the grid, both at least 1.
+        keep: number of positions, 0 ≤ keep ≤ height·width.
+        device: of the result.
+
+    Returns:
+        LongTensor [keep], ascending, distinct.
+
+    Raises:
+        ValueError: a side is not positive, or ``keep`` out of range.
+
+    Source: spatial sampling baseline of Matryoshka Multimodal Models, arXiv 2405.17430; the
+    published text gives no offsets, this definition is ours.
+    """
+    _common(height, width)
+    _check_keep(keep, height * width)
+    if keep == 0:
+        return torch.empty(0, dtype=torch.long, device=device)
+    rows = round(math.sqrt(keep * height / width))
+    rows = min(max(rows, -(-keep // width), 1), height, keep)
+    positions = []
+    for i in range(rows):
+        y = (2 * i + 1) * height // (2 * rows)
+        count = (i + 1) * keep // rows - i * keep // rows
+        positions += [y * width + (2 * j + 1) * width // (2 * count) for j in range(count)]
+    return torch.tensor(positions).to(device, non_blocking=True)
+
+
+def sequential_sample(n: int, keep: int, device: torch.device | str | None = None) -> Tensor:
+    """Evenly spaced positions of the flattened list: ⌊i·n/keep⌋.
+
+    Args:
+        n: number of tokens.
+        keep: number of positions, 0 ≤ keep ≤ n.
+        device: of the result.
+
+    Returns:
+        LongTensor [keep], ascending, distinct.
+
+    Raises:
+        ValueError: ``keep`` out of range.
+
+    Source: sequential sampling baseline of Matryoshka Multimodal Models, arXiv 2405.17430; the
+    offsets are ours.
+    """
+    _check_keep(keep, n)
+    return torch.arange(keep, device=device) * n // max(1, keep)
+
+
+def random_sample(n: int, keep: int, generator: torch.Generator | None = None) -> Tensor:
+    """A random subset of positions, every subset equally likely.
+
+    Args:
+        n: number of tokens.
+        keep: number of positions, 0 ≤ keep ≤ n.
+        generator: source of randomness; its device is that of the result.
+
+    Returns:
+        LongTensor [keep], ascending, distinct.
+
+    Raises:
+        ValueError: ``keep`` out of range.
+    """
+    _check_keep(keep, n)
+    device = None if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=device)[:keep].sort().values
+
+
+def _window(
+    height: int, width: int, scale: int | None, window: int | None, official_rounding: bool
+) -> int:
+    if (scale is None) == (window is None):
+        raise ValueError(f"scale is {scale} and window is {window}; give exactly one of them")
+    if window is not None:
+        fits = 1 <= window <= min(height, width)
+        if not fits or (not official_rounding and (height % window or width % window)):
+            raise ValueError(
+                f"window is {window}; it should divide both sides of the {height}×{width} grid"
+            )
+        return window
+    assert scale is not None
+    p = math.isqrt(height * width // scale) if scale > 0 else 0
+    if official_rounding:
+        if not 1 <= p <= min(height, width):
+            raise ValueError(f"scale is {scale}; it should be in 1…{height * width}")
+        return p
+    scales = exact_scales(height, width)
+    if scale not in scales:
+        raise ValueError(
+            f"scale is {scale}; a {height}×{width} grid can be pooled to {scales} tokens"
+        )
+    return p
+
+
+def _check_keep(keep: int, n: int) -> None:
+    if not 0 <= keep <= n:
+        raise ValueError(f"keep is {keep}; it should be between 0 and {n}")
+
+
+def _common(height: int, width: int) -> int:
+    if height < 1 or width < 1:
+        raise ValueError(f"grid is {height}×{width}; both sides should be positive")
+    return math.gcd(height, width)
