@@ -1,0 +1,1 @@
+"""The surgery: hooks, gathering, masks, cache and the book-keeping of which tokens live."""

@@ -1,0 +1,200 @@
+"""A KV-cache layer that holds fewer tokens than the sequence it stands for.
+
+To transformers it reports the length of the *original* sequence, so that masks, positions and
+the slicing of prompts in ``generate`` keep counting in the user's tokens; the engine knows which
+of them are really there. All state of a generation lives here, so two generations, a second
+chat turn, beams and copies of a cache cannot mix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from tokprune.errors import UnsupportedModelError
+
+
+class CompressedLayer(DynamicLayer):
+    """Cache of one decoder layer after tokens were dropped.
+
+    ``columns`` [B, n]: original column of the entries cached by compressed prefills, −1 =
+    padding; entries after them are later tokens, all real. ``shift`` [B]: what to subtract from
+    a token's original position to get its position in this layer. ``padded``: whether
+    ``columns`` holds −1 (known on the host).
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.padded = False
+        #: original tokens beyond the entries that are really cached
+        self.missing = 0
+        self._pending: tuple[Tensor, int, bool] | None = None
+        self._step = False
+
+    @classmethod
+    def wrap(cls, layer: DynamicLayer | None) -> CompressedLayer:
+        """A compressed layer with the content of an ordinary one."""
+        new = cls()
+        if layer is not None and layer.is_initialized and layer.keys is not None:
+            new.dtype, new.device = layer.dtype, layer.device
+            new.keys, new.values = layer.keys, layer.values
+            new.is_initialized = True
+            batch, held = layer.keys.shape[0], layer.keys.shape[-2]
+            length = layer.get_seq_length()  # a sliding layer has seen more than it holds
+            if held:
+                arange = torch.arange(length - held, length, device=layer.keys.device)
+                new.columns = arange.expand(batch, held)
+                new.missing = length - held
+        return new
+
+    @property
+    def entries(self) -> int:
+        """Entries really cached."""
+        return super().get_seq_length()
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        """Length of the original sequence that this cache stands for."""
+        return self.entries + self.missing
+
+    def expect(self, columns: Tensor, original: int, padded: bool, shift: Tensor | None) -> None:
+        """Announce a compressed prefill: original ``columns`` [B, L'] of the ``original`` tokens
+        whose keys the next ``update`` brings; later tokens are shifted by ``shift`` [B]."""
+        self._pending = (columns, original, padded)
+        self.shift = shift
+
+    def expect_step(self) -> None:
+        """Announce ordinary tokens, none dropped."""
+        self._step = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._pending is not None:
+            columns, original, padded = self._pending
+            self._pending = None
+            if self.columns is not None:
+                columns = torch.cat([self.all_columns(), columns], dim=1)
+            self.columns = columns
+            self.padded = self.padded or padded
+            self.missing += original - key_states.shape[-2]
+        elif self._step:
+            self._step = False
+        else:
+            raise RuntimeError(
+                "past_key_values was compressed by tokprune, but the model that continues on it "
+                "is not patched; patch it with the same method, or start with a new cache"
+            )
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def all_columns(self) -> Tensor:
+        """Original columns of every cached entry, [B, entries]."""
+        assert self.columns is not None
+        later = self.entries - self.columns.shape[1]
+        if later <= 0:
+            return self.columns
+        length = self.get_seq_length()
+        tail = torch.arange(length - later, length, device=self.columns.device)
+        return torch.cat([self.columns, tail.expand(self.columns.shape[0], later)], dim=1)
+
+    def keep_entries(self, index: Tensor, continue_positions: bool) -> None:
+        """Keep the cached entries at ``index`` [B, n'] (−1 = padding at the left)."""
+        assert self.columns is not None
+        columns = self.all_columns()
+        before = self.entries
+        place = index.clamp(min=0)
+        gather = place[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
+        self.keys, self.values = self.keys.gather(2, gather), self.values.gather(2, gather)
+        self.columns = columns.gather(1, place).masked_fill(index < 0, -1)
+        self.missing += before - index.shape[1]
+        self.padded = True
+        if not continue_positions:
+            # the next token, at original position p, is to stand at the number of real entries
+            real = (self.columns >= 0).sum(1)
+            self.shift = self.next_position - real if self.next_position is not None else None
+
+    #: original position of the next token, [B]; set by the engine at the end of a prefill
+    next_position: Tensor | None = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices)
+
+    def _select(self, index: Tensor) -> None:
+        if self.entries:
+            index = index.to(self.keys.device)
+            self.keys, self.values = self.keys[index], self.values[index]
+        self._map(lambda t: t[index.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.entries:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def _map(self, change: Any) -> None:
+        for name in ("columns", "shift", "next_position"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, change(value))
+
+    def crop(self, max_length: int) -> None:
+        """Remove the newest tokens (transformers' argument: the new length, or −n tokens).
+
+        Raises:
+            NotImplementedError: the cut would reach into the compressed prompt.
+        """
+        remove = -max_length if max_length < 0 else self.get_seq_length() - max_length
+        if remove <= 0 or not self.is_initialized:
+            return
+        later = self.entries - (self.columns.shape[1] if self.columns is not None else 0)
+        if remove > later:
+            raise NotImplementedError(
+                f"crop({max_length}) would cut into a prompt compressed by tokprune; only tokens "
+                f"after it ({later}) can be removed"
+            )
+        self.keys = self.keys[..., : self.entries - remove, :]
+        self.values = self.values[..., : self.keys.shape[-2], :]
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.columns = self.shift = self._pending = self.next_position = None
+        self.padded, self.missing, self._step = False, 0, False
+
+
+def check_cache(cache: Any) -> None:
+    """Refuse caches whose entries we cannot shorten per layer.
+
+    Raises:
+        UnsupportedModelError: ``past_key_values`` is no plain :class:`DynamicCache`.
+    """
+    if cache is None:
+        return
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        kind = type(cache).__name__
+        if isinstance(cache, Cache) and getattr(cache, "offloading", False):
+            kind += "(offloading=True)"
+        raise UnsupportedModelError(
+            f"past_key_values={kind} is not supported with visual-token compression: layers then "
+            "hold different numbers of tokens; use transformers.DynamicCache (the default)"
+        )
+
+
+def compressed_layer(cache: DynamicCache, layer: int) -> CompressedLayer:
+    """The cache's layer as a :class:`CompressedLayer`, converted in place where it is not yet."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    current: Any = cache.layers[layer]
+    if not isinstance(current, CompressedLayer):
+        current = CompressedLayer.wrap(current)
+        cache.layers[layer] = current
+    return current

@@ -1,0 +1,213 @@
+"""What is known of each image after the vision encoder: its tokens, their cells, their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.encoder import TowerPass
+from tokprune.engine.stages import ImageTokens, ModelFacts
+from tokprune.families.base import ImageLayout
+
+_ATTRIBUTE = "_tokprune_image"
+
+
+@dataclass
+class ImageRecord:
+    """One encoded image, from the vision tower to the prompt.
+
+    ``layout`` says how the model packs it. Where an encoder stage reduced it, ``features``
+    [k, D] are the projected survivors in the order in which they enter the prompt and ``cell``
+    [k] their place ``tile · F + row of the tile`` (−1: the class token); otherwise both are None
+    and the tokens are the model's own. ``group`` [tiles, N] holds, per original patch, the
+    number of the survivor that contains it (−1 dropped), for merges and the trace.
+    """
+
+    layout: ImageLayout
+    facts: ModelFacts
+    device: torch.device
+    features: Tensor | None = None
+    cell: Tensor | None = None
+    score: Tensor | None = None
+    tag: Tensor | None = None
+    group: Tensor | None = None
+    raw: Tensor | None = None
+    newline: Tensor | None = None
+    #: rows alive in the tower after each reducing layer: (layer, slots [tiles, T])
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Prompt tokens the model makes of this image."""
+        return len(self.layout.packed)
+
+    def tokens(self, embedded: Tensor, columns: Tensor) -> ImageTokens:
+        """The image as it stands at the door; ``embedded`` [n, D] are the model's own packed
+        features, ``columns`` [n] their prompt columns."""
+        facts = self.facts
+        packed = self.layout.packed.to(self.device)
+        cls_offset = int(facts.cls_in_features)
+        if self.features is None:
+            cell, features, column = packed, embedded, columns
+            score = self._at_cells(self.score, packed)
+            tag = self._at_cells(self.tag, packed)
+        else:
+            assert self.cell is not None
+            cell, features = self.cell, self.features
+            place = torch.full((self.layout.tiles * facts.tokens_per_tile + 1,), -1,
+                               device=self.device)  # fmt: skip
+            place[packed] = columns  # newline tokens (−1) write into the spare last entry
+            column = torch.where(cell < 0, -1, place[cell.clamp(min=0)])
+            # tokens without a place of their own (class token, cropped cells) stand at the start
+            column = torch.where(column < 0, columns[0], column)
+            score, tag = self.score, self.tag
+        newline = cell < 0 if self.features is None else torch.zeros_like(cell, dtype=torch.bool)
+        per_tile, width = facts.tokens_per_tile, facts.grid[1]
+        patch = cell % per_tile - cls_offset
+        off_grid = (cell < 0) | (patch < 0)
+        return ImageTokens(
+            features=features,
+            tile=torch.where(cell < 0, -1, cell // per_tile),
+            row=torch.where(off_grid, -1, patch // width),
+            col=torch.where(off_grid, -1, patch % width),
+            column=column,
+            newline=newline,
+            patches=int((self.layout.packed >= 0).sum())
+            if self.features is None
+            else features.shape[0],
+            tiles=self.layout.tiles,
+            grid=facts.grid,
+            original=self.count,
+            score=score,
+            tag=tag,
+            raw=self.raw if self.features is None else None,
+            newline_feature=self.newline,
+            size=self.layout.size,
+            tile_grid=self.layout.tile_grid,
+        )
+
+    def _at_cells(self, values: Tensor | None, packed: Tensor) -> Tensor | None:
+        """Per-feature values [tiles · F] at packed places; newline tokens get 0."""
+        if values is None:
+            return None
+        taken = values[packed.clamp(min=0)]
+        return torch.where(packed < 0, torch.zeros_like(taken), taken)
+
+
+def attach(features: Tensor, record: ImageRecord) -> None:
+    """Let the record travel with an image's feature tensor (through ``generate``, beams, …)."""
+    setattr(features, _ATTRIBUTE, record)
+
+
+def attached(features: Any) -> ImageRecord | None:
+    return getattr(features, _ATTRIBUTE, None)
+
+
+def build_records(
+    layouts: list[ImageLayout],
+    facts: ModelFacts,
+    tower: TowerPass | None,
+    projected: Tensor | None,
+    newline: Tensor | None,
+    spatial: bool,
+    want_raw: bool,
+) -> list[ImageRecord]:
+    """Records of all images of one encoder call.
+
+    Args:
+        projected: projector output [tiles, T, D], as the projector made it.
+        spatial: survivors of an encoder stage enter by prompt place instead of published order.
+        want_raw: keep the unpacked projector output for prompt stages that pool it.
+    """
+    assert projected is not None
+    device = projected.device
+    records = [ImageRecord(layout, facts, device, newline=newline) for layout in layouts]
+    tile_of = [0]
+    for layout in layouts:
+        tile_of.append(tile_of[-1] + layout.tiles)
+    reduced = tower is not None and tower.reduced
+    if want_raw and not reduced:
+        for i, record in enumerate(records):
+            record.raw = projected[tile_of[i] : tile_of[i + 1]]
+    if tower is None:
+        return records
+    score = next((o.score for o in tower.outcomes if o.score is not None), None)
+    tag = next((o.tag for o in tower.outcomes if o.tag is not None), None)
+    if not reduced:
+        cls = int(facts.cls_in_features)
+        for i, record in enumerate(records):
+            tiles = slice(tile_of[i], tile_of[i + 1])
+            for name, value in (("score", score), ("tag", tag)):
+                if value is not None:
+                    own = value[tiles]
+                    own = torch.cat([torch.zeros_like(own[:, :cls]), own], dim=1)
+                    setattr(record, name, own[:, : facts.tokens_per_tile].flatten().to(device))
+        return records
+    for i, record in enumerate(records):
+        tiles = slice(tile_of[i], tile_of[i + 1])
+        _fill_reduced(record, tower, tiles, projected[tiles], score, tag, spatial)
+    return records
+
+
+def _fill_reduced(
+    record: ImageRecord,
+    tower: TowerPass,
+    tiles: slice,
+    projected: Tensor,
+    score: Tensor | None,
+    tag: Tensor | None,
+    spatial: bool,
+) -> None:
+    """Order and place the survivors of one image's tiles."""
+    facts, device = record.facts, record.device
+    tokens = tower.tokens
+    outcome = next((o for o, r in zip(tower.outcomes, tower.stages) if r.reduces), None)
+    first = tokens.first_patch
+    slots = tokens.slots[tiles].to(device)
+    valid = None if tokens.valid is None else tokens.valid[tiles].to(device)
+    counts = tokens.counts[tiles]
+    drop_cls = first - int(facts.cls_in_features)  # the model cut row 0 off, or kept it
+    slots, valid = slots[:, drop_cls:], None if valid is None else valid[:, drop_cls:]
+    number, rows = slots.shape
+    tile = torch.arange(number, device=device)[:, None].expand(number, rows)
+    offset = int(facts.cls_in_features)
+    in_tile = slots + offset  # the class token (slot −1) has row 0 where the model keeps it
+    cell = torch.where(in_tile < 0, -1, tile * facts.tokens_per_tile + in_tile)
+    key = None if outcome is None or outcome.key is None else outcome.key[tiles].to(device)
+    if key is None:
+        key = torch.arange(number * rows, device=device).view(number, rows)
+
+    place = torch.full((number * facts.tokens_per_tile + 1,), -1, device=device)
+    packed = record.layout.packed.to(device)
+    place[packed] = torch.arange(len(packed), device=device)
+    place[-1] = -1
+    at = torch.where(cell < 0, -1, place[cell.clamp(min=0)])
+    if spatial:
+        # tokens without a prompt place come last, in their published order
+        key = torch.where(at < 0, len(packed) + key, at)
+    alive = torch.ones_like(cell, dtype=torch.bool) if valid is None else valid.clone()
+    total = sum(c - drop_cls for c in counts)
+    if (outcome is None or outcome.unpad) and record.facts.tiled:
+        # Rows on cells that the packing crops away are lost: how many is the image's secret.
+        alive &= (at >= 0) | (cell < 0)
+        total = int(alive.sum())
+    flat_key = torch.where(alive, key, torch.iinfo(torch.long).max).flatten()
+    order = flat_key.argsort(stable=True)[:total]
+    record.features = projected.flatten(0, 1)[order]
+    record.cell = cell.flatten()[order]
+    for name, value in (("score", score), ("tag", tag)):
+        if value is not None:
+            own = value[tiles].to(device)
+            own = torch.cat([torch.zeros_like(own[:, : first - drop_cls]), own], dim=1)
+            setattr(record, name, own.flatten()[order])
+    # which survivor holds each original patch
+    number_of = torch.full((number * rows + 1,), -1, device=device)
+    number_of[order] = torch.arange(total, device=device)
+    group = tokens.group[tiles].to(device)
+    row = torch.where(group < 0, number * rows, tile[:, :1] * rows + group - drop_cls)
+    number_of[-1] = -1
+    record.group = number_of[row.clamp(max=number * rows)]
+    record.history = [(layer, t.slots[tiles][:, t.first_patch :]) for layer, t in tower.history]

@@ -1,0 +1,428 @@
+"""What a method hands to the engine: stages, and what the engine hands to them.
+
+A method describes itself by a :class:`Plan` of up to three kinds of stages. Stages are static
+(built once per patch); each forward starts a fresh *run* from every stage, so no state of one
+forward can reach another. Runs see tensors and book-keeping only, never transformers modules.
+
+Stage places, in the order a visual token meets them::
+
+    encoder block, between attention and MLP   EncoderRun.between
+    encoder block, at its end                  EncoderRun.after
+    language model's door (after projector)    PromptStage.select
+    before decoder layer l, prefill            DecoderRun.before_layer
+    KV cache, end of prefill                   DecoderRun.after_prefill
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.operators.attention import attention_rows
+
+Positions = Literal["compact", "preserve"]
+Order = Literal["published", "spatial"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Host-side facts about a model, for validation and for sizing budgets.
+
+    ``feature_layer`` is the 0-based encoder layer whose output becomes the image features, or
+    None where several layers are concatenated. ``tokens_per_tile`` counts feature rows of one
+    tile (CLS included only where the model keeps it, ``cls_in_features``).
+    """
+
+    family: str
+    encoder_layers: int
+    feature_layer: int | None
+    grid: tuple[int, int]
+    tokens_per_tile: int
+    has_cls: bool
+    cls_in_features: bool
+    max_tiles: int
+    tiled: bool
+    max_visual_tokens: int
+    decoder_layers: int
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Attention:
+    """One attention call as a tap sees it; computes only the rows that are asked for.
+
+    ``query`` [B, H, Lq, d] and ``key``, ``value`` [B, Hkv, Lk, d] as the backend gets them
+    (after rotary, heads not repeated); ``valid`` [B, Lk] marks real keys (None: all).
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        *,
+        causal: bool,
+        valid: Tensor | None,
+        past: int = 0,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.scaling, self.causal, self.valid, self.past = scaling, causal, valid, past
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Softmax rows of the queries at ``index`` [B, R]: float32 [B, H, R, L].
+
+        Probabilities over every visible key (causality and padding respected); columns of keys
+        that an earlier turn cached are left out of the result, not out of the softmax.
+        """
+        b, h, _, d = self.query.shape
+        gather = index[:, None, :, None].expand(b, h, index.shape[1], d)
+        allowed = None
+        keys = self.key.shape[2]
+        if self.causal:
+            offset = keys - self.query.shape[2]
+            columns = torch.arange(keys, device=index.device)
+            allowed = columns[None, None, :] <= (index + offset)[:, :, None]
+        if self.valid is not None:
+            valid = self.valid[:, None, :]
+            allowed = valid if allowed is None else allowed & valid
+        rows = attention_rows(self.query.gather(2, gather), self.key, self.scaling, allowed)
+        return rows[..., self.past :]
+
+    def cls_row(self) -> Tensor:
+        """Row of the class token (query 0), head by head: float32 [B, H, Lk]."""
+        index = torch.zeros(self.query.shape[0], 1, dtype=torch.long, device=self.query.device)
+        return self.rows(index)[:, :, 0]
+
+
+# ---------------------------------------------------------------------------- encoder
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """What one run of the vision encoder processes: ``image_of_tile[b]`` is the number of the
+    image that tile (batch row) ``b`` belongs to; an image's tiles are consecutive, base first."""
+
+    facts: ModelFacts
+    image_of_tile: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def tiles_per_image(self) -> list[int]:
+        images = self.image_of_tile[-1] + 1 if self.image_of_tile else 0
+        return [self.image_of_tile.count(i) for i in range(images)]
+
+
+@dataclass
+class TowerTokens:
+    """Rows alive in the encoder. Row 0 is the class token where the tower has one.
+
+    ``slots`` [B, T]: grid slot (0…N−1, raster) that each row stands for, −1 for the class token
+    and for padding; ``valid`` [B, T] bool, None while no row is padding; ``group`` [B, N]: row
+    that now holds each original patch, −1 if dropped; ``counts``: real rows per tile (host),
+    class token included.
+    """
+
+    has_cls: bool
+    slots: Tensor
+    group: Tensor
+    counts: list[int]
+    valid: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def first_patch(self) -> int:
+        return int(self.has_cls)
+
+    @property
+    def patch_valid(self) -> Tensor | None:
+        """``valid`` without the class token's column."""
+        return None if self.valid is None else self.valid[:, self.first_patch :]
+
+
+@dataclass
+class Reduction:
+    """New rows from old rows of a [B, T, …] sequence.
+
+    ``rows`` [B, T']: old row that stands for each new row, −1 = padding at the end; a row may
+    repeat. ``hidden``: new vectors [B, T', D] (None: gather ``rows``). ``group`` [B, T]: new row
+    that holds each old row, −1 if dropped (None: derived from ``rows``). ``counts``: real rows
+    per batch row; needed where ``rows`` holds padding.
+    """
+
+    rows: Tensor
+    hidden: Tensor | None = None
+    group: Tensor | None = None
+    counts: list[int] | None = None
+
+
+@dataclass
+class EncoderOutcome:
+    """What an encoder run says at the end, row-aligned with the final patch rows.
+
+    ``score`` and ``tag`` [tiles, T]: carried to the prompt and the decoder stages; ``key``
+    [tiles, T]: integer sort key of the published order inside one image (None: tile by tile,
+    row by row); ``unpad``: rows on cells that the model's own packing crops away are dropped.
+    """
+
+    score: Tensor | None = None
+    tag: Tensor | None = None
+    key: Tensor | None = None
+    unpad: bool = True
+
+
+class EncoderRun:
+    """One forward through the vision encoder. All hooks default to doing nothing."""
+
+    def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
+        """Called right after the attention of a tapped layer."""
+
+    def bias(self, layer: int, tokens: TowerTokens) -> Tensor | None:
+        """Additive attention bias [B, 1, 1, T] (float32) for this layer, or None."""
+        return None
+
+    def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
+        """After attention and its residual, before the MLP; ``hidden`` [B, T, D]."""
+        return None
+
+    def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
+        """After the whole block; ``hidden`` [B, T, D]."""
+        return None
+
+    def finish(self, tokens: TowerTokens) -> EncoderOutcome:
+        return EncoderOutcome()
+
+
+class EncoderStage(ABC):
+    """Static description of work inside the vision encoder (0-based layer numbers)."""
+
+    taps: frozenset[int] = frozenset()
+    between_layers: frozenset[int] = frozenset()
+    after_layers: frozenset[int] = frozenset()
+    bias_layers: frozenset[int] = frozenset()
+    #: order in which the surviving tokens enter the prompt
+    order: Order = "spatial"
+    #: positions of the shortened prompt
+    positions: Positions = "compact"
+
+    @property
+    def reduces(self) -> bool:
+        return bool(self.between_layers or self.after_layers)
+
+    @abstractmethod
+    def start(self, tower: TowerInput) -> EncoderRun: ...
+
+
+# ---------------------------------------------------------------------------- prompt
+
+
+@dataclass
+class ImageTokens:
+    """Visual tokens of one image at the language model's door, in prompt order.
+
+    ``features`` [n, D] after the projector; ``tile``, ``row``, ``col`` [n] long: tile number
+    (0 = base) and cell on that tile's grid, −1 for newline tokens and for the class token;
+    ``column`` [n]: prompt column; ``newline`` [n] bool; ``patches``: how many are no newline
+    (host); ``score``, ``tag`` [n]: what an encoder run left, or None; ``tiles``, ``grid``: host;
+    ``raw`` [tiles, N, D]: projector output before packing, or None if the encoder was reduced;
+    ``newline_feature`` [D] or None.
+    """
+
+    features: Tensor
+    tile: Tensor
+    row: Tensor
+    col: Tensor
+    column: Tensor
+    newline: Tensor
+    patches: int
+    tiles: int
+    grid: tuple[int, int]
+    #: the untouched token count of this image in the prompt (host)
+    original: int
+    score: Tensor | None = None
+    tag: Tensor | None = None
+    raw: Tensor | None = None
+    newline_feature: Tensor | None = None
+    #: (height, width) of the picture in pixels, where the family knows it (host)
+    size: tuple[int, int] | None = None
+    #: tiles across and down the stitched picture (host), base excluded; (0, 0) without tiling
+    tile_grid: tuple[int, int] = (0, 0)
+
+    @property
+    def count(self) -> int:
+        return self.features.shape[0]
+
+
+@dataclass
+class Selection:
+    """Answer of a prompt stage for one image: ``index`` [k] rows to keep, in the order in which
+    they enter the prompt; for merges ``features`` [k, D] replaces their vectors and ``group``
+    [n] names the output row that holds each input row (−1 = dropped)."""
+
+    index: Tensor
+    features: Tensor | None = None
+    group: Tensor | None = None
+
+
+class PromptStage(ABC):
+    """Works on the embedded prompt, before the first decoder layer."""
+
+    positions: Positions = "compact"
+
+    @abstractmethod
+    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
+        """One selection per image (None: leave that image untouched)."""
+
+
+# ---------------------------------------------------------------------------- decoder
+
+
+@dataclass
+class SequenceView:
+    """The sequence as it is now, entering some decoder layer (prefill).
+
+    Tensors are [B, L]: ``column``: prompt column, −1 = padding; ``position``: rotary position;
+    ``segment``: number of the image inside its batch row (0…S−1), −1 for text, newline tokens
+    included with their image; ``after``: real text after the last visual token of the row;
+    ``tag``: marks from the encoder run or None. Host side: ``counts[b][s]`` visual tokens alive,
+    ``entering[b][s]`` the same when they entered the decoder, ``text_after[b]`` real text tokens
+    after the last visual token, ``lengths[b]`` real tokens.
+    """
+
+    column: Tensor
+    position: Tensor
+    segment: Tensor
+    after: Tensor
+    counts: list[list[int]]
+    entering: list[list[int]]
+    text_after: list[int]
+    lengths: list[int]
+    #: [B] rotary position that the token after this sequence gets
+    next_position: Tensor
+    tag: Tensor | None = None
+    padded: bool = False
+
+    @property
+    def valid(self) -> Tensor:
+        return self.column >= 0
+
+    @property
+    def visual(self) -> Tensor:
+        return self.segment >= 0
+
+    @property
+    def segments(self) -> int:
+        """Largest number of images of one batch row."""
+        return max((len(c) for c in self.counts), default=0)
+
+    def text_rows(self) -> tuple[Tensor, Tensor]:
+        """Indices of the text after the last image, right-aligned: (index [B, R], real [B, R]).
+
+        R is the largest count of the batch, known on the host; where a row has less, the
+        leading entries are not real. R = 0 if no row has text after its image.
+        """
+        r = max(self.text_after, default=0)
+        arange = torch.arange(self.after.shape[1], device=self.after.device)
+        key = torch.where(self.after, arange, torch.full_like(arange, -1))
+        top = key.sort(dim=1, stable=True).values[:, key.shape[1] - r :]
+        return top.clamp(min=0), top >= 0
+
+    def last_row(self) -> Tensor:
+        """Index of the last real token of every row: [B, 1]."""
+        arange = torch.arange(self.column.shape[1], device=self.column.device)
+        return torch.where(self.valid, arange, torch.zeros_like(arange)).amax(1, keepdim=True)
+
+
+@dataclass
+class Keep:
+    """Answer of a decoder run: ``mask`` [B, L] bool, True where a *visual* token stays (text is
+    always kept). ``counts[b][s]``: how many stay per image (host); None where the numbers are
+    adaptive, then the engine reads them back (one host synchronisation)."""
+
+    mask: Tensor
+    counts: list[list[int]] | None = None
+    positions: Positions = "preserve"
+
+
+@dataclass
+class CachePolicy:
+    """Answer of a decoder run at the end of prefill. ``index[l]`` [B, n']: for layer ``l`` the
+    indices of the cache entries that stay (−1 = padding at the left), or None for untouched;
+    ``continue_positions``: decode steps go on with the prefill numbering of each layer; else
+    their position is the number of entries in the layer's cache."""
+
+    index: dict[int, Tensor] = field(default_factory=dict)
+    #: real entries per batch row of the layers in ``index`` (host)
+    lengths: dict[int, list[int]] = field(default_factory=dict)
+    continue_positions: bool = True
+
+
+class ScoringLayer(ABC):
+    """Query and key projections of the decoder layer about to run, for methods that rank with
+    them (they are computed for this purpose: the layer itself runs on the survivors only)."""
+
+    @abstractmethod
+    def probabilities(self, hidden: Tensor, rows: Tensor, view: SequenceView) -> Tensor:
+        """Softmax rows of the queries at ``rows`` [B, R] over all visible keys of ``hidden``
+        [B, L, D], rotated at the current positions: float32 [B, H, R, L]."""
+
+
+class DecoderRun:
+    """One prefill through the decoder. All hooks default to doing nothing."""
+
+    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
+        """Called right after the attention of a tapped layer."""
+
+    def transition(
+        self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
+        view: SequenceView,
+    ) -> None:  # fmt: skip
+        """Input (after its norm) and output (before the residual) of a module, [B, L, D]."""
+
+    def before_layer(
+        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
+    ) -> Keep | None:
+        """Before decoder layer ``layer`` (0-based) runs; ``hidden`` [B, L, D]."""
+        return None
+
+    def dropped(self, layer: int, index: Tensor) -> None:
+        """After a drop: ``index`` [B, L'] old place of every surviving entry (padding clamped),
+        so that per-token state can follow."""
+
+    def after_prefill(self, views: Sequence[SequenceView]) -> CachePolicy | None:
+        """End of prefill; ``views[l]`` is the sequence that layer ``l`` cached."""
+        return None
+
+
+class DecoderStage(ABC):
+    """Static description of work inside the decoder (0-based layer numbers)."""
+
+    taps: frozenset[int] = frozenset()
+    transition_layers: frozenset[int] = frozenset()
+    prune_layers: frozenset[int] = frozenset()
+    has_cache_policy: bool = False
+
+    @abstractmethod
+    def start(self) -> DecoderRun: ...
+
+
+# ---------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of one method (or of a composition) on one model."""
+
+    encoder: tuple[EncoderStage, ...] = ()
+    prompt: tuple[PromptStage, ...] = ()
+    decoder: tuple[DecoderStage, ...] = ()

@@ -1,0 +1,21 @@
+"""Exceptions that tokprune raises. All derive from a built-in, so plain handlers catch them."""
+
+
+class UnsupportedModelError(TypeError):
+    """The model, its vision tower, its attention backend or its cache is not one we know."""
+
+
+class PromptMismatchError(ValueError):
+    """The image placeholders of a prompt do not fit the images that came with it."""
+
+
+class NonFiniteFeaturesError(ValueError):
+    """Image features hold NaN or infinite values, so no ranking of tokens means anything."""
+
+
+class AlreadyPatchedError(RuntimeError):
+    """The model carries a patch already, and the requested nesting is not a composition."""
+
+
+class CompositionError(ValueError):
+    """Two methods cannot run together."""

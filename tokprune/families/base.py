@@ -1,0 +1,200 @@
+"""The family interface: parts of a model, tiles of an image, order of its features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokprune.engine.stages import ModelFacts
+from tokprune.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model that the engine hooks.
+
+    ``multimodal`` owns ``get_image_features`` and calls ``language_model`` with the embedded
+    prompt; ``encoder_layers`` have ``self_attn``, ``layer_norm2`` and ``mlp``; ``decoder_layers``
+    have ``self_attn`` (``q_proj``, ``k_proj``), ``input_layernorm`` and ``mlp``.
+    """
+
+    multimodal: Any
+    tower: Any
+    encoder_layers: list[Any]
+    projector: Any
+    language_model: Any
+    decoder_layers: list[Any]
+    rotary: Any
+    image_token_id: int
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How the feature rows of one image's tiles become its prompt tokens.
+
+    ``packed`` [n] (CPU): for each prompt token of the image, in order, ``tile · F + row`` of the
+    feature it takes (F = feature rows per tile), or −1 for a newline token. ``tiles``: number of
+    tiles, base included. ``size``: (height, width) in pixels or None. ``tile_grid``: tiles (down,
+    across) of the stitched picture, base excluded, (0, 0) where there is only the base.
+    """
+
+    packed: Tensor
+    tiles: int
+    size: tuple[int, int] | None = None
+    tile_grid: tuple[int, int] = (0, 0)
+
+
+class Family(ABC):
+    """Differences between model architectures; one instance per architecture, stateless."""
+
+    #: short name, also used by method presets
+    name: str
+    #: class names of the transformers models this family covers
+    model_classes: tuple[str, ...]
+    #: tiles and newline tokens (anyres)
+    tiled: bool = False
+
+    @abstractmethod
+    def parts(self, model: nn.Module) -> Parts: ...
+
+    @abstractmethod
+    def layouts(
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts
+    ) -> list[ImageLayout]:
+        """One layout per image of ``pixel_values``; host work only."""
+
+    @abstractmethod
+    def max_tiles(self, model: nn.Module) -> int: ...
+
+    def newline(self, parts: Parts) -> Tensor | None:
+        """The learned newline embedding, where the family has one."""
+        return None
+
+    def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
+        config: Any = model.config
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size
+        has_cls = tower_has_cls(parts.tower)
+        strategy = config.vision_feature_select_strategy
+        cls_in_features = has_cls and strategy == "full"
+        tokens = side * side + int(cls_in_features)
+        if not has_cls and strategy == "default":
+            raise UnsupportedModelError(
+                "config.vision_feature_select_strategy='default' cuts the first patch of a vision "
+                f"tower without class token ({type(parts.tower).__name__}); it should be 'full'"
+            )
+        layers = len(parts.encoder_layers)
+        tiles = self.max_tiles(model)
+        newlines = side * max(tiles - 1, 0) if self.tiled else 0
+        return ModelFacts(
+            family=self.name,
+            encoder_layers=layers,
+            feature_layer=feature_layer(config.vision_feature_layer, layers),
+            grid=(side, side),
+            tokens_per_tile=tokens,
+            has_cls=has_cls,
+            cls_in_features=cls_in_features,
+            max_tiles=tiles,
+            tiled=self.tiled,
+            max_visual_tokens=tiles * tokens + newlines,
+            decoder_layers=len(parts.decoder_layers),
+        )
+
+
+def feature_layer(setting: int | list[int], layers: int) -> int | None:
+    """0-based encoder layer whose output a transformers ``vision_feature_layer`` names.
+
+    ``hidden_states`` has L+1 entries, the first being the embeddings, hence −2 → layer L−2.
+    None for a list of layers.
+    """
+    if not isinstance(setting, int):
+        return None
+    return (setting if setting >= 0 else layers + 1 + setting) - 1
+
+
+def tower_has_cls(tower: nn.Module) -> bool:
+    """Whether the vision tower's row 0 is a class token (CLIP yes, SigLIP no)."""
+    inner = getattr(tower, "vision_model", tower)
+    return hasattr(inner.embeddings, "class_embedding")
+
+
+def encoder_layers_of(tower: nn.Module) -> list[nn.Module]:
+    """The blocks of a CLIP or SigLIP tower, under 4.x and 5.x layouts."""
+    inner = getattr(tower, "vision_model", tower)
+    encoder = getattr(inner, "encoder", None)
+    layers = list(getattr(encoder, "layers", []))
+    names = ("self_attn", "layer_norm1", "layer_norm2", "mlp")
+    if not layers or not all(hasattr(layers[0], n) for n in names):
+        raise UnsupportedModelError(
+            f"vision tower {type(tower).__name__} is not supported: expected a CLIP or SigLIP "
+            "vision model (blocks with self_attn, layer_norm1, layer_norm2, mlp)"
+        )
+    return layers
+
+
+def decoder_layers_of(language_model: nn.Module) -> list[nn.Module]:
+    """The blocks of a Llama-like decoder."""
+    layers = list(getattr(language_model, "layers", []))
+    if (
+        not layers
+        or not all(hasattr(layers[0], n) for n in ("self_attn", "input_layernorm", "mlp"))
+        or not all(hasattr(layers[0].self_attn, n) for n in ("q_proj", "k_proj", "v_proj"))
+    ):
+        raise UnsupportedModelError(
+            f"decoder {type(language_model).__name__} is not supported: expected Llama, Mistral "
+            "or Qwen2 (blocks with input_layernorm, self_attn.{q,k,v}_proj, mlp)"
+        )
+    if hasattr(layers[0].self_attn, "q_norm"):
+        raise UnsupportedModelError(
+            f"decoder {type(language_model).__name__} normalises its queries and keys; "
+            "supported decoders are Llama, Mistral and Qwen2"
+        )
+    return layers
+
+
+def llava_parts(model: Any) -> Parts:
+    """Parts of LLaVA-shaped models (LLaVA-1.5, LLaVA-NeXT) in transformers ≥ 4.57."""
+    multimodal = model.model
+    language_model = multimodal.language_model
+    return Parts(
+        multimodal=multimodal,
+        tower=multimodal.vision_tower,
+        encoder_layers=encoder_layers_of(multimodal.vision_tower),
+        projector=multimodal.multi_modal_projector,
+        language_model=language_model,
+        decoder_layers=decoder_layers_of(language_model),
+        rotary=language_model.rotary_emb,
+        image_token_id=model.config.image_token_id,
+    )
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known; later registrations of the same model class win."""
+    for name in family.model_classes:
+        _FAMILIES[name] = family
+
+
+def supported_models() -> list[str]:
+    """Names of the transformers model classes that can be patched."""
+    return sorted(_FAMILIES)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Family of a model.
+
+    Raises:
+        UnsupportedModelError: the model's class is not known; lists those that are.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+    raise UnsupportedModelError(
+        f"model {type(model).__name__} is not supported; known model classes: "
+        + ", ".join(supported_models())
+    )

@@ -1,0 +1,30 @@
+"""LLaVA-1.5: one tile per image, its patches in raster order, no newline tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.engine.stages import ModelFacts
+from tokprune.families.base import Family, ImageLayout, Parts, llava_parts
+
+
+class Llava(Family):
+    """``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
+
+    name = "llava-1.5"
+    model_classes = ("LlavaForConditionalGeneration",)
+
+    def parts(self, model: nn.Module) -> Parts:
+        return llava_parts(model)
+
+    def max_tiles(self, model: nn.Module) -> int:
+        return 1
+
+    def layouts(
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts
+    ) -> list[ImageLayout]:
+        packed = torch.arange(facts.tokens_per_tile)
+        return [ImageLayout(packed, 1)] * pixel_values.shape[0]

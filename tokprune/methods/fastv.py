@@ -1,0 +1,129 @@
+"""FastV: drop the image tokens that the last prompt token attends to least, after layer K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.stages import (
+    Attention,
+    DecoderRun,
+    DecoderStage,
+    Keep,
+    ModelFacts,
+    Plan,
+    Positions,
+    ScoringLayer,
+    SequenceView,
+)
+from tokprune.methods.base import (
+    Budget,
+    Method,
+    Preset,
+    check_choice,
+    check_fits,
+    check_keep,
+    register_method,
+    resolve_keep,
+)
+from tokprune.operators.attention import mean_rows
+from tokprune.operators.topk import segment_topk
+
+Rows = Literal["last", "text"]
+
+_SPARSEVLM = "average over 32 layers, K = 2: k = (32·avg − 2·576)/30"
+_README = "FastV README, latency table: K = 2"
+
+
+@register_method
+@dataclass(frozen=True)
+class FastV(Method):
+    """Attention of the last prompt token in layer K−1 ranks the image tokens; layers ≥ K see the
+    best ``keep`` of them. Selection happens once, in prefill.
+
+    With several images in a prompt all their tokens share one ranking and the summed budget.
+
+    Args:
+        keep: visual tokens per image after the cut (count), or fraction.
+        layer: K, the number of decoder layers that see all tokens (paper 2, Hugging Face demo 3).
+        rows: "last" prompt row (all official code), or the mean over all "text" rows after the
+            image (another reading of the paper).
+        positions: "preserve" (official) or "compact".
+
+    Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764.
+    """
+
+    name: ClassVar[str] = "fastv"
+    stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
+    needs: ClassVar[str] = "one attention row of one layer"
+    paper: ClassVar[str] = "arXiv 2403.06764"
+    presets: ClassVar[tuple[Preset, ...]] = (
+        Preset("llava-1.5", 192, {"keep": 166, "layer": 2}, _SPARSEVLM),
+        Preset("llava-1.5", 128, {"keep": 98, "layer": 2}, _SPARSEVLM),
+        Preset("llava-1.5", 64, {"keep": 30, "layer": 2}, _SPARSEVLM),
+        Preset("llava-1.5", "R=25%", {"keep": 432, "layer": 2}, _README),
+        Preset("llava-1.5", "R=50%", {"keep": 288, "layer": 2}, _README),
+        Preset("llava-1.5", "R=75%", {"keep": 144, "layer": 2}, _README),
+    )
+
+    keep: Budget
+    layer: int = 2
+    rows: Rows = "last"
+    positions: Positions = "preserve"
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.layer < 1:
+            raise ValueError(
+                f"layer={self.layer} should be at least 1: the layer before it gives the scores"
+            )
+        check_choice(self.rows, "rows", ("last", "text"))
+        check_choice(self.positions, "positions", ("compact", "preserve"))
+
+    def plan(self, facts: ModelFacts) -> Plan:
+        check_fits(self.keep, facts)
+        if self.layer >= facts.decoder_layers:
+            raise ValueError(
+                f"layer={self.layer} should be below the model's {facts.decoder_layers} layers"
+            )
+        return Plan(decoder=(_FastVStage(self),))
+
+
+class _FastVStage(DecoderStage):
+    def __init__(self, method: FastV) -> None:
+        self.method = method
+        self.taps = frozenset({method.layer - 1})
+        self.prune_layers = frozenset({method.layer})
+
+    def start(self) -> DecoderRun:
+        return _FastVRun(self.method)
+
+
+class _FastVRun(DecoderRun):
+    def __init__(self, method: FastV) -> None:
+        self.method = method
+        self.score: Tensor | None = None
+
+    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
+        if self.method.rows == "last":
+            self.score = mean_rows(attention.rows(view.last_row()))
+            return
+        rows, real = view.text_rows()
+        if rows.shape[1]:
+            self.score = mean_rows(attention.rows(rows), real)
+
+    def before_layer(
+        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
+    ) -> Keep | None:
+        if self.score is None:
+            return None
+        budgets = [[resolve_keep(self.method.keep, n) for n in row] for row in view.entering]
+        budgets = [[min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, view.counts)]
+        totals = torch.tensor([[sum(row)] for row in budgets])
+        one = torch.where(view.visual, 0, -1)  # all images of a row share one ranking
+        mask = segment_topk(self.score, one, totals.to(hidden.device, non_blocking=True))
+        shared = any(len(row) > 1 and row != now for row, now in zip(budgets, view.counts))
+        return Keep(mask, None if shared else budgets, self.method.positions)
