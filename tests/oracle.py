@@ -19,7 +19,9 @@ from tokprune.trace import PrefillTrace
 BLOCKED = torch.finfo(torch.float32).min
 
 
-def _mask_decoder(model: Any, trace: PrefillTrace, length: int, steps: int) -> list[Any]:
+def _mask_decoder(
+    model: Any, trace: PrefillTrace, length: int, steps: int, window: int | None
+) -> list[Any]:
     """Hooks on the decoder layers of the unpruned model; ``length`` prompt + ``steps`` tokens."""
     parts = family_of(model).parts(model)
     total = length + steps
@@ -45,6 +47,8 @@ def _mask_decoder(model: Any, trace: PrefillTrace, length: int, steps: int) -> l
             alive[b, length:] = True
             position[b, length:] = seen.position[b][real].max() + 1 + torch.arange(steps)
         visible = alive[:, None, :] & (rank[:, None, :] <= rank[:, :, None])
+        if window is not None:
+            visible &= position[:, :, None] - position[:, None, :] < window
         visible |= torch.eye(total, dtype=torch.bool)  # dropped rows: anything without NaN
         mask = torch.zeros(visible.shape).masked_fill(~visible, BLOCKED)[:, None]
 
@@ -97,16 +101,32 @@ def _mask_tower(model: Any, trace: PrefillTrace) -> list[Any]:
     return handles
 
 
+def continuation_tokens(batch: int, steps: int) -> Tensor:
+    """Fixed random tokens [batch, steps] to feed after a prompt."""
+    return torch.randint(3, 98, (batch, steps), generator=torch.Generator().manual_seed(17))
+
+
+def assert_same_logits(got: Tensor, want: Tensor) -> None:
+    """Equal to 1e-5 of the largest logit (float32 rounding grows with the logits' scale)."""
+    assert got.shape == want.shape
+    error, scale = (got - want).abs().max().item(), want.abs().max().item()
+    assert error <= 1e-5 * max(1.0, scale), f"logits differ by {error:.3g} (largest {scale:.3g})"
+
+
 @torch.no_grad()
 def oracle_logits(
-    model: Any, inputs: dict[str, Tensor], trace: PrefillTrace, continuation: Tensor
+    model: Any,
+    inputs: dict[str, Tensor],
+    trace: PrefillTrace,
+    continuation: Tensor,
+    window: int | None = None,
 ) -> Tensor:
     """Logits [B, 1 + steps, V] of the unpruned model at the last prompt token and at every
     token of ``continuation`` [B, steps]."""
     length, steps = inputs["input_ids"].shape[1], continuation.shape[1]
     ids = torch.cat([inputs["input_ids"], continuation], dim=1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(continuation)], dim=1)
-    handles = _mask_tower(model, trace) + _mask_decoder(model, trace, length, steps)
+    handles = _mask_tower(model, trace) + _mask_decoder(model, trace, length, steps, window)
     try:
         logits = model(
             **{**inputs, "input_ids": ids, "attention_mask": mask}, use_cache=False

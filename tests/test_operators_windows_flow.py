@@ -222,6 +222,7 @@ def test_accumulate_halves_the_history() -> None:
     first, second, third = (randn(i, 2, 5) for i in range(3))
     history = accumulate(accumulate(accumulate(None, first), second), third)
     torch.testing.assert_close(history, first / 4 + second / 4 + third / 2)
+    torch.testing.assert_close(accumulate(first, second, 0.9), 0.9 * first + 0.1 * second)
 
 
 def test_decoder_cut_sees_only_the_visual_tokens() -> None:
@@ -454,6 +455,13 @@ def test_filter_score_says_what_the_filter_does(
     assert torch.equal(q >= 1, keep)
     keys = key_mask(torch.tensor([n - 1]), n)
     assert torch.equal(dual_filter(attn, keys, gamma, alpha), keep | keys)
+
+
+def test_a_probability_equal_to_the_limit_is_kept() -> None:
+    for i in range(1, 200):
+        alpha = i / 201
+        attn = torch.tensor([[[alpha, 0.0, 1.0]]])
+        assert dual_filter(attn, None, 1.0, alpha).tolist() == [True, False, True]
 
 
 def test_filter_of_a_ragged_batch() -> None:
@@ -690,6 +698,13 @@ def test_grid_sample_is_even(height: int, width: int, data: st.DataObject) -> No
     far_y, far_x = (y[:, None] - index // width).abs(), (x[:, None] - index % width).abs()
     spacing = max((height * width / keep) ** 0.5, height / keep, width / keep)
     assert torch.maximum(far_y, far_x).amin(1).max() <= spacing + 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 20), (20, 3), (1, 9), (9, 1), (7, 8), (24, 24)])
+def test_grid_sample_never_repeats(height: int, width: int) -> None:
+    for keep in range(1, height * width + 1):
+        assert len(set(grid_sample(height, width, keep).tolist())) == keep
+    assert grid_sample(height, width, height * width).tolist() == list(range(height * width))
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 16), (12, 18), (5, 5)])

@@ -34,6 +34,8 @@ class CompressedLayer(DynamicLayer):
         super().__init__()
         self.columns: Tensor | None = None
         self.shift: Tensor | None = None
+        #: rotary positions [B, entries], kept for models with a sliding window only
+        self.positions: Tensor | None = None
         self.padded = False
         #: original tokens beyond the entries that are really cached
         self.missing = 0
@@ -70,6 +72,15 @@ class CompressedLayer(DynamicLayer):
         whose keys the next ``update`` brings; later tokens are shifted by ``shift`` [B]."""
         self._pending = (columns, original, padded)
         self.shift = shift
+
+    def window_positions(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the next queries ``new`` [B, q] and of all keys, for a sliding window;
+        remembers them (call once per forward)."""
+        if self.positions is None and self.entries:  # cached before anything was dropped
+            self.positions = self.all_columns()
+        old = self.positions
+        self.positions = new if old is None else torch.cat([old.to(new.device), new], dim=1)
+        return new, self.positions
 
     def expect_step(self) -> None:
         """Announce ordinary tokens, none dropped."""
@@ -112,6 +123,8 @@ class CompressedLayer(DynamicLayer):
         gather = place[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys, self.values = self.keys.gather(2, gather), self.values.gather(2, gather)
         self.columns = columns.gather(1, place).masked_fill(index < 0, -1)
+        if self.positions is not None:
+            self.positions = self.positions.gather(1, place)
         self.missing += before - index.shape[1]
         self.padded = True
         if not continue_positions:
@@ -141,7 +154,7 @@ class CompressedLayer(DynamicLayer):
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def _map(self, change: Any) -> None:
-        for name in ("columns", "shift", "next_position"):
+        for name in ("columns", "shift", "positions", "next_position"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, change(value))
@@ -162,12 +175,15 @@ class CompressedLayer(DynamicLayer):
                 f"after it ({later}) can be removed"
             )
         self.keys = self.keys[..., : self.entries - remove, :]
-        self.values = self.values[..., : self.keys.shape[-2], :]
+        self.values = self.values[..., : self.entries, :]
+        if self.positions is not None:
+            self.positions = self.positions[:, : self.entries]
 
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.columns = self.shift = self._pending = self.next_position = None
+        self.columns = self.shift = self.positions = None
+        self._pending = self.next_position = None
         self.padded, self.missing, self._step = False, 0, False
 
 

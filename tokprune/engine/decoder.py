@@ -56,13 +56,13 @@ class LayerCalls:
 
     def mask(
         self, hidden: Tensor, keys: int, valid: Tensor | None, name: tuple[Any, ...],
-        columns: tuple[Tensor, Tensor] | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:  # fmt: skip
         key = (keys, *(id(n) for n in name))
         if key not in self._masks:
             mask = decoder_mask(
                 self.backend, hidden.shape[1], keys, valid, hidden.dtype, hidden.device,
-                columns, self.window,
+                positions, self.window,
             )  # fmt: skip
             self._masks[key] = (name, mask)
         mask = self._masks[key][1]
@@ -186,9 +186,14 @@ class PrefillPass:
                     layer.columns, layer.padded, past_padded = past_columns, True, True
             columns = self._columns()
             layer.expect(columns, self.original_length, view.padded, self._shift(past_shift))
+        position, embeddings = self.calls.embeddings(hidden, view.position, past_shift)
+        window = None
+        if self.calls.window is not None:
+            window = (position, position)
+            if self.cache is not None:
+                window = compressed_layer(self.cache, number).window_positions(position)
         if not (self.detached or entries):
             return  # the language model made masks and positions for this very sequence
-        position, embeddings = self.calls.embeddings(hidden, view.position, past_shift)
         valid = None
         if view.padded or past_padded:
             valid = view.valid
@@ -196,14 +201,9 @@ class PrefillPass:
                 if past_valid is None:
                     past_valid = valid.new_ones(valid.shape[0], entries)
                 valid = torch.cat([past_valid.to(valid.device), valid], dim=1)
-        window = None
-        if self.calls.window is not None:
-            new = view.column + self.past
-            keys = new if past_columns is None else torch.cat([past_columns, new], dim=1)
-            window = (new, keys)
         kwargs["attention_mask"] = self.calls.mask(
             hidden, entries + hidden.shape[1], valid,
-            (view, past_columns if past_padded else None), window,
+            (view, past_columns if past_padded else None, window and position), window,
         )  # fmt: skip
         kwargs["position_ids"] = position
         kwargs["position_embeddings"] = embeddings
@@ -243,7 +243,16 @@ class PrefillPass:
                     valid.new_ones(valid.shape[0], past) if mask is None else (mask[:, :past] != 0)
                 )
                 valid = torch.cat([before.to(valid.device), valid], dim=1)
-        attention = Attention(q, k, v, scale, causal=True, valid=valid, past=past)
+        window = None
+        if self.calls.window is not None:
+            position = view.position
+            if isinstance(cached, CompressedLayer) and cached.positions is not None:
+                position = cached.positions.to(q.device)
+            elif past:
+                before = torch.arange(past, device=q.device).expand(q.shape[0], past)
+                position = torch.cat([before, position], dim=1)
+            window = (position, self.calls.window)
+        attention = Attention(q, k, v, scale, causal=True, valid=valid, past=past, window=window)
         for stage, run in zip(self.stages, self.runs):
             if number in stage.taps:
                 run.attention(number, attention, view)
@@ -325,24 +334,25 @@ class StepPass:
         new, new_padded = self._new(batch, q, hidden.device)
         padded = cached.padded or new_padded
         valid = columns = None
-        if padded or self.calls.window is not None:
+        if padded:
             arange = torch.arange(start, start + q, device=hidden.device)
             own = arange.expand(batch, q) if new is None else arange.masked_fill(~new, -1)
             columns = torch.cat([cached.all_columns().to(hidden.device), own], dim=1)
-            valid = columns >= 0 if padded else None
-        name = (cached.columns if padded else None,)
-        window = None if columns is None else (columns[:, -q:], columns)
+            valid = columns >= 0
+        position = kwargs["position_ids"]
+        if cached.shift is not None:
+            position, embeddings = self.calls.embeddings(hidden, position, cached.shift)
+            kwargs["position_ids"], kwargs["position_embeddings"] = position, embeddings
+        window = None
+        if self.calls.window is not None:
+            window = cached.window_positions(position.expand(batch, q))
+        name = (cached.columns if padded else None, cached if window else None)
         if new_padded:
             assert columns is not None
             cached.expect(columns[:, -q:], q, True, cached.shift)
         else:
             cached.expect_step()
         kwargs["attention_mask"] = self.calls.mask(hidden, cached.entries + q, valid, name, window)
-        if cached.shift is not None:
-            position, embeddings = self.calls.embeddings(
-                hidden, kwargs["position_ids"], cached.shift
-            )
-            kwargs["position_ids"], kwargs["position_embeddings"] = position, embeddings
         return hidden
 
     def _new(self, batch: int, q: int, device: torch.device) -> tuple[Tensor | None, bool]:

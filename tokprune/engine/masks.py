@@ -29,13 +29,13 @@ def decoder_mask(
     valid: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
-    columns: tuple[Tensor, Tensor] | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
 ) -> Tensor | None:
     """Causal mask for the last ``queries`` of ``keys`` cached entries, in the backend's form.
 
-    ``valid`` [B, keys] bool marks real keys (None: all are). ``columns`` = (query [B, q], key
-    [B, keys]) original columns, for a sliding ``window`` counted in the original sequence.
+    ``valid`` [B, keys] bool marks real keys (None: all are). ``positions`` = (query [B, q], key
+    [B, keys]) rotary positions, for a sliding ``window`` counted in positions.
     Returns None where the backend's own causal path is right.
     """
     if backend.startswith("flash"):
@@ -53,8 +53,8 @@ def decoder_mask(
     rows = torch.arange(keys - queries, keys, device=device)
     seen = torch.arange(keys, device=device)[None, :] <= rows[:, None]
     allowed = seen[None, None]
-    if window is not None and columns is not None:
-        near = columns[0][:, :, None] - columns[1][:, None, :] < window
+    if window is not None and positions is not None:
+        near = positions[0][:, :, None] - positions[1][:, None, :] < window
         allowed = allowed & near[:, None]
     if valid is not None:
         allowed = allowed & valid[:, None, None, :]

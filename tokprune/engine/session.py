@@ -142,7 +142,9 @@ class Session:
             if device.type == "meta":  # offloaded by accelerate: computed where the pixels are
                 device = call["pixel_values"].device
             now = self.now
-            now.tower = TowerPass(self.plan.encoder, TowerInput(self.facts, tile_images, device))
+            grids = tuple(layout.tile_grid for layout in layouts)
+            tower = TowerInput(self.facts, tile_images, device, grids)
+            now.tower = TowerPass(self.plan.encoder, tower)
             try:
                 result = original(*args, **kwargs)
                 now.tower.finish()
@@ -310,12 +312,17 @@ class Session:
         if view is native:
             return None
         kwargs["inputs_embeds"], kwargs["position_ids"] = embeds, view.position
-        real = view.valid.to(torch.long)
-        if past:
-            prefill.detached = True
+        if past or (prefill.calls.window is not None and not self.compact):
+            prefill.detached = True  # the model's own masks would count other tokens
+        if view.padded or past:
+            real = view.valid.to(torch.long)
             before = real.new_ones(real.shape[0], past) if mask is None else mask[:, :past]
-            real = torch.cat([before.to(real.dtype), real], dim=1)
-        kwargs["attention_mask"] = real
+            kwargs["attention_mask"] = torch.cat([before.to(real.dtype), real], dim=1)
+        elif cache is not None:
+            kwargs["attention_mask"] = None  # nothing to mask, and no look at the values
+        else:
+            # without cache and mask, gaps in the positions would be taken for packed sequences
+            kwargs["attention_mask"] = view.valid.to(torch.long)
         if kwargs.get("cache_position") is not None:  # up to transformers 5.3
             kwargs["cache_position"] = torch.arange(
                 past, past + embeds.shape[1], device=embeds.device

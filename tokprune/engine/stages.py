@@ -72,9 +72,12 @@ class Attention:
         causal: bool,
         valid: Tensor | None,
         past: int = 0,
+        window: tuple[Tensor, int] | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.scaling, self.causal, self.valid, self.past = scaling, causal, valid, past
+        #: (rotary positions of the keys [B, Lk], width) where attention slides
+        self.window = window
 
     def rows(self, index: Tensor) -> Tensor:
         """Softmax rows of the queries at ``index`` [B, R]: float32 [B, H, R, L].
@@ -90,6 +93,10 @@ class Attention:
             offset = keys - self.query.shape[2]
             columns = torch.arange(keys, device=index.device)
             allowed = columns[None, None, :] <= (index + offset)[:, :, None]
+            if self.window is not None:
+                position, width = self.window
+                own = position.gather(1, index + offset)
+                allowed = allowed & (own[:, :, None] - position[:, None, :] < width)
         if self.valid is not None:
             valid = self.valid[:, None, :]
             allowed = valid if allowed is None else allowed & valid
@@ -108,11 +115,13 @@ class Attention:
 @dataclass(frozen=True)
 class TowerInput:
     """What one run of the vision encoder processes: ``image_of_tile[b]`` is the number of the
-    image that tile (batch row) ``b`` belongs to; an image's tiles are consecutive, base first."""
+    image that tile (batch row) ``b`` belongs to; an image's tiles are consecutive, base first.
+    ``tile_grids[i]``: crops (down, across) of image ``i``, (0, 0) without any."""
 
     facts: ModelFacts
     image_of_tile: tuple[int, ...]
     device: torch.device
+    tile_grids: tuple[tuple[int, int], ...] = ()
 
     @property
     def tiles_per_image(self) -> list[int]:

@@ -146,8 +146,7 @@ def contextual(hidden: Tensor, metric: Tensor, indices: Tensor, count: int) -> C
         return Contextual(hidden[:, :0], remaining[:, :0], remaining, none)
     step = max(1, left // count)
     position = torch.arange(left, device=device)
-    is_target = (position % step == 0) & (position < step * count)
-    order = (~is_target).to(torch.int8).argsort(stable=True)
+    order = (position % step != 0).to(torch.int8).argsort(stable=True)  # 0, step, 2·step … first
     target, follower = remaining[:, order[:count]], remaining[:, order[count:]]
 
     unit = normalize(metric.float(), dim=-1)

@@ -211,7 +211,7 @@ def _merge(
     dst = table[:, :most].masked_fill(beyond, -1)
     free = tokens - least * area
     column = torch.arange(free, device=device) + r[:, None]
-    untouched = table.gather(1, column.clamp(max=rows - 1)).masked_fill(column >= rows, -1)
+    untouched = table.gather(1, column.clamp(max=rows - 1))  # beyond a sample's rows: −1
     if cls:
         lead = torch.ones_like(size[:, :1])
         out = torch.cat([x[:, :1], out], dim=1)
