@@ -388,15 +388,21 @@ class Session:
             self.trace.record_step()
         if now.prefill is None:
             return
-        if now.finite is not None and not bool(now.finite):
-            raise NonFiniteFeaturesError(
-                "the embedded prompt (pixel_values through vision tower and projector, or "
-                "inputs_embeds) holds NaN or infinite values; no ranking of tokens means "
-                "anything there. Check pixel_values, and the dtype (float16 may overflow: try "
-                "bfloat16)"
-            )
+        if now.finite is not None:
+            _check_finite(now.finite)
         now.prefill.finish()
         self.trace.record_prefill(self, now.prefill, now.layout, now.records, now.images)
+
+
+def _check_finite(finite: Tensor) -> None:
+    """Raise for NaN or infinite features; read at the end of the prefill, where the caller is
+    about to look at the logits anyway."""
+    if not bool(finite):
+        raise NonFiniteFeaturesError(
+            "the embedded prompt (pixel_values through vision tower and projector, or "
+            "inputs_embeds) holds NaN or infinite values; no ranking of tokens means anything "
+            "there. Check pixel_values, and the dtype (float16 may overflow: try bfloat16)"
+        )
 
 
 def _uses_cache(module: Any, kwargs: dict[str, Any]) -> bool:
