@@ -11,9 +11,124 @@ from typing import Any
 PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {"keep": 10}),
     "fastv": ("fastv", {"keep": 7, "layer": 2}),
+    "grid": ("grid", {"keep": 11}),
+    "fastv-text": ("fastv", {"keep": 0.2, "layer": 3, "rows": "text"}),
+    "todre": ("todre", {"keep": 10, "tau": 0.5, "check_layers": (5, 7)}),
+    "todre-k-center": (
+        "todre",
+        {
+            "keep": 0.25,
+            "select": "k_center",
+            "tau": 0.5,
+            "check_layers": 5,
+            "positions": "preserve",
+        },
+    ),
+    "todre-stage2": ("todre", {"keep": None, "tau": 0.89, "check_layers": 5}),
+    "divprune": ("divprune", {"keep": 9}),
+    "divprune-published": ("divprune", {"keep": 0.25, "order": "published"}),
+    "transprune": ("transprune", {"prune_layers": (3, 4, 6), "accumulate_layers": (3, 4, 5, 6)}),
+    "transprune-ttv": (
+        "transprune",
+        {
+            "keep": 5,
+            "prune_layers": (2, 5, 7),
+            "accumulate_layers": (1, 3, 5, 6),
+            "alpha": 1,
+            "direction": "abs",
+        },
+    ),
+    "transprune-preserve": (
+        "transprune",
+        {
+            "keep": (0.7, 12, 3),
+            "prune_layers": (1, 4, 5),
+            "accumulate_layers": (2, 4),
+            "positions": "preserve",
+        },
+    ),
+    "flowcut": ("flowcut", {"keep": 12}),
+    "flowcut-paper": (
+        "flowcut",
+        {
+            "keep": 0.35,
+            "semantic": "cosine",
+            "value_norm": "per_head",
+            "period": 1,
+            "order": "spatial",
+            "positions": "preserve",
+        },
+    ),
+    "flowcut-two-stage": (
+        "flowcut",
+        {"keep": 6, "tower_keep": 11, "decoder_cut": True, "prune_layer": 3, "entropy": 0.8},
+    ),
+    "mustdrop-filter": (
+        "mustdrop",
+        {"spatial": False, "gamma": 0.03, "alpha": 0.03, "pruning_layers": (1, 3, 4)},
+    ),
+    "mustdrop-filter-continue": (
+        "mustdrop",
+        {
+            "spatial": False,
+            "gamma": 0.03,
+            "alpha": 0.03,
+            "pruning_layers": (1, 3, 4),
+            "decode_positions": "continue",
+            "positions": "preserve",
+        },
+    ),
+    "mustdrop-filter-keep": (
+        "mustdrop",
+        {"spatial": False, "keep": 5, "pruning_layers": (2, 3, 5, 6), "cache_policy": False},
+    ),
+    "mustdrop-filter-schedule": (
+        "mustdrop",
+        {"spatial": False, "keep": (20, 0.2), "pruning_layers": (0, 4), "key_rate": 0.15},
+    ),
 }
 
 #: methods that merge tokens: compared with slow references instead
-MERGING: dict[str, tuple[str, dict[str, Any]]] = {}
+MERGING: dict[str, tuple[str, dict[str, Any]]] = {
+    "pitome": ("pitome", {"keep": 13}),
+    "pitome-head": ("pitome", {"keep": 9, "variant": "head"}),
+    "pitome-paper": ("pitome", {"keep": 11, "variant": "paper"}),
+    "tome": ("tome", {"r": 4}),
+    "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
+    "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
+    "pool": ("pool", {"keep": 9}),
+    "pool-window": ("pool", {"window": 3, "positions": "preserve"}),
+    "mustdrop": (
+        "mustdrop",
+        {
+            "threshold": 0.14,
+            "window": (2, 2),
+            "gamma": 0.03,
+            "alpha": 0.03,
+            "pruning_layers": (1, 3, 4, 6),
+        },
+    ),
+    "mustdrop-continue": (
+        "mustdrop",
+        {
+            "threshold": 0.2,
+            "gamma": 0.05,
+            "alpha": 0.05,
+            "pruning_layers": (1, 4),
+            "decode_positions": "continue",
+            "order": "spatial",
+            "merge_after_layer": 2,
+        },
+    ),
+    "mustdrop-fixed": (
+        "mustdrop",
+        {"retained": 21, "keep": 6, "pruning_layers": (1, 3, 5), "positions": "preserve"},
+    ),
+    "mustdrop-lightcompress": ("mustdrop", {"variant": "lightcompress", "retained": 13}),
+}
 
 ALL = {**PRUNING, **MERGING}
+
+#: one case per method (named like it), for suites about the engine rather than about options
+CORE = {case: ALL[case] for case in ALL if case in (ALL[case][0], "mustdrop-filter")}
+CORE_PRUNING = {case: ALL[case] for case in CORE if case in PRUNING}

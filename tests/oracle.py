@@ -3,7 +3,8 @@
 Dropping token j before layer l must equal running the unpruned model with j's key hidden from
 every query at layers ≥ l. Masks and rotary positions per layer come from the trace of the
 compressed run; everything else is the plain model on the full prompt. Encoder-stage pruning is
-replayed the same way inside the vision tower.
+replayed the same way inside the vision tower; entries that left the KV cache after prefill are
+hidden from the tokens after the prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokprune.families import family_of
-from tokprune.trace import PrefillTrace
+from tokprune.trace import LayerTrace, PrefillTrace
 
 BLOCKED = torch.finfo(torch.float32).min
 
@@ -47,6 +48,15 @@ def _mask_decoder(
             alive[b, length:] = True
             position[b, length:] = seen.position[b][real].max() + 1 + torch.arange(steps)
         visible = alive[:, None, :] & (rank[:, None, :] <= rank[:, :, None])
+        for b in range(batch):
+            kept = _left_in_cache(seen, b)
+            if kept is not None:  # pruned after prefill: gone for the later tokens alone
+                gone = torch.ones(length, dtype=torch.bool)
+                gone[kept] = False
+                visible[b, length:, :length] &= ~gone
+                start = int(seen.next_position[b])
+                assert start in (len(kept), int(position[b, length]))
+                position[b, length:] = start + torch.arange(steps)
         if window is not None:
             visible &= position[:, :, None] - position[:, None, :] < window
         visible |= torch.eye(total, dtype=torch.bool)  # dropped rows: anything without NaN
@@ -61,6 +71,16 @@ def _mask_decoder(
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     return handles
+
+
+def _left_in_cache(seen: LayerTrace, row: int) -> Tensor | None:
+    """Prompt columns that a layer's cache holds at the end of prefill, if not all it computed."""
+    if seen.entries is None:
+        return None
+    kept = seen.entries[row][seen.entries[row] >= 0]
+    column = seen.column[row][seen.column[row] >= 0]
+    assert set(kept.tolist()) <= set(column.tolist())
+    return kept if len(kept) < len(column) else None
 
 
 def _mask_tower(model: Any, trace: PrefillTrace) -> list[Any]:

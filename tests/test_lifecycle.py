@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods_table import ALL
+from methods_table import CORE
 from tiny import BUILDERS, llava, make_inputs
 
 import tokprune
@@ -50,9 +50,9 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", CORE)
 def test_model_is_as_before_after_compress(model: Any, case: str) -> None:
-    method, options = ALL[case]
+    method, options = CORE[case]
     inputs = make_inputs(model, PROMPT)
     before, state = fingerprint(model), copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -68,9 +68,9 @@ def test_model_is_as_before_after_compress(model: Any, case: str) -> None:
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", CORE)
 def test_config_is_untouched_while_patched(model: Any, case: str) -> None:
-    method, options = ALL[case]
+    method, options = CORE[case]
     before = fingerprint(model)
     with tokprune.compress(model, method, **options), torch.no_grad():
         model(**make_inputs(model, PROMPT))
@@ -82,10 +82,10 @@ def test_config_is_untouched_while_patched(model: Any, case: str) -> None:
 @pytest.mark.parametrize(
     "place", ["vision_tower", "multi_modal_projector", "language_model", "layer", "attention"]
 )
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", CORE)
 def test_model_is_as_before_after_an_exception(model: Any, case: str, place: str) -> None:
     """An error anywhere in the forward leaves a clean, working model."""
-    method, options = ALL[case]
+    method, options = CORE[case]
     inputs = make_inputs(model, PROMPT)
     before = fingerprint(model)
     inner = model.model
@@ -116,9 +116,9 @@ def test_model_is_as_before_after_an_exception(model: Any, case: str, place: str
         assert torch.equal(model(**inputs).logits, want)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", CORE)
 def test_works_again_after_an_exception_while_patched(model: Any, case: str) -> None:
-    method, options = ALL[case]
+    method, options = CORE[case]
     inputs = make_inputs(model, PROMPT)
     bad = {**inputs, "input_ids": inputs["input_ids"][:, :-1]}
     with tokprune.compress(model, method, **options), torch.no_grad():

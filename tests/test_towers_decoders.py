@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from methods_table import ALL, PRUNING
+from methods_table import CORE, CORE_PRUNING
 from oracle import (
     assert_same_logits,
     compressed_logits,
@@ -26,9 +26,9 @@ NEEDS_CLASS_TOKEN: set[str] = set()
 @pytest.mark.parametrize("decoder", ["mistral", "qwen2"])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("family", BUILDERS)
-@pytest.mark.parametrize("case", PRUNING)
+@pytest.mark.parametrize("case", CORE_PRUNING)
 def test_masked_oracle(case: str, family: str, tower: str, decoder: str) -> None:
-    method, options = PRUNING[case]
+    method, options = CORE_PRUNING[case]
     model = BUILDERS[family](tower, decoder)
     inputs = make_inputs(model, PROMPTS, SIZES)
     continuation = continuation_tokens(len(PROMPTS), STEPS)
@@ -43,9 +43,9 @@ def test_masked_oracle(case: str, family: str, tower: str, decoder: str) -> None
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", CORE)
 def test_sliding_window_wide_enough_changes_nothing(case: str, family: str) -> None:
-    method, options = ALL[case]
+    method, options = CORE[case]
     plain = BUILDERS[family](decoder="mistral")
     wide = BUILDERS[family](decoder="mistral", sliding_window=500)
     inputs = make_inputs(plain, PROMPTS, SIZES)

@@ -1,8 +1,13 @@
-"""Golden checks of divprune: selection from features and from a distance matrix."""
+"""Golden checks of divprune: selection from features, from a distance matrix, whole models."""
+
+from typing import Any
 
 import torch
 
+import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import Watched, image_inputs, load_llava, run, suffixes
+from tokprune.methods.divprune import DivPrune
 from tokprune.operators.diversity import cosine_distance, divprune, divprune_from_distance
 
 
@@ -35,7 +40,72 @@ def check_select_from_distance(case: Case) -> None:
     _compare(divprune_from_distance(case["distance"], case.parameters["k"]), case)
 
 
+def check_e2e(case: Case) -> None:
+    """Each sample alone, and all of them as one left-padded batch."""
+    tails = suffixes(case, "hf_input_ids")
+    for attention in ("eager", "sdpa"):
+        model = load_llava(case.weights(), case.parameters["config"], attention)
+        for name, order in (("logits", "spatial"), ("logits_unsorted", "published")):
+            for group in [[tail] for tail in tails] + ([tails] if len(tails) > 1 else []):
+                if all(name + tail in case for tail in group):
+                    _check_run(case, model, group, name, order)
+
+
+def _same_but_for_newlines(before: Any, images: Any, wanted: list[torch.Tensor]) -> bool:
+    """Whether selections differ from the wanted ones, but only in which newline row they took."""
+    same = True
+    for image, tokens, want in zip(images, before, wanted):
+        got = image.selection.index
+        assert_equal(
+            got.masked_fill(tokens.newline[got], -1).sort().values,
+            want.masked_fill(tokens.newline[want], -1).sort().values,
+            "keep, newlines aside",
+        )
+        same &= got.tolist() == want.tolist()
+    return not same
+
+
+def _check_run(case: Case, model: Any, tails: list[str], name: str, order: Any) -> None:
+    p = case.parameters
+    method = Watched(DivPrune(p["ratio"], order=order))
+    tokens = torch.stack([case[name + tail][:-1].argmax(-1) for tail in tails])
+    inputs = image_inputs(case, tails, "hf_input_ids")
+    with tokprune.compress(model, method) as trace:
+        got = run(model, inputs, tokens)
+        last: Any = trace.last
+        wanted = [case[("order" if order == "published" else "keep") + tail] for tail in tails]
+        if _same_but_for_newlines(method.images, last.images, wanted):
+            # equal newline rows: go on with the ones that were recorded
+            method.forced[:] = wanted
+            got = run(model, inputs, tokens)
+            last = trace.last
+    for b, tail in enumerate(tails):
+        where = f"of sample {tail or 'alone'} ({order}, batch of {len(tails)})"
+        assert_close(method.images[b].features, case["features" + tail], f"features {where}")
+        kept = last.images[b].selection.index
+        assert len(kept) == max(1, round(p["ratio"] * method.images[b].count)), f"k {where}"
+        columns = last.layers[0].column[b]
+        columns = columns[columns >= 0] - inputs["attention_mask"].shape[1]
+        columns = columns + last.original_lengths[b]
+        want = case["prompt_kept" + tail]
+        if order == "published":
+            assert_equal(kept, case["order" + tail], f"order {where}")
+            assert_equal(columns.sort().values, want.sort().values, f"prompt_kept {where}")
+        else:
+            assert_equal(kept, case["keep" + tail], f"keep {where}")
+            assert_equal(columns, want, f"prompt_kept {where}")
+            embeds, hidden = case["inputs_embeds" + tail], case["hidden_last" + tail]
+            assert_close(got.entered[b, -len(embeds) :], embeds, f"inputs_embeds {where}")
+            assert_close(got.hidden[b, -len(hidden) :], hidden, f"hidden_last {where}")
+            greedy = got.logits[b, :-1].argmax(-1)
+            assert_equal(greedy, case["tokens" + tail], f"tokens {where}")
+        lengths = [layer.lengths[b] for layer in last.layers]
+        assert lengths == [len(want)] * len(lengths)
+        assert_close(got.logits[b], case[name + tail], f"{name} {where}")
+
+
 CHECKS = {
+    "divprune.e2e_llava": check_e2e,
     "divprune.select": check_select,
     "divprune.select_from_distance": check_select_from_distance,
 }

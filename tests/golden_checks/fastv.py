@@ -1,8 +1,13 @@
-"""Golden checks of fastv: last-row ranking."""
+"""Golden checks of fastv: last-row ranking, and a decoder that drops by it."""
+
+from typing import Any
 
 import torch
 
+import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import Watched, load_llama, padded_embeds, run
+from tokprune.methods.fastv import FastV
 from tokprune.operators.fastv import last_row_scores, row_scores, select
 from tokprune.operators.topk import rank
 
@@ -43,4 +48,47 @@ def check_select(case: Case) -> None:
         assert abs(score[index - start] - cut) <= 1e-3 * cut, f"token {index} is not at the cut"
 
 
-CHECKS = {"fastv.select": check_select}
+def check_e2e(case: Case) -> None:
+    """Prefill from embeddings, alone and as a row of a left-padded batch."""
+    p, embeds = case.parameters, case["inputs_embeds"]
+    image = slice(p["image_start"], p["image_start"] + p["image_len"])
+    length, layer = embeds.shape[1], p["K"]
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, image] = True
+    alone = {
+        "inputs_embeds": embeds,
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+        "visual": visual,
+    }
+    for attention in ("eager", "sdpa"):
+        model = load_llama(case.weights(), p["config"], attention)
+        plain = run(model, alone).prefill
+        assert_close(plain, case["logits_unpruned"], "logits_unpruned")
+        for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
+            method = Watched(FastV(p["keep"], layer=layer))
+            with tokprune.compress(model, method) as trace:
+                got = run(model, inputs)
+            last: Any = trace.last
+            want = case["keep"]
+            if "attn_last_row" in case:
+                score: Any = method.runs[0].score  # type: ignore[attr-defined]
+                row = case["attn_last_row"].reshape(-1, length)
+                assert_close(score[0, gap:], row.mean(0), "score")
+            for number, seen in enumerate(last.layers):
+                kept = seen.column[0][seen.column[0] >= 0] - gap
+                if number < layer:
+                    assert_equal(kept, torch.arange(length), f"tokens of layer {number}")
+                else:
+                    assert_equal(kept, want, f"keep of layer {number}")
+                    positions = seen.position[0][seen.column[0] >= 0]
+                    assert_equal(positions, want, f"positions of layer {number}")
+                assert seen.lengths[0] == len(kept)
+            kept_rows = slice(-len(want), None)
+            hidden = got.outputs[layer][:1, kept_rows]
+            assert_close(hidden, case["hidden_after_prune_layer"], "hidden_after_prune_layer")
+            assert_close(got.prefill[:1, kept_rows], case["logits"], "logits")
+            variant = case["logits_mask_variant"][:, want]
+            assert_close(got.prefill[:1, kept_rows], variant, "logits_mask_variant")
+
+
+CHECKS = {"fastv.e2e_llama": check_e2e, "fastv.select": check_select}

@@ -1,9 +1,26 @@
-"""Golden checks of flowcut."""
+"""Golden checks of flowcut: operators, whole towers, whole LLaVA models."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from tiny import tokens_of
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
+import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import Watched, fill, run
+from golden_checks.towers import clip_tower, run_tower, tower_facts
+from tokprune.engine.stages import EncoderStage
+from tokprune.methods.flowcut import FlowCut
 from tokprune.operators.anyres import flowcut_pack, raster_position, unpad_bounds
 from tokprune.operators.attention import attention_rows, repeat_heads
 from tokprune.operators.flow import (
@@ -180,10 +197,195 @@ def check_qwen_vit_terms(case: Case) -> None:
     assert_close(y, case["attn_output"], "attn_output")
 
 
+# ------------------------------------------------------------------------------- whole models
+
+#: whole towers, logits (section 10 of the method's description)
+TOWER, LOGITS = 1e-4, 3e-5
+
+
+def record_counts(stage: EncoderStage) -> list[list[float]]:
+    """Makes a stage write down [layer, largest number to drop before rounding] of every cut whose
+    number depends on the entropy."""
+    raw: list[list[float]] = []
+    start = stage.start
+
+    def watched(tower: Any) -> Any:
+        own: Any = start(tower)
+        keep = own._keep
+
+        def recorded(remaining: int, tokens: Any) -> Any:
+            if remaining:
+                n, target = own.row.shape[1], own.stage.patches
+                h = attention_entropy(own.row.double(), tokens.patch_valid)
+                number = (n - target) / remaining**0.5 * (1 - h**2)
+                raw.append([own.stage.last - remaining, float(number.max())])
+            return keep(remaining, tokens)
+
+        own._keep = recorded
+        return own
+
+    stage.start = watched  # type: ignore[method-assign]
+    return raw
+
+
+def compare_counts_before_rounding(got: list[list[float]], want: list[list[float]]) -> None:
+    assert [layer for layer, _ in got] == [layer for layer, _ in want], (got, want)
+    for (_, a), (_, b) in zip(got, want):
+        assert abs(a - b) <= 1e-3, (got, want)
+
+
+def check_clip(case: Case) -> None:
+    p = case.parameters
+    config = p["config"]
+    layers, side = config["num_hidden_layers"], config["image_size"] // config["patch_size"]
+    facts = tower_facts(layers, side, layers + p["select_layer"])
+    cls = int(p["select_feature"] == "cls_patch")
+    facts = replace(facts, cls_in_features=bool(cls), tokens_per_tile=side * side + cls)
+    stages = FlowCut(p["target_num"], count_reduce="batch").plan(facts).encoder
+    raw = [record_counts(stage) for stage in stages]
+    for attention in ("eager", "sdpa"):
+        for numbers in raw:
+            numbers.clear()
+        model = clip_tower(case.weights(), config, attention)
+        plain = run_tower(model, case["pixel_values"], (), facts).hidden[facts.feature_layer + 1]
+        pruned = run_tower(model, case["pixel_values"], stages, facts)
+        alive = torch.arange(side * side).expand(p["B"], -1)
+        after = dict(pruned.tower.history)
+        for layer in range(layers):
+            alive = after[layer].slots[:, 1:] if layer in after else alive
+            assert_equal(alive, case[f"layer.{layer}.keep"], f"layer.{layer}.keep")
+        if alive.shape[1] < side * side:  # the official list has an entry too many otherwise
+            assert_equal(alive, case["keep_indices"], "keep_indices")
+        rows = torch.tensor([x.shape[1] for x in pruned.hidden[1:]])
+        assert_equal(rows, case["tokens_after_layer"], "tokens_after_layer")
+        assert rows.tolist() == p["tokens_after_layer_incl_cls"]
+        compare_counts_before_rounding(raw[0] if raw else [], p["raw_prune_number"])
+        features = pruned.hidden[facts.feature_layer + 1]
+        if features.shape[1] > case["features"].shape[1]:
+            features = features[:, 1:]
+        assert_close(features, case["features"], "features", TOWER)
+        if plain.shape[1] > case["features_unpruned"].shape[1]:
+            plain = plain[:, 1:]
+        assert_close(plain, case["features_unpruned"], "features_unpruned", TOWER)
+
+
+def load_checkpoint(case: Case, attention: str) -> Any:
+    """A model from weights named as in the checkpoints of the original LLaVA code."""
+    p = case.parameters
+    clip, llm, llava = p["clip_config"], p["llm_config"], p["llava"]
+    tiled = llava["image_aspect_ratio"] == "anyres"
+    options: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(**clip),
+        "text_config": LlamaConfig(**llm),
+        "image_token_id": placeholder(case, llm["vocab_size"]),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    if tiled:  # (width, height) in the original code, (height, width) in transformers
+        options["image_grid_pinpoints"] = [[h, w] for w, h in llava["image_grid_pinpoints"]]
+    made = LlavaNextConfig(**options) if tiled else LlavaConfig(**options)
+    made._attn_implementation = attention
+    cls: Any = LlavaNextForConditionalGeneration if tiled else LlavaForConditionalGeneration
+    model = cls(made).eval()
+    names = (
+        ("model.vision_tower.vision_tower.", "model.vision_tower."),
+        ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+        ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    )
+    weights = {}
+    for name, value in case.weights().items():
+        for theirs, ours in names:
+            name = name.replace(theirs, ours)
+        weights[name] = value
+    fill(model, weights, without=("vision_tower.post_layernorm",))
+    return model
+
+
+def placeholder(case: Case, vocabulary: int) -> int:
+    """A token that the case does not use, for the places of the image."""
+    used = {*case["input_ids"].flatten().tolist(), *case["generated"].flatten().tolist()}
+    return max(set(range(vocabulary)) - used)
+
+
+def prompt(model: Any, ids: Tensor, size: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Model inputs of ``ids`` [1, n], where −200 stands for the image."""
+    row = ids[0].tolist()
+    at = row.index(-200)
+    image = [model.config.image_token_id] * tokens_of(model, size)
+    expanded = torch.tensor([row[:at] + image + row[at + 1 :]])
+    inputs = {"input_ids": expanded, "attention_mask": torch.ones_like(expanded)}
+    if size is not None:
+        inputs["image_sizes"] = torch.tensor([size])
+    return inputs
+
+
+def watch_projector(model: Any, seen: dict[str, Tensor]) -> Any:
+    """Records input and output of the projector in the next call; remove the handle after it.
+    To be installed before the model is patched."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen["projector_in"], seen["projector_out"] = args[0].detach(), output.detach()
+
+    return model.model.multi_modal_projector.register_forward_hook(hook)
+
+
+def check_llava(case: Case) -> None:
+    p = case.parameters
+    size = None
+    if "image_sizes_wh" in case:
+        width, height = case["image_sizes_wh"][0].tolist()
+        size = (height, width)
+    tokens = case["generated"][:, 1:-1]  # after a placeholder; the last one is not fed back
+    for attention in ("eager", "sdpa"):
+        model = load_checkpoint(case, attention)
+        pixels = case["pixel_values"]
+        inputs = {**prompt(model, case["input_ids"], size), "pixel_values": pixels}
+        method = Watched(FlowCut(p["target_num"], count_reduce="batch"))
+        seen: dict[str, Tensor] = {}
+        handle = watch_projector(model, seen)
+        with tokprune.compress(model, method) as trace:
+            got = run(model, inputs, tokens)
+        handle.remove()
+        last: Any = trace.last
+        compare_run(case, method, last, got, seen)
+
+
+def compare_run(case: Case, method: Watched, last: Any, got: Any, seen: dict[str, Tensor]) -> None:
+    p = case.parameters
+    record = last.records[0]
+    rows = [after[0] for _, after in last.tower_rows(record)]
+    assert rows == p["tokens_after_tower_layer_incl_cls"], rows
+    assert_equal(record.history[-1][1], case["vision_keep"], "vision_keep")
+    for name, value in seen.items():
+        assert_close(value, case[name], name, TOWER)
+    assert_close(got.entered, case["inputs_embeds"], "inputs_embeds", TOWER)
+    entering, final = last.layers[0], last.layers[-1]
+    visual = entering.segment[0] >= 0
+    assert int(visual.nonzero()[0]) == p["visual_token_pos"][0]
+    assert int(visual.sum()) == p["visual_token_num"][0]
+    if "llm_keep" in case:
+        block = entering.column[0][visual]
+        kept = final.column[0][final.segment[0] >= 0]
+        place = (block[:, None] == kept).nonzero()[:, 0]
+        assert_equal(place[None], case["llm_keep"], "llm_keep")
+        score = method.runs[0].score[0][visual]  # type: ignore[attr-defined]
+        assert_close(score[None], case["llm_score"], "llm_score", LOGITS)
+    lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
+    assert_equal(lengths, case["kv_len_after_prefill"], "kv_len_after_prefill")
+    steps = got.logits.shape[1] - 1
+    assert_equal(torch.tensor(got.cache_lengths()) - steps, lengths, "keys in the cache")
+    assert_close(got.hidden, case["hidden_last"], "hidden_last", LOGITS)
+    assert_close(got.logits[:, 0], case["prefill_logits_last"], "prefill_logits_last", LOGITS)
+    assert_close(got.logits[0], case["decode_logits"], "decode_logits", LOGITS)
+    assert_equal(got.logits.argmax(-1), case["generated"][:, 1:], "generated")
+
+
 CHECKS = {
     "flowcut.attn_terms": check_attn_terms,
     "flowcut.score": check_score,
     "flowcut.prune_count": check_prune_count,
+    "flowcut.e2e_clip": check_clip,
+    "flowcut.e2e_llava": check_llava,
     "flowcut.encoder_step": check_encoder_step,
     "flowcut.llm_select": check_llm_select,
     "flowcut.anyres_pack": check_anyres_pack,

@@ -1,10 +1,16 @@
 """Golden checks of pitome."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from golden_checks.case import Case, assert_close
+from golden_checks.case import Case, assert_close, assert_equal
 from golden_checks.merge_plan import check_plan, outputs, parity_indices
+from golden_checks.towers import clip_tower, run_tower, tower_facts, vit_classifier
+from tokprune.methods.merge_stage import MergeStage
+from tokprune.methods.pitome import PiToMe
+from tokprune.methods.tome import ToMe
 from tokprune.operators.bipartite import ratio_bsm
 from tokprune.operators.energy import energy, energy_bsm, pitome
 from tokprune.operators.merging import MergePlan
@@ -92,7 +98,104 @@ def check_spectral(case: Case) -> None:
         assert_close(tensor, case[f"out.{name}"], name, atol=1e-10)
 
 
+def stage_of(method: PiToMe | ToMe, tokens: int, layers: int) -> MergeStage:
+    """The encoder stage of a method that merges up to the very last layer."""
+    steps = method.schedule(tokens, True, layers, layers - 1)
+    return MergeStage(method.recipe(steps), layers - 1, method.order, method.positions)
+
+
+def check_clip_tower(case: Case) -> None:
+    p = case.parameters
+    config = p["config"]
+    layers, side = config["num_hidden_layers"], config["image_size"] // config["patch_size"]
+    model, pixels = clip_tower(case.weights("weight."), config), case["in.pixel_values"]
+    facts = tower_facts(layers, side, layers - 2)
+    compared = set()
+    for name, options in {"unpatched": {}, **p["variants"]}.items():
+        stages = []
+        if name != "unpatched":
+            method: PiToMe | ToMe = (
+                ToMe(variant="pitome_baseline_head", **options)
+                if name == "tome_ratio"
+                else PiToMe(variant=name, **options)
+            )
+            stages.append(stage_of(method, side * side + 1, layers))
+        run = run_tower(model, pixels, stages, facts)
+        got: dict[str, Tensor] = {
+            "counts": run.counts,
+            "last": run.hidden[-1],
+            "pooler": run.output.pooler_output,
+            "hidden_m2": run.hidden[-2],
+            **{f"hidden_{i}": x for i, x in enumerate(run.hidden)},
+        }
+        if stages:
+            got["groups"] = run.groups()
+            got["margins"] = margins(method, layers)
+        compared |= compare(case, name, got)
+    assert compared == outputs(case)
+
+
+def margins(method: Any, layers: int) -> Tensor:
+    """Margins of all layers, also of those that a variant leaves out."""
+    if not isinstance(method, PiToMe):
+        return torch.empty(0)
+    used = {rule.layer: rule.margin for rule in method.rules(layers, layers - 1)}
+    every = PiToMe(ratio=method.ratio, variant="head", margin=method.margin)
+    rules = every.rules(layers, layers - 1)
+    assert all(rule.margin == used.get(rule.layer, rule.margin) for rule in rules)
+    return torch.tensor([rule.margin for rule in rules], dtype=torch.float64)
+
+
+def compare(case: Case, name: str, got: dict[str, Tensor]) -> set[str]:
+    """Compare what one run recorded; hidden states to the 1e-4 that the notes of the cases name
+    for whole towers. Returns the names compared."""
+    wanted = {key for key in outputs(case) if key.startswith(f"{name}.")}
+    for key in sorted(wanted):
+        own = got[key[len(name) + 1 :]]
+        if own.is_floating_point():
+            assert_close(own, case[f"out.{key}"], key, rtol=1e-5, atol=1e-6)
+        else:
+            assert_equal(own, case[f"out.{key}"], key)
+    return wanted
+
+
+def check_classifier(case: Case) -> None:
+    """Runs of PiToMe (DeiT placement) or ToMe in an image classifier."""
+    p = case.parameters
+    config = p["hf_config"]
+    layers, side = config["num_hidden_layers"], config["image_size"] // config["patch_size"]
+    model, pixels = vit_classifier(case.weights("weight."), config), case["in.pixel_values"]
+    facts = tower_facts(layers, side, layers - 1)
+    compared = compare(case, "unpatched", {"logits": run_tower(model, pixels, [], facts).output})
+    for name, options in p["runs"].items():
+        knob = options["r_or_ratio"]
+        if options["kind"] == "pitome":
+            method: PiToMe | ToMe = PiToMe(ratio=knob, variant="deit")
+        else:
+            r = tuple(knob) if isinstance(knob, list) and len(knob) == 2 else knob
+            method = ToMe(r=r, prop_attn=options["prop_attn"])
+        stage = stage_of(method, side * side + 1, layers)
+        assert sorted(stage.steps) == options["layers_with_merge"]
+        if options["kind"] == "tome":
+            r_per_layer = [stage.steps[i].r if i in stage.steps else 0 for i in range(layers)]
+            assert r_per_layer == options["r_per_layer"]
+        run = run_tower(model, pixels, [stage], facts)
+        size: Any = run.tower.runs[0].size  # type: ignore[attr-defined]
+        got = {
+            "counts": run.merge_counts(),
+            "groups": run.groups(),
+            "final_size": size,
+            "last_pre_norm": run.hidden[-1],
+            "logits": run.output,
+        }
+        compared |= compare(case, name, got)
+        assert_close(size.sum((1, 2)), torch.full((len(pixels),), side * side + 1.0), "mass")
+    assert compared == outputs(case)
+
+
 CHECKS = {
+    "e2e CLIP vision tower": check_clip_tower,
+    "e2e ViT classifier": check_classifier,
     "pitome_vision[protect]": check_protect,
     "pitome_vision[energy_bsm]": check_energy_bsm,
     "pitome_vision_v1": check_v1,

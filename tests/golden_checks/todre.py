@@ -1,8 +1,13 @@
-"""Golden checks of todre: greedy selections, pivots, cross-modal ratios."""
+"""Golden checks of todre: greedy selections, pivots, cross-modal ratios, whole models."""
+
+from typing import Any
 
 import torch
 
+import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import Watched, image_inputs, load_llava, run, suffixes
+from tokprune.methods.todre import ToDRE
 from tokprune.operators.attention import attention_rows
 from tokprune.operators.diversity import (
     center_pivot,
@@ -73,8 +78,88 @@ def check_cross_modal_ratio(case: Case) -> None:
         assert_close(attention_rows(q, k, None, allowed), case["attn"], "attn")
 
 
+def check_e2e(case: Case) -> None:
+    """Each sample alone, and all of them as one left-padded batch."""
+    tails = suffixes(case, "input_ids")
+    for attention in ("eager", "sdpa"):
+        model = load_llava(case.weights(), case.parameters["config"], attention)
+        for tail in tails:
+            if "logits_unpruned" + tail in case:
+                got = run(model, image_inputs(case, [tail])).logits[0, 0]
+                assert_close(got, case["logits_unpruned" + tail], f"logits_unpruned{tail}")
+        for positions in ("compact", "preserve"):
+            for group in [[tail] for tail in tails] + ([tails] if len(tails) > 1 else []):
+                _check_run(case, model, group, positions)
+
+
+def _check_run(case: Case, model: Any, tails: list[str], mode: str) -> None:
+    p = case.parameters
+    method = Watched(
+        ToDRE(
+            p["k"],
+            select=p.get("select", "max_sum"),
+            pivot=p["pivot"],
+            tau=p["tau"],
+            check_layers=p["check_layer_1based"],
+            positions=mode,  # type: ignore[arg-type]
+        )
+    )
+    tokens = torch.stack([case[f"{mode}.tokens{tail}"] for tail in tails])
+    inputs = image_inputs(case, tails)
+    with tokprune.compress(model, method) as trace:
+        got = run(model, inputs, tokens)
+    last: Any = trace.last
+    (check,) = method.runs[0].checks  # type: ignore[attr-defined]
+    assert check.layer == p["check_layer_1based"]
+    orders = method.plans[0].prompt[0].order(method.images)  # type: ignore[attr-defined]
+    steps = tokens.shape[1]
+    for b, tail in enumerate(tails):
+        where = f"of sample {tail or 'alone'} ({mode}, batch of {len(tails)})"
+        image = method.images[b]
+        assert_close(image.features, case["features" + tail], f"features {where}")
+        assert_equal(orders[b], case["order" + tail], f"order {where}")
+        assert_equal(orders[b][0], case["pivot" + tail], f"pivot {where}")
+        kept = last.images[b].selection.index
+        assert_equal(kept, case["keep" + tail], f"keep {where}")
+        assert not image.newline[kept].any()
+        side = image.grid[0] * image.grid[1]
+        cell = image.tile * side + image.row * image.grid[1] + image.col
+        assert image.score is not None
+        assert_close(
+            image.score[~image.newline],
+            case["cls_score" + tail].flatten()[cell[~image.newline]],
+            f"cls_score {where}",
+        )
+        padding = inputs["attention_mask"].shape[1] - last.original_lengths[b]
+        columns = trace_columns(last, 0, b) - padding
+        assert_equal(columns, case["prompt_kept" + tail], f"prompt_kept {where}")
+        visual = last.layers[0].segment[b][last.layers[0].column[b] >= 0] >= 0
+        segment = torch.where(visual, 2, torch.where(visual.cumsum(0) > 0, 3, 1))
+        assert_equal(segment, case["segment" + tail], f"segment {where}")
+        alpha = torch.stack([check.alpha_tv[b], check.alpha_vt[b]])
+        assert_close(alpha, case[f"{mode}.alpha{tail}"], f"alpha {where}")
+        assert_equal(check.drop[b], case[f"{mode}.drop{tail}"], f"drop {where}")
+        lengths = torch.tensor([layer.lengths[b] for layer in last.layers])
+        assert_equal(lengths, case[f"{mode}.kv_len{tail}"], f"lengths {where}")
+        if len(tails) == 1:
+            cached = torch.tensor(got.cache_lengths()) - steps
+            assert_equal(cached, case[f"{mode}.kv_len{tail}"], f"kv_len {where}")
+        hidden = case[f"{mode}.hidden_last{tail}"]
+        assert_close(got.hidden[b, -len(hidden) :], hidden, f"hidden_last {where}")
+        assert_close(got.logits[b], case[f"{mode}.logits{tail}"], f"logits {where}")
+        greedy = got.logits[b, :steps].argmax(-1)
+        assert_equal(greedy, case[f"{mode}.tokens{tail}"], f"tokens {where}")
+
+
+def trace_columns(last: Any, layer: int, row: int) -> torch.Tensor:
+    """Prompt columns that a decoder layer sees, in its order, without padding."""
+    columns = last.layers[layer].column[row]
+    return columns[columns >= 0]
+
+
 CHECKS = {
     "todre.cross_modal_ratio": check_cross_modal_ratio,
+    "todre.e2e_llava": check_e2e,
     "todre.k_center": check_k_center,
     "todre.max_sum": check_max_sum,
     "todre.pivot": check_pivot,

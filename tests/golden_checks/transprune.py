@@ -1,8 +1,14 @@
-"""Golden checks of transprune: transition weights, instruction attention, one pruning stage."""
+"""Golden checks of transprune: transition weights, instruction attention, one pruning stage, and
+a decoder that prunes in steps."""
+
+from typing import Any
 
 import torch
 
+import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import Watched, load_llama, padded_embeds, run
+from tokprune.methods.transprune import TransPrune
 from tokprune.operators.attention import attention_rows, mean_rows
 from tokprune.operators.topk import keep_topk, segment_topk
 from tokprune.operators.transition import (
@@ -124,7 +130,106 @@ def check_image_share_is_iga(case: Case) -> None:
     assert_close(image_share(case["image_attention"]), case["iga"], "iga from attention", rtol)
 
 
+class _Recorder(Watched):
+    """Also remembers each layer's raw transitions and each step's scores."""
+
+    def recorded(self) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Any, Any, Any]]]:
+        transitions: dict[int, torch.Tensor] = {}
+        steps: dict[int, tuple[Any, Any, Any]] = {}
+        made: Any = self.runs[-1]
+        transition, before_layer = made.transition, made.before_layer
+
+        def watched_transition(layer: int, *args: Any) -> None:
+            transition(layer, *args)
+            transitions[layer] = made.transitions[layer]
+
+        def watched_before(layer: int, hidden: Any, view: Any, scoring: Any) -> Any:
+            total = sum(made.transitions.values(), torch.zeros(view.segment.shape))
+            keep = before_layer(layer, hidden, view, scoring)
+            first = (view.segment[0] >= 0).nonzero().view(-1)
+            share = image_share(total, view.segment, view.segments)
+            steps[layer] = tuple(x[0, first] for x in (made.instruction, share, made.score))
+            return keep
+
+        made.transition, made.before_layer = watched_transition, watched_before
+        return transitions, steps
+
+
+def check_e2e(case: Case) -> None:
+    """Prefill and steps from embeddings, alone and as a row of a left-padded batch."""
+    p, embeds = case.parameters, case["inputs_embeds"]
+    image = slice(p["image_start"], p["image_start"] + p["image_len"])
+    length = embeds.shape[1]
+    visual = torch.zeros(1, length, dtype=torch.bool)
+    visual[:, image] = True
+    mask = torch.ones(1, length, dtype=torch.long)
+    alone = {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
+    model = load_llama(case.weights(), p["config"])
+    assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")
+    prompts = ((0, "sample", alone), (0, "batch", alone))
+    for gap, normalize, inputs in (*prompts, (3, "sample", padded_embeds(embeds, image, 3))):
+        _check_run(case, model, gap, normalize, inputs)
+
+
+def _check_run(
+    case: Case, model: Any, gap: int, normalize: Any, inputs: dict[str, torch.Tensor]
+) -> None:
+    p = case.parameters
+    prune = p["prune_layers_1based"]
+    method = _Recorder(
+        TransPrune(
+            tuple(p["ratios"]),
+            prune_layers=tuple(prune),
+            accumulate_layers=tuple(p["accumulate_layers_1based"]),
+            normalize=normalize,
+        )
+    )
+    recorded: list[Any] = []
+    steps = [step.expand(len(inputs["inputs_embeds"]), -1, -1) for step in case["decode_embeds"]]
+    with tokprune.compress(model, method) as trace:
+        stage: Any = method.plans[0].decoder[0]
+        start = stage.start
+
+        def watched() -> Any:
+            made = start()
+            recorded.append(method.recorded())
+            return made
+
+        stage.start = watched
+        got = run(model, inputs, embeds=steps)
+    transitions, scores = recorded[0]
+    for layer, weight in transitions.items():
+        own = weight[:1, weight.shape[1] - case[f"transition_layer{layer}"].shape[1] :]
+        assert_close(own, case[f"transition_layer{layer}"], f"transition_layer{layer}")
+    wanted = {int(n.removeprefix("transition_layer")) for n in case.t if n.startswith("transition")}
+    assert {n for n in wanted if n < max(prune)} == set(transitions)
+    last: Any = trace.last
+    for i, layer in enumerate(prune):
+        iga, ttv, score = scores[layer]
+        assert_close(iga, case[f"stage{i}_iga"], f"stage{i}_iga")
+        assert_close(ttv, case[f"stage{i}_ttv"], f"stage{i}_ttv")
+        assert_close(2 * score, case[f"stage{i}_score"], f"stage{i}_score")
+        seen = last.layers[layer]
+        real = seen.column[0] >= 0
+        kept = seen.column[0][real] - gap
+        assert_equal(kept, case[f"stage{i}_keep_original"], f"stage{i}_keep_original")
+        own = kept[seen.segment[0][real] >= 0] - p["image_start"]
+        assert_equal(own, case[f"stage{i}_keep_visual"], f"stage{i}_keep_visual")
+        positions = case[f"stage{i}_positions"].view(-1)
+        assert_equal(seen.position[0][real], positions, f"stage{i}_positions")
+    lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
+    assert_equal(lengths, case["kv_lengths"], "kv_lengths")
+    if not gap:
+        cached = torch.tensor(got.cache_lengths()) - len(steps)
+        assert_equal(cached, case["kv_lengths"], "cached")
+    logits = case["logits"]
+    assert_close(got.prefill[:1, -logits.shape[1] :], logits, "logits")
+    decoded = case["decode_logits"].view(len(steps), -1)
+    assert_close(got.logits[0, 1:], decoded, "decode_logits")
+
+
 CHECKS = {
+    "transprune.e2e_llama": check_e2e,
     "transprune.iga": check_image_share_is_iga,
     "transprune.rank_drop": check_rank_drop,
     "transprune.transition_weight": check_transition_weight,

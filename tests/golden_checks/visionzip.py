@@ -1,8 +1,12 @@
 """Golden checks of visionzip."""
 
+from typing import Any
+
 import torch
 
 from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.towers import clip_tower, run_tower, tower_facts
+from tokprune.methods.visionzip import VisionZip
 from tokprune.operators.anyres import visionzip_pack
 from tokprune.operators.visionzip import compress, dominant
 
@@ -31,7 +35,31 @@ def check_anyres_pack(case: Case) -> None:
     assert_equal(with_base[:rows], lead, "base tile")
 
 
+def check_e2e_clip(case: Case) -> None:
+    p = case.parameters
+    config = p["config"]
+    layers, side = config["num_hidden_layers"], config["image_size"] // config["patch_size"]
+    facts = tower_facts(layers, side, layers - 2)
+    method = VisionZip(dominant=p["dominant"], contextual=p["contextual"])
+    for attention in ("eager", "sdpa"):
+        model = clip_tower(case.weights(), config, attention)
+        plain = run_tower(model, case["pixel_values"], [], facts)
+        assert_close(plain.hidden[-2], case["hidden_penultimate"], "hidden_penultimate", atol=1e-6)
+        run = run_tower(model, case["pixel_values"], method.plan(facts).encoder, facts)
+        # row 0 is what the model cuts off before the projector
+        assert_close(run.hidden[-2][:, 1:], case["out"], "out", atol=1e-6)
+        slots = run.tower.tokens.slots[:, 1 : p["dominant"] + 1] + 1
+        assert_equal(slots, case["all_indices"].sort(-1).values, "all_indices")
+        zipped: Any = run.tower.runs[0]
+        assert_close(zipped.metric, case["metric"], "metric", atol=1e-6)
+        assert_close(zipped.score[:, 1:], case["cls_scores"], "cls_scores", atol=1e-6)
+        assert_equal(
+            dominant(zipped.score, p["dominant"]), case["all_indices"], "all_indices by score"
+        )
+
+
 CHECKS = {
+    "visionzip.e2e_clip": check_e2e_clip,
     "visionzip.compress": check_compress,
     "visionzip.anyres_pack": check_anyres_pack,
 }

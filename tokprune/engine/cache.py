@@ -114,8 +114,9 @@ class CompressedLayer(DynamicLayer):
         tail = torch.arange(length - later, length, device=self.columns.device)
         return torch.cat([self.columns, tail.expand(self.columns.shape[0], later)], dim=1)
 
-    def keep_entries(self, index: Tensor, continue_positions: bool) -> None:
-        """Keep the cached entries at ``index`` [B, n'] (−1 = padding at the left)."""
+    def keep_entries(self, index: Tensor, continue_positions: bool, padded: bool = True) -> None:
+        """Keep the cached entries at ``index`` [B, n'] (−1 = padding); ``padded``: whether any of
+        them is padding."""
         assert self.columns is not None
         columns = self.all_columns()
         before = self.entries
@@ -126,7 +127,7 @@ class CompressedLayer(DynamicLayer):
         if self.positions is not None:
             self.positions = self.positions.gather(1, place)
         self.missing += before - index.shape[1]
-        self.padded = True
+        self.padded = padded
         if not continue_positions:
             # the next token, at original position p, is to stand at the number of real entries
             real = (self.columns >= 0).sum(1)

@@ -13,6 +13,7 @@ from tokprune.engine.masks import decoder_mask
 from tokprune.engine.prompt import take
 from tokprune.engine.stages import (
     Attention,
+    CachePolicy,
     DecoderRun,
     DecoderStage,
     Keep,
@@ -277,9 +278,32 @@ class PrefillPass:
                 continue
             self._policy_lengths = policy.lengths
             for number, index in policy.index.items():
-                layer = compressed_layer(self.cache, number)
-                layer.next_position = self.native.next_position.to(index.device)
-                layer.keep_entries(index, policy.continue_positions)
+                self._keep_entries(number, index, policy)
+
+    def _keep_entries(self, number: int, index: Tensor, policy: CachePolicy) -> None:
+        assert self.cache is not None
+        view = self.views[number]
+        ordinary = not isinstance(self._cached(number), CompressedLayer)
+        layer = compressed_layer(self.cache, number)
+        assert layer.columns is not None
+        # this prefill's entries are the newest; a sliding layer may hold a part of them only
+        earlier = layer.entries - view.column.shape[1]
+        columns = layer.all_columns()
+        if ordinary and self.attention_mask is not None:
+            real = self.attention_mask.to(columns.device).gather(1, columns) != 0
+            layer.columns = columns.masked_fill(~real, -1)
+        if self.calls.window is not None and layer.positions is None:
+            before, new = columns[:, : max(earlier, 0)], view.position[:, max(-earlier, 0) :]
+            layer.positions = torch.cat([before, new.to(columns.device)], dim=1)
+        index = index.to(columns.device)
+        moved = torch.where(index < 0, -1, (index + earlier).clamp(min=-1))
+        if earlier > 0:
+            first = torch.arange(earlier, device=moved.device).expand(moved.shape[0], earlier)
+            moved = torch.cat([first, moved], dim=1)
+        lengths = policy.lengths.get(number)
+        full = lengths is not None and min(lengths) == index.shape[1] and earlier == 0
+        layer.next_position = self.native.next_position.to(index.device)
+        layer.keep_entries(moved, policy.continue_positions, padded=not full)
 
 
 class _Scoring(ScoringLayer):

@@ -181,7 +181,8 @@ class EncoderOutcome:
 
     ``score`` and ``tag`` [tiles, T]: carried to the prompt and the decoder stages; ``key``
     [tiles, T]: integer sort key of the published order inside one image (None: tile by tile,
-    row by row); ``unpad``: rows on cells that the model's own packing crops away are dropped.
+    row by row), with an entry for the class token where the model keeps it; ``unpad``:
+    rows on cells that the model's own packing crops away are dropped.
     """
 
     score: Tensor | None = None
@@ -365,10 +366,11 @@ class Keep:
 
 @dataclass
 class CachePolicy:
-    """Answer of a decoder run at the end of prefill. ``index[l]`` [B, n']: for layer ``l`` the
-    indices of the cache entries that stay (−1 = padding at the left), or None for untouched;
-    ``continue_positions``: decode steps go on with the prefill numbering of each layer; else
-    their position is the number of entries in the layer's cache."""
+    """Answer of a decoder run at the end of prefill. ``index[l]`` [B, n']: of the sequence that
+    layer ``l`` cached in this prefill, the places that stay (−1 = padding at the left); layers
+    that are not named, and entries of earlier turns, stay as they are.
+    ``continue_positions``: decode steps go on with the prefill numbering of each layer; else their
+    position is the number of entries in the layer's cache."""
 
     index: dict[int, Tensor] = field(default_factory=dict)
     #: real entries per batch row of the layers in ``index`` (host)

@@ -36,6 +36,12 @@ Rows = Literal["last", "text"]
 
 _SPARSEVLM = "average over 32 layers, K = 2: k = (32·avg − 2·576)/30"
 _README = "FastV README, latency table: K = 2"
+_ABLATION = "FastV, arXiv 2403.06764, ablation: K = 2"
+_LMMS = "FastV README, lmms-eval table: K = 3"
+_QUOTED = (
+    "as quoted by later papers for 2880 tokens, K = 2: tokens after the cut (they do not say "
+    "whether it is that or the average over layers)"
+)
 
 
 @register_method
@@ -50,7 +56,7 @@ class FastV(Method):
         keep: visual tokens per image after the cut (count), or fraction.
         layer: K, the number of decoder layers that see all tokens (paper 2, Hugging Face demo 3).
         rows: "last" prompt row (all official code), or the mean over all "text" rows after the
-            image (another reading of the paper).
+            image (another reading of the paper; the last row where no text follows).
         positions: "preserve" (official) or "compact".
 
     Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764.
@@ -67,6 +73,11 @@ class FastV(Method):
         Preset("llava-1.5", "R=25%", {"keep": 432, "layer": 2}, _README),
         Preset("llava-1.5", "R=50%", {"keep": 288, "layer": 2}, _README),
         Preset("llava-1.5", "R=75%", {"keep": 144, "layer": 2}, _README),
+        Preset("llava-1.5", "R=87.5%", {"keep": 72, "layer": 2}, _ABLATION),
+        Preset("llava-1.5", "K=3 R=50%", {"keep": 288, "layer": 3}, _LMMS),
+        Preset("llava-next", 640, {"keep": 640, "layer": 2}, _QUOTED),
+        Preset("llava-next", 320, {"keep": 320, "layer": 2}, _QUOTED),
+        Preset("llava-next", 160, {"keep": 160, "layer": 2}, _QUOTED),
     )
 
     keep: Budget
@@ -112,8 +123,10 @@ class _FastVRun(DecoderRun):
             self.score = mean_rows(attention.rows(view.last_row()))
             return
         rows, real = view.text_rows()
-        if rows.shape[1]:
-            self.score = mean_rows(attention.rows(rows), real)
+        if not min(view.text_after):  # without text after the image, the last row stands in
+            rows = torch.cat([rows, view.last_row()], dim=1)
+            real = torch.cat([real, ~real.any(1, keepdim=True)], dim=1)
+        self.score = mean_rows(attention.rows(rows), real)
 
     def before_layer(
         self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
@@ -124,6 +137,8 @@ class _FastVRun(DecoderRun):
         budgets = [[min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, view.counts)]
         totals = torch.tensor([[sum(row)] for row in budgets])
         one = torch.where(view.visual, 0, -1)  # all images of a row share one ranking
-        mask = segment_topk(self.score, one, totals.to(hidden.device, non_blocking=True))
+        mask = segment_topk(
+            self.score.to(hidden.device), one, totals.to(hidden.device, non_blocking=True)
+        )
         shared = any(len(row) > 1 and row != now for row, now in zip(budgets, view.counts))
         return Keep(mask, None if shared else budgets, self.method.positions)

@@ -1,6 +1,12 @@
 """Pure tensor operators: scores, selections and merges that know nothing of models."""
 
-from tokprune.operators.anyres import flowcut_pack, unpad_bounds, visionzip_pack
+from tokprune.operators.anyres import (
+    flowcut_pack,
+    stitched_bounds,
+    tile_windows,
+    unpad_bounds,
+    visionzip_pack,
+)
 from tokprune.operators.attention import attention_rows, mean_rows, repeat_heads
 from tokprune.operators.bipartite import (
     bipartite_soft_matching,
@@ -60,6 +66,7 @@ from tokprune.operators.pooling import (
     nested_scales,
     random_sample,
     sequential_sample,
+    share,
 )
 from tokprune.operators.relevance import (
     cross_modal_ratio,
@@ -151,13 +158,16 @@ __all__ = [
     "segment_topk",
     "selection_radius",
     "sequential_sample",
+    "share",
     "should_drop",
     "spatial_merge",
     "spatial_merge_fixed",
     "spectral_distance",
+    "stitched_bounds",
     "summed_similarity",
     "text_attention",
     "text_terms",
+    "tile_windows",
     "transition_score",
     "transition_weight",
     "unpad_bounds",

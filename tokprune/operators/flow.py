@@ -236,7 +236,7 @@ def prune_count(
     remaining: int,
     target: int | Tensor,
     valid: Tensor | None = None,
-    reduce: Reduce = "image",
+    reduce: Reduce | Tensor = "image",
     renormalize: bool = True,
     eps: float = 0.0,
 ) -> Tensor:
@@ -249,7 +249,8 @@ def prune_count(
         remaining: layers left, at least 1.
         target: tokens wanted in the end, one number or [B] long.
         valid: [B, N] bool, real tokens; None means all.
-        reduce: "image" counts for each row; "batch" gives every row the largest count (official).
+        reduce: "image" counts for each row; "batch" gives every row the largest count (official);
+            [B] long: rows with the same number share the largest among them (tiles of one image).
         renormalize, eps: see ``attention_entropy``.
 
     Returns:
@@ -266,13 +267,22 @@ def prune_count(
         raise ValueError(f"attention has shape {tuple(attention.shape)}; it should be [B, N]")
     if remaining < 1:
         raise ValueError(f"remaining is {remaining}; it should be at least 1")
-    _check_choice("reduce", reduce, Reduce)
+    if not isinstance(reduce, Tensor):
+        _check_choice("reduce", reduce, Reduce)
+    elif reduce.shape != attention.shape[:1]:
+        raise ValueError(
+            f"reduce has shape {tuple(reduce.shape)}; it should be [{attention.shape[0]}], a "
+            "number per row"
+        )
     _check_target(target)
     alive = _masked(attention, valid)[1]
     excess = (alive - target).clamp(min=0)
     h = attention_entropy(attention, valid, renormalize, eps)
     count = (excess / remaining**0.5 * (1 - h * h)).round().long()
-    if reduce == "batch" and count.numel():
+    if isinstance(reduce, Tensor):
+        together = reduce[:, None] == reduce
+        count = count.expand(len(count), -1).masked_fill(~together, 0).amax(-1)
+    elif reduce == "batch" and count.numel():
         count = count.amax().expand_as(count)
     return torch.minimum(count.clamp(min=0), excess)
 
@@ -283,7 +293,7 @@ def encoder_keep(
     remaining: int,
     target: int | Tensor,
     valid: Tensor | None = None,
-    reduce: Reduce = "image",
+    reduce: Reduce | Tensor = "image",
     period: int = 2,
     renormalize: bool = True,
     eps: float = 0.0,

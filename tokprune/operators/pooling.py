@@ -133,6 +133,31 @@ def grid_sample(
     return torch.tensor(positions).to(device, non_blocking=True)
 
 
+def share(total: int, sizes: list[int]) -> list[int]:
+    """Divide a budget between parts in proportion to their sizes, exactly.
+
+    Every part gets the floor of its share; what is left goes one each to the largest remainders,
+    of equal ones to the earlier part.
+
+    Args:
+        total: the budget, 0 ≤ total ≤ sum of the sizes.
+        sizes: size of each part, at least 0.
+
+    Returns:
+        A number per part, at most its size, that add up to ``total``.
+
+    Raises:
+        ValueError: ``total`` out of range.
+    """
+    whole = sum(sizes)
+    _check_keep(total, whole)
+    shares = [total * size // max(1, whole) for size in sizes]
+    rest = sorted(range(len(sizes)), key=lambda i: -(total * sizes[i] % max(1, whole)))
+    for i in rest[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
 def sequential_sample(n: int, keep: int, device: torch.device | str | None = None) -> Tensor:
     """Evenly spaced positions of the flattened list: ⌊i·n/keep⌋.
 

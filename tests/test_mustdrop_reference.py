@@ -1,0 +1,290 @@
+"""MustDrop with merging against a slow reference: one sample at a time, loops over windows,
+tokens and heads, whole attention maps, caches as plain tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_same_logits, compressed_logits, continuation_tokens
+from tiny import BUILDERS, IMAGE_TOKEN, make_inputs
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+import tokprune
+from tokprune.families import family_of
+from tokprune.methods.mustdrop import MustDrop
+
+STEPS = 8
+SIZES = [(20, 40), (40, 20), (30, 30), (24, 72)]
+BATCHES: dict[str, list[list[Any]]] = {
+    "single": [[4, "image", 6]],
+    "four": [[4, "image", 6], [7, "image", 9], [2, "image", 3], [5, "image", 12]],
+}
+METHODS = {
+    "official": MustDrop(
+        gamma=0.03, alpha=0.03, window=(2, 2), threshold=0.14, pruning_layers=(1, 3, 4, 6)
+    ),
+    "continue": MustDrop(
+        gamma=0.08, alpha=0.06, window=(3, 3), threshold=0.1, pruning_layers=(0, 4),
+        decode_positions="continue", key_rate=0.2,
+    ),
+    "no-cache-policy": MustDrop(
+        gamma=0.04, alpha=0.08, window=(2, 3), threshold=0.2, pruning_layers=(2, 3),
+        cache_policy=False, merge_after_layer=1,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Seen:
+    """What the reference decided for one sample."""
+
+    merged: int
+    keys: list[int]
+    counts: list[int]
+    cached: list[int]
+
+
+# ------------------------------------------------------------------------------- attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Whole maps [H, Lq, Lk] and outputs [Lq, H·d] of q [Lq, H, d], k and v [Lk, Hkv, d]; the
+    last query is that of the last key."""
+    maps, outs = [], []
+    for head in range(q.shape[1]):
+        own = head // (q.shape[1] // k.shape[1])
+        logits = q[:, head] @ k[:, own].T / math.sqrt(q.shape[2])
+        if causal:
+            for i, j in itertools.product(range(q.shape[0]), range(k.shape[0])):
+                if j > k.shape[0] - q.shape[0] + i:
+                    logits[i, j] = -math.inf
+        maps.append(logits.softmax(-1))
+        outs.append(maps[-1] @ v[:, own])
+    return torch.stack(maps), torch.cat(outs, dim=1)
+
+
+def heads(x: Tensor, projection: Any, width: int) -> Tensor:
+    return projection(x).view(len(x), -1, width)
+
+
+# ------------------------------------------------------------------------------- vision
+
+
+def clip_block(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One block on [T, D]: its attention maps and its output."""
+    attn = layer.self_attn
+    normed = layer.layer_norm1(x)
+    q, k, v = (heads(normed, p, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    maps, out = attention(q, k, v, causal=False)
+    x = x + attn.out_proj(out)
+    return maps, x + layer.mlp(layer.layer_norm2(x))
+
+
+def windows(side: int, window: tuple[int, int]) -> list[list[int]]:
+    """Patches of each window, both in raster order."""
+    a, b = window
+    return [
+        [(y + i) * side + x + j for i in range(a) for j in range(b)]
+        for y in range(0, side, a)
+        for x in range(0, side, b)
+    ]
+
+
+def similarity(patches: Tensor, window: list[int]) -> float:
+    pairs = [(i, j) for i in window for j in window if i != j]
+    return sum(float(cosine_similarity(patches[i], patches[j], dim=0)) for i, j in pairs) / len(
+        pairs
+    )
+
+
+def encode(model: Any, tiles: Tensor, method: MustDrop) -> tuple[Tensor, list[bool], int]:
+    """Visual tokens [n, D] of one image in published order, which of them are key tokens, and
+    how many windows merged in each tile."""
+    multimodal = model.model
+    tower = getattr(multimodal.vision_tower, "vision_model", multimodal.vision_tower)
+    layers = tower.encoder.layers
+    merge_layer = method.merge_after_layer or 0
+    xs = [tower.pre_layrnorm(tower.embeddings(tile[None]))[0] for tile in tiles]
+    for layer in layers[: merge_layer + 1]:
+        xs = [clip_block(layer, x)[1] for x in xs]
+    side = math.isqrt(len(xs[0]) - 1)
+    boxes = windows(side, method.window)
+    similar = [[similarity(x[1:], box) for box in boxes] for x in xs]
+    merged = min(sum(s >= method.threshold for s in own) for own in similar)
+    features, marks = [], []
+    for x, own in zip(xs, similar):
+        best = sorted(range(len(boxes)), key=lambda w: -own[w])[:merged]
+        gone = {i for w in best for i in boxes[w]}
+        rows = [x[0]]
+        rows += [torch.stack([x[1 + i] for i in boxes[w]]).mean(0) for w in best]
+        rows += [x[1 + i] for i in range(side * side) if i not in gone]
+        hidden = torch.stack(rows)
+        for number, layer in enumerate(layers[merge_layer + 1 :], merge_layer + 1):
+            maps, hidden = clip_block(layer, hidden)
+            if number == len(layers) - 2:
+                features.append(multimodal.multi_modal_projector(hidden[1:]))
+        look = maps[:, 0, 1:].mean(0)
+        count = math.ceil(method.key_rate * len(look))
+        keys = sorted(range(len(look)), key=lambda i: -float(look[i]))[:count]
+        marks += [i in keys for i in range(len(look))]
+    return torch.cat(features), marks, merged
+
+
+# ------------------------------------------------------------------------------- language
+
+
+def rotate(x: Tensor, positions: list[int], base: float) -> Tensor:
+    """Rotary embedding of [L, H, d], halves paired."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for row, position in enumerate(positions):
+        angle = torch.tensor(
+            [position * base ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=torch.float32
+        )
+        first, second = x[row, :, :half], x[row, :, half:]
+        out[row, :, :half] = first * angle.cos() - second * angle.sin()
+        out[row, :, half:] = second * angle.cos() + first * angle.sin()
+    return out
+
+
+class Decoder:
+    """A Llama with a cache per layer: keys rotated where they were computed."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.lm = model, model.model.language_model
+        config = self.lm.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.base = rope.get("rope_theta") or config.rope_theta
+        self.cache: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(
+            self.lm.layers
+        )
+
+    def layer(self, number: int, x: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Attention maps [H, L, keys] and output of a layer on the newest tokens [L, D]."""
+        layer = self.lm.layers[number]
+        attn, normed = layer.self_attn, layer.input_layernorm(x)
+        width = attn.head_dim
+        q = rotate(heads(normed, attn.q_proj, width), positions, self.base)
+        k = rotate(heads(normed, attn.k_proj, width), positions, self.base)
+        v = heads(normed, attn.v_proj, width)
+        old_k, old_v = self.cache[number]
+        if old_k.numel():
+            k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
+        self.cache[number] = (k, v)
+        maps, out = attention(q, k, v, causal=True)
+        x = x + attn.o_proj(out)
+        return maps, x + layer.mlp(layer.post_attention_layernorm(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.model.lm_head(self.lm.norm(x[-1:]))[0]
+
+
+def weak(maps: Tensor, image: list[int], text: list[int], method: MustDrop) -> list[bool]:
+    mean = maps.mean(0)
+    total = [sum(float(mean[row, j]) for row in text) for j in image]
+    peak = [max(float(mean[row, j]) for row in text) for j in image]
+    limit = method.gamma * sum(total)
+    return [g < limit and m < method.alpha for g, m in zip(total, peak)]
+
+
+def reference(
+    model: Any, ids: list[int], tiles: Tensor, method: MustDrop, continuation: list[int]
+) -> tuple[Tensor, Seen]:
+    """Logits [1 + steps, V] after the prompt and after every token of ``continuation``."""
+    decoder, embed = Decoder(model), model.get_input_embeddings()
+    features, marks, merged = encode(model, tiles, method)
+    start = ids.index(IMAGE_TOKEN)
+    after = [i for i in ids[start:] if i != IMAGE_TOKEN]
+    x = torch.cat([embed(torch.tensor(ids[:start])), features, embed(torch.tensor(after))])
+    # every token of the present sequence: its number in the prompt; and which numbers are image
+    alive = list(range(len(x)))
+    image = set(range(start, start + len(features)))
+    keys = {start + i for i, mark in enumerate(marks) if mark}
+    held, counts = [], []
+    for number in range(len(decoder.lm.layers)):
+        held.append(list(alive))
+        maps, x = decoder.layer(number, x, list(range(len(alive))))
+        if number in method.pruning_layers:
+            here = [place for place, token in enumerate(alive) if token in image]
+            text = [p for p, token in enumerate(alive) if token >= start + len(features)]
+            drop = {
+                alive[place]
+                for place, gone in zip(here, weak(maps, here, text, method))
+                if gone and alive[place] not in keys
+            }
+            rows = [place for place, token in enumerate(alive) if token not in drop]
+            x, alive = x[rows], [alive[place] for place in rows]
+            counts.append(sum(token in image for token in alive))
+    following = [len(tokens) for tokens in held]
+    if method.cache_policy:
+        for number in range(min(method.pruning_layers), max(method.pruning_layers) + 1):
+            rows = [place for place, token in enumerate(held[number]) if token in alive]
+            decoder.cache[number] = tuple(t[rows] for t in decoder.cache[number])
+            if method.decode_positions == "cache_length":
+                following[number] = len(rows)
+    cached = [len(k) for k, _ in decoder.cache]
+    out = [decoder.logits(x)]
+    for step, token in enumerate(continuation):
+        x = embed(torch.tensor([token]))
+        for number in range(len(decoder.lm.layers)):
+            _, x = decoder.layer(number, x, [following[number] + step])
+        out.append(decoder.logits(x))
+    return torch.stack(out), Seen(merged, sorted(keys), counts, cached)
+
+
+# ------------------------------------------------------------------------------- comparison
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("attention_kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("case", METHODS)
+@torch.no_grad()
+def test_equals_the_reference(case: str, family: str, attention_kind: str, batch: str) -> None:
+    method = METHODS[case]
+    model = BUILDERS[family](attention=attention_kind)
+    prompts = BATCHES[batch]
+    inputs = make_inputs(model, prompts, SIZES[: len(prompts)])
+    continuation = continuation_tokens(len(prompts), STEPS)
+    with tokprune.compress(model, method) as trace:
+        got = compressed_logits(model, inputs, continuation)
+    layouts = family_of(model)
+    parts = layouts.parts(model)
+    layouts = layouts.layouts(
+        parts, inputs["pixel_values"], inputs.get("image_sizes"), layouts.facts(model, parts)
+    )
+    want, seen = [], []
+    for b in range(len(prompts)):
+        ids = inputs["input_ids"][b][inputs["attention_mask"][b] != 0].tolist()
+        pixels = inputs["pixel_values"][b]
+        tiles = pixels[None] if pixels.dim() == 3 else pixels[: layouts[b].tiles]
+        logits, own = reference(model, ids, tiles, method, continuation[b].tolist())
+        want.append(logits)
+        seen.append(own)
+    last: Any = trace.last
+    for b, own in enumerate(seen):
+        counts = [sum(last.layers[cut + 1].counts[b]) for cut in method.pruning_layers]
+        assert counts == own.counts
+        assert [layer.cached[b] for layer in last.layers] == own.cached
+    assert any(own.merged for own in seen), "nothing merged: the comparison would show little"
+    entered = [sum(counts) for counts in last.layers[0].counts]
+    assert any(own.counts[0] < n for own, n in zip(seen, entered))
+    assert any(own.counts[-1] < own.counts[0] for own in seen)
+    assert_same_logits(got, torch.stack(want))
+
+
+def test_the_batch_is_ragged_in_every_way() -> None:
+    """The cases above differ between the samples of a batch, or they would prove less."""
+    model = BUILDERS["llava"]()
+    inputs = make_inputs(model, BATCHES["four"])
+    with tokprune.compress(model, METHODS["official"]) as trace, torch.no_grad():
+        model(**inputs)
+    last: Any = trace.last
+    assert len({counts[0] for counts in last.layers[0].counts}) > 1
+    assert len({counts[0] for counts in last.layers[-1].counts}) > 1
