@@ -1,33 +1,69 @@
 """Training-free visual-token pruning and merging for vision-language models in transformers."""
 
-from tokprune.engine.session import visual_positions
-from tokprune.errors import (
-    AlreadyPatchedError,
-    CompositionError,
-    NonFiniteFeaturesError,
-    PromptMismatchError,
-    UnsupportedModelError,
-)
-from tokprune.families import supported_models
-from tokprune.methods import *  # noqa: F403
-from tokprune.methods import __all__ as _methods
-from tokprune.patching import compose, compress, is_patched, patch, trace_of, unpatch
+# ruff: noqa: F401
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tokprune.overlay import overlay
+
+if TYPE_CHECKING:
+    from tokprune.engine.session import visual_positions
+    from tokprune.errors import (
+        AlreadyPatchedError,
+        CompositionError,
+        NonFiniteFeaturesError,
+        PromptMismatchError,
+        UnsupportedModelError,
+    )
+    from tokprune.families import supported_models
+    from tokprune.loading import load
+    from tokprune.methods import *  # noqa: F403
+    from tokprune.patching import compose, compress, is_patched, patch, trace_of, unpatch
+    from tokprune.trace import Trace
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AlreadyPatchedError",
-    "CompositionError",
-    "NonFiniteFeaturesError",
-    "PromptMismatchError",
-    "UnsupportedModelError",
-    "compose",
-    "compress",
-    "is_patched",
-    "patch",
-    "supported_models",
-    "trace_of",
-    "unpatch",
-    "visual_positions",
-    *_methods,
-]
+# torch and transformers take seconds to import, so names are fetched when first used.
+_HOME = {
+    "AlreadyPatchedError": "tokprune.errors",
+    "CompositionError": "tokprune.errors",
+    "NonFiniteFeaturesError": "tokprune.errors",
+    "PromptMismatchError": "tokprune.errors",
+    "Trace": "tokprune.trace",
+    "UnsupportedModelError": "tokprune.errors",
+    "compose": "tokprune.patching",
+    "compress": "tokprune.patching",
+    "is_patched": "tokprune.patching",
+    "load": "tokprune.loading",
+    "patch": "tokprune.patching",
+    "supported_models": "tokprune.families",
+    "trace_of": "tokprune.patching",
+    "unpatch": "tokprune.patching",
+    "visual_positions": "tokprune.engine.session",
+}
+_PACKAGES = ("engine", "families", "methods", "operators")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        methods = importlib.import_module("tokprune.methods").__all__
+        value: Any = sorted({"overlay", *_HOME, *methods})
+    elif name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in _PACKAGES:
+        return importlib.import_module(f"tokprune.{name}")
+    elif name.startswith("_"):
+        raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
+    else:
+        methods_module = importlib.import_module("tokprune.methods")
+        if name not in methods_module.__all__:
+            raise AttributeError(f"module 'tokprune' has no attribute {name!r}")
+        value = getattr(methods_module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

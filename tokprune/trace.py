@@ -35,7 +35,8 @@ class LayerTrace:
     prefill that the layer holds after it (fewer than ``lengths`` where a method prunes the
     cache, 0 without a cache). ``entries`` [B, n]: conversation column of everything that a
     compressed layer holds after the prefill, earlier turns included, −1 = padding; None for an
-    ordinary cache layer or without a cache.
+    ordinary cache layer or without a cache. ``next_position`` [B]: rotary position that the next
+    token gets in this layer.
     """
 
     column: Tensor
@@ -45,6 +46,7 @@ class LayerTrace:
     lengths: list[int]
     cached: list[int]
     entries: Tensor | None = None
+    next_position: Tensor | None = None
 
 
 @dataclass
@@ -224,7 +226,7 @@ class Trace:
         layers = [
             LayerTrace(
                 v.column, v.position, v.segment, v.counts, v.lengths,
-                prefill.cached(n, v.lengths), _entries(prefill, n),
+                prefill.cached(n, v.lengths), _entries(prefill, n), _next_position(prefill, n),
             )
             for n, v in enumerate(prefill.views)
         ]  # fmt: skip
@@ -315,6 +317,16 @@ def _entries(prefill: PrefillPass, number: int) -> Tensor | None:
     if prefill.cache is None or len(prefill.cache.layers) <= number:
         return None
     return getattr(prefill.cache.layers[number], "columns", None)
+
+
+def _next_position(prefill: PrefillPass, number: int) -> Tensor:
+    """[B] rotary position of the next token in a layer."""
+    shift = None
+    if prefill.cache is not None and len(prefill.cache.layers) > number:
+        shift = getattr(prefill.cache.layers[number], "shift", None)
+    if shift is None:
+        return prefill.views[number].next_position
+    return prefill.native.next_position.to(shift.device) - shift
 
 
 def _itemsize(prefill: PrefillPass) -> int:

@@ -1,0 +1,5 @@
+"""``python -m tokprune``."""
+
+from tokprune.cli import app
+
+app(prog_name="tokprune")

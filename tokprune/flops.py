@@ -1,0 +1,230 @@
+"""Multiply-accumulates (MACs) of a prefill, counted from module widths and the trace.
+
+Everything here is called ``macs``; one MAC is two floating-point operations, so FLOPs = 2 × MACs.
+The papers' "FLOPs" are MACs by this count, see :func:`paper_flops`.
+
+Counted: every matrix product of the model, at the token counts that each layer really had, with
+the causal half of the decoder's score matrix counted in full (the convention of the papers).
+Not counted: norms, activations, softmax, embedding look-ups, padding rows, and what a method
+spends on its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tokprune.families.base import Parts, family_of
+
+if TYPE_CHECKING:
+    from tokprune.trace import PrefillTrace
+
+
+def _linear(module: nn.Module) -> int:
+    """MACs per row of all linear maps inside a module (a gated MLP has three)."""
+    total = 0
+    for part in module.modules():
+        if hasattr(part, "in_features") and not list(part.children()):
+            linear: Any = part  # nn.Linear, or a quantised relative of it
+            total += linear.in_features * linear.out_features
+    return total
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One transformer block.
+
+    ``projections``, ``mlp``: MACs per token of q, k, v, o and of the MLP; ``pair``: MACs per
+    query–key pair, score and weighted sum of all heads; ``kv``: numbers cached per token.
+    """
+
+    projections: int
+    pair: int
+    mlp: int
+    kv: int
+
+    @classmethod
+    def of(cls, block: Any) -> LayerShape:
+        attention = block.self_attn
+        out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
+        return cls(
+            projections=_linear(attention),
+            pair=attention.q_proj.out_features + out.in_features,
+            mlp=_linear(block.mlp),
+            kv=attention.k_proj.out_features + attention.v_proj.out_features,
+        )
+
+    def macs(self, queries: int, keys: int | None = None, mlp_rows: int | None = None) -> int:
+        """MACs of this block for one sequence: ``queries`` tokens that attend to ``keys`` tokens
+        (default: each other); the MLP sees ``mlp_rows`` (default: all queries)."""
+        keys = queries if keys is None else keys
+        mlp_rows = queries if mlp_rows is None else mlp_rows
+        return queries * self.projections + queries * keys * self.pair + mlp_rows * self.mlp
+
+
+@dataclass(frozen=True)
+class PoolingShape:
+    """SigLIP's attention-pooling head, which runs after the encoder although LLaVA ignores it."""
+
+    width: int
+    mlp: int
+
+    def macs(self, rows: int) -> int:
+        # one query per tile: q and o once, k and v per row, two products with the rows
+        return 2 * self.width**2 * (1 + rows) + 2 * rows * self.width + self.mlp
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths of a model, read from its modules: MACs per patch, per row, per token."""
+
+    patch_embedding: int
+    encoder: tuple[LayerShape, ...]
+    pooling: PoolingShape | None
+    projector: int
+    decoder: tuple[LayerShape, ...]
+    lm_head: int
+
+    @classmethod
+    def of(cls, model: Any, parts: Parts | None = None) -> ModelShape:
+        parts = family_of(model).parts(model) if parts is None else parts
+        tower: Any = getattr(parts.tower, "vision_model", parts.tower)
+        head = getattr(tower, "head", None)
+        out = model.get_output_embeddings()
+        return cls(
+            patch_embedding=tower.embeddings.patch_embedding.weight.numel(),
+            encoder=tuple(LayerShape.of(layer) for layer in parts.encoder_layers),
+            pooling=None
+            if head is None
+            else PoolingShape(head.attention.embed_dim, _linear(head.mlp)),
+            projector=_linear(parts.projector),
+            decoder=tuple(LayerShape.of(layer) for layer in parts.decoder_layers),
+            lm_head=0 if out is None else _linear(out),
+        )
+
+    @property
+    def kv_numbers(self) -> int:
+        """Numbers cached per token over all layers."""
+        return sum(layer.kv for layer in self.decoder)
+
+
+@dataclass(frozen=True)
+class Macs:
+    """MACs of one prefill (whole batch), by place; ``decode_step`` is one step after it, for the
+    whole batch, and is not in ``total``. ``lm_head`` is for one token per prompt, as in
+    ``generate``."""
+
+    patch_embedding: int
+    encoder: tuple[int, ...]
+    pooling: int
+    projector: int
+    decoder: tuple[int, ...]
+    lm_head: int
+    decode_step: int
+
+    @property
+    def total(self) -> int:
+        return (
+            self.patch_embedding + sum(self.encoder) + self.pooling + self.projector
+            + sum(self.decoder) + self.lm_head
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "patch_embedding": self.patch_embedding,
+            "encoder": list(self.encoder),
+            "pooling": self.pooling,
+            "projector": self.projector,
+            "decoder": list(self.decoder),
+            "lm_head": self.lm_head,
+            "total": self.total,
+            "decode_step": self.decode_step,
+        }
+
+
+def _decode_step(shape: ModelShape, entries: Sequence[Sequence[int]]) -> int:
+    """``entries[l][b]``: cached before the step; the new token attends to them and itself."""
+    rows = len(entries[0]) if entries else 0
+    return rows * shape.lm_head + sum(
+        layer.macs(1, n + 1) for layer, row in zip(shape.decoder, entries) for n in row
+    )
+
+
+def prefill_macs(prefill: PrefillTrace) -> Macs:
+    """MACs of a recorded prefill, as it ran (reads the trace's tensors)."""
+    shape, facts = prefill.shape, prefill.facts
+    cut = int(facts.has_cls and not facts.cls_in_features)
+    patches = pooling = projector = 0
+    encoder = [0] * len(shape.encoder)
+    for record in prefill.records:
+        rows = prefill.tower_rows(record)
+        patches += record.layout.tiles * facts.patches
+        for number, (layer, (attended, mlp)) in enumerate(zip(shape.encoder, rows)):
+            encoder[number] += sum(
+                layer.macs(a, mlp_rows=m) for a, m in zip(attended, mlp, strict=True)
+            )
+        out = prefill.tower_output(record)
+        projector += shape.projector * sum(n - cut for n in out)
+        if shape.pooling is not None:
+            pooling += sum(shape.pooling.macs(n) for n in out)
+    decoder = []
+    for layer, seen in zip(shape.decoder, prefill.layers):
+        past = prefill.past_entries(seen)
+        decoder.append(sum(layer.macs(n, n + p) for n, p in zip(seen.lengths, past)))
+    entries = [prefill.kv_entries(seen) for seen in prefill.layers]
+    return Macs(
+        patch_embedding=patches * shape.patch_embedding,
+        encoder=tuple(encoder),
+        pooling=pooling,
+        projector=projector,
+        decoder=tuple(decoder),
+        lm_head=len(prefill.original_lengths) * shape.lm_head,
+        decode_step=_decode_step(shape, entries),
+    )
+
+
+def unpruned_macs(prefill: PrefillTrace) -> Macs:
+    """MACs of the same prefill without any compression."""
+    shape, facts = prefill.shape, prefill.facts
+    tiles = sum(record.layout.tiles for record in prefill.records)
+    rows = facts.patches + int(facts.has_cls)
+    past = prefill.past_lengths()
+    lengths = prefill.original_lengths
+    return Macs(
+        patch_embedding=tiles * facts.patches * shape.patch_embedding,
+        encoder=tuple(tiles * layer.macs(rows) for layer in shape.encoder),
+        pooling=0 if shape.pooling is None else tiles * shape.pooling.macs(rows),
+        projector=tiles * facts.tokens_per_tile * shape.projector,
+        decoder=tuple(
+            sum(layer.macs(n, n + p) for n, p in zip(lengths, past)) for layer in shape.decoder
+        ),
+        lm_head=len(lengths) * shape.lm_head,
+        decode_step=_decode_step(
+            shape, [[n + p for n, p in zip(lengths, past)]] * len(shape.decoder)
+        ),
+    )
+
+
+def paper_flops(tokens_per_layer: Sequence[float], d: int, m: int, gated: bool = False) -> float:
+    """The papers' simplified count, Σ over layers of ``4nd² + 2n²d + 2ndm``.
+
+    It assumes q, k, v and o of full width (no grouped-query attention), counts the decoder
+    alone, and counts MACs, although the papers print the result as "FLOPs".
+
+    Args:
+        tokens_per_layer: n of each decoder layer (visual tokens, or all tokens: papers differ).
+        d: hidden width.
+        m: MLP width.
+        gated: count the three matrices of a gated MLP, ``3ndm`` (TransPrune does, FastV does
+            not).
+
+    Example::
+
+        >>> paper_flops([576] * 32, d=4096, m=11008, gated=True) / 1e12  # LLaVA-1.5-7B
+        3.818...
+    """
+    mlp = 3 if gated else 2
+    return sum(4 * n * d**2 + 2 * n**2 * d + mlp * n * d * m for n in tokens_per_layer)

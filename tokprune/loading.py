@@ -1,0 +1,137 @@
+"""Load a supported model, and its processor, with a method already at work."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from os import PathLike
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+
+from tokprune.engine.masks import check_backend
+from tokprune.errors import UnsupportedModelError
+from tokprune.families import family_of, supported_models
+from tokprune.methods.base import Method, available_methods, make_method, option_names
+from tokprune.patching import patch
+
+#: options of the hub, for config, model and processor alike
+_HUB = frozenset({
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+})  # fmt: skip
+#: options of from_pretrained that its signature does not name
+_LOADER = frozenset({
+    "attn_implementation", "code_revision", "device_map", "dtype", "low_cpu_mem_usage",
+    "max_memory", "offload_buffers", "offload_folder", "offload_state_dict", "output_loading_info",
+    "quantization_config", "state_dict", "torch_dtype", "tp_plan", "tp_size", "variant",
+})  # fmt: skip
+
+
+def load(
+    path: str | PathLike[str],
+    method: str | Method | None = None,
+    *,
+    processor: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """Load a model from safetensors and patch it.
+
+    Method, options and model class are checked before any weight is read.
+
+    Args:
+        path: folder or hub name.
+        method: name or object; None loads the model unpatched.
+        processor: return ``(model, processor)``.
+        trust_remote_code: passed on to transformers.
+        options: fields of the method go to the method; all others (``dtype``, ``device_map``,
+            ``attn_implementation``, …) to ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: the checkpoint is of no supported class; lists those.
+        ValueError, TypeError: bad method or option.
+        OSError: no such checkpoint, or one without safetensors.
+
+    Example::
+
+        model, processor = tokprune.load("llava-hf/llava-1.5-7b-hf", "todre", keep=64,
+                                         processor=True, dtype="bfloat16", device_map="cuda")
+    """
+    made, options = _split(method, options)
+    hub = {name: options[name] for name in options if name in _HUB}
+    if trust_remote_code:
+        hub["trust_remote_code"] = options["trust_remote_code"] = True
+    config = AutoConfig.from_pretrained(path, **hub)
+    cls = _model_class(config)
+    if isinstance(backend := options.get("attn_implementation"), str):
+        check_backend(backend, "model")
+    if made is not None:
+        _check_plan(cls, config, made)
+    loaded = cls.from_pretrained(path, use_safetensors=True, **options)
+    model: Any = loaded[0] if options.get("output_loading_info") else loaded
+    if made is not None:
+        patch(model, made)
+    if not processor:
+        return loaded
+    return loaded, AutoProcessor.from_pretrained(path, **hub)
+
+
+def _split(
+    method: str | Method | None, options: dict[str, Any]
+) -> tuple[Method | None, dict[str, Any]]:
+    """The method with its own options, and the options that are left."""
+    if "use_safetensors" in options:
+        raise ValueError("option 'use_safetensors' cannot be set: load reads safetensors only")
+    loader = _HUB | _LOADER | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    if method is None:
+        known = {name for cls in available_methods().values() for name in option_names(cls)}
+        for name in options:
+            if name in known - loader:
+                raise ValueError(f"option {name!r} belongs to a method, but method is None")
+        return None, options
+    # an unknown method is refused here, whatever its options
+    cls = (
+        type(method) if isinstance(method, Method) else available_methods().get(str(method).lower())
+    )
+    own = [] if cls is None else option_names(cls)
+    for name in options:
+        if name in own and name in loader:
+            raise ValueError(
+                f"option {name!r} is known to {cls.name} and to from_pretrained; pass a method "  # type: ignore[union-attr]
+                "object instead of a name to say which is meant"
+            )
+        near = difflib.get_close_matches(name, own, n=1)
+        if name not in own and name not in loader and near:
+            raise ValueError(
+                f"option {name!r} is unknown to {cls.name} and to from_pretrained. "  # type: ignore[union-attr]
+                f"Did you mean {near[0]!r}?"
+            )
+    made = make_method(method, **{n: v for n, v in options.items() if n in own})
+    return made, {n: v for n, v in options.items() if n not in own}
+
+
+def _model_class(config: Any) -> Any:
+    """The supported transformers class of a config, by its architectures or its model type."""
+    names = supported_models()
+    for name in getattr(config, "architectures", None) or []:
+        if name in names and hasattr(transformers, name):
+            return getattr(transformers, name)
+    for name in names:
+        cls = getattr(transformers, name, None)
+        kind = getattr(getattr(cls, "config_class", None), "model_type", None)
+        if kind is not None and kind == config.model_type and not config.architectures:
+            return cls
+    found = ", ".join(getattr(config, "architectures", None) or []) or config.model_type
+    raise UnsupportedModelError(
+        f"checkpoint of class {found} is not supported; known model classes: {', '.join(names)}"
+    )
+
+
+def _check_plan(cls: Any, config: Any, method: Method) -> None:
+    """Whether the method fits the model, tried on a copy without weights."""
+    with torch.device("meta"):
+        skeleton = cls(config)
+    family = family_of(skeleton)
+    method.plan(family.facts(skeleton, family.parts(skeleton)))
