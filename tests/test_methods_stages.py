@@ -13,8 +13,9 @@ from tiny import BUILDERS, PATCHES, llava, llava_next, make_inputs, single
 import tokprune
 from tokprune.engine.stages import ModelFacts
 from tokprune.families import family_of
-from tokprune.methods.flowcut import FlowCut, _FlowCutStage
+from tokprune.methods.flowcut import FlowCut, _FlowCutDecoderRun, _FlowCutStage
 from tokprune.methods.mustdrop import MustDrop
+from tokprune.operators.flow import llm_select
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
@@ -40,6 +41,16 @@ def tower_counts(last: Any) -> list[list[list[int]]]:
     return [
         [(slots >= 0).sum(1).tolist() for _, slots in record.history] for record in last.records
     ]
+
+
+def patches_after_each_layer(record: Any, facts: ModelFacts) -> list[list[int]]:
+    """Patches alive per tile after each encoder layer."""
+    after = dict(record.history)
+    now, counts = [facts.patches] * record.layout.tiles, []
+    for layer in range(facts.encoder_layers):
+        now = (after[layer] >= 0).sum(1).tolist() if layer in after else now
+        counts.append(now)
+    return counts
 
 
 def logits_of(model: Any, inputs: Any, method: Any) -> tuple[torch.Tensor, Any]:
@@ -143,8 +154,11 @@ def test_flowcut_images_drop_their_own_number(family: str, tower: str) -> None:
     inputs = make_inputs(model, PROMPTS, SIZES)
     got, last = logits_of(model, inputs, FlowCut(4, period=1))
     want, singles = alone(model, inputs, FlowCut(4, period=1))
-    assert tower_counts(last) == [tower_counts(one)[0] for one in singles]
-    assert all(len(set(after)) == 1 for image in tower_counts(last) for after in image)
+    facts = facts_of(model)
+    for record, one in zip(last.records, singles):
+        counts = patches_after_each_layer(record, facts)
+        assert counts == patches_after_each_layer(one.records[0], facts)
+        assert all(len(set(tiles)) == 1 for tiles in counts)
     assert len({str([after[0] for after in image]) for image in tower_counts(last)}) > 1
     assert_same_logits(got, want)
 
@@ -181,7 +195,7 @@ def test_flowcut_counts_the_class_token_where_the_model_keeps_it() -> None:
     inputs = make_inputs(model, PROMPTS)
     got, last = logits_of(model, inputs, FlowCut(8))
     assert all(image[-1] == [7] for image in tower_counts(last))
-    assert [layer for layer in last.layers[0].counts] == [[8]] * 3
+    assert last.layers[0].counts == [[8]] * 3
     assert_same_logits(got, oracle_logits(model, inputs, last, continuation_tokens(3, 3)))
 
 
@@ -200,11 +214,31 @@ def test_flowcut_packs_crops_in_raster_order_of_the_picture() -> None:
     assert not entered.newline.any()
 
 
-def test_flowcut_two_images_have_a_budget_each() -> None:
+def test_flowcut_ranks_each_image_of_a_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder cut of a padded batch against the operator, image by image."""
+    seen: list[tuple[Any, Any]] = []
+    attention = _FlowCutDecoderRun.attention
+
+    def watched(self: Any, layer: int, call: Any, view: Any) -> None:
+        seen.append((call, view))
+        attention(self, layer, call, view)
+
+    monkeypatch.setattr(_FlowCutDecoderRun, "attention", watched)
     model = llava_next()
-    inputs = make_inputs(model, [[3, "image", 2, "image", 5]], SIZES[:2])
-    _, last = logits_of(model, inputs, FlowCut(16))
-    assert last.layers[-1].counts == [[16, 16]]
+    inputs = make_inputs(model, [[3, "image", 2, "image", 5], [4, "image", 6]], SIZES)
+    with tokprune.compress(model, "flowcut", keep=13) as trace, torch.no_grad():
+        model(**inputs)
+    layers = trace.last.layers
+    assert layers[-1].counts == [[13, 13], [13]]
+    ((call, view),) = seen
+    for b, images in enumerate(layers[-1].counts):
+        last = int((view.column[b] >= 0).nonzero()[-1])
+        for image in range(len(images)):
+            block = (view.segment[b] == image).nonzero()[:, 0]
+            start, n = int(block[0]), len(block)
+            keep = llm_select(call.query[b], call.key[b], call.value[b], start, n, last, 13)
+            kept = layers[-1].column[b][layers[-1].segment[b] == image]
+            assert view.column[b][start + keep].tolist() == kept.tolist()
 
 
 # ------------------------------------------------------------------------------- mustdrop
@@ -437,7 +471,7 @@ def test_mustdrop_calibrate_hits_a_mean_number() -> None:
 def test_mustdrop_calibrate_knows_its_floor() -> None:
     model = llava()
     batches = [make_inputs(model, PROMPTS)]
-    method = MustDrop(pruning_layers=(1, 3, 4, 6), **{"spatial": False})
+    method = MustDrop(pruning_layers=(1, 3, 4, 6), spatial=False)
     floor = (2 * PATCHES - PATCHES + 7 * 3) / 8  # one layer leaves all tokens, seven the keys
     with pytest.raises(ValueError, match=rf"target=6 is below the floor of {floor:.1f} tokens"):
         method.calibrate(model, batches, 6)
@@ -542,7 +576,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("mustdrop", {"window": (1, 1)}, ValueError, r"window=\(1, 1\) should hold at least two"),
     ("mustdrop", {"window": (4, 4)}, ValueError, r"window=\(4, 4\) should divide the grid of 6"),
     ("mustdrop", {"threshold": 1.1}, ValueError, r"threshold=1.1 should be in \[-1, 1\]"),
-    ("mustdrop", {"retained": 4}, ValueError, r"retained=4 cannot be reached.*\[5, 37\]"),
+    ("mustdrop", {"retained": 0}, ValueError, r"retained=0 cannot be reached.*\[1, 37\]"),
     ("mustdrop", {"merge_after_layer": 5}, ValueError, r"merge_after_layer=5 should be in \[0, 4"),
     (
         "mustdrop",

@@ -137,6 +137,16 @@ def test_prune_count_of_ragged_images(seed: int, lengths: list[int], remaining: 
     assert batch.tolist() == torch.minimum(single.amax(), excess).tolist()
 
 
+def test_rows_of_one_image_share_the_largest_count() -> None:
+    attention, image = peaked(5, 4, 30), torch.tensor([7, 2, 7, 2])
+    own = prune_count(attention, 2, 5).tolist()
+    shared = prune_count(attention, 2, 5, reduce=image).tolist()
+    assert shared == [max(own[0], own[2]), max(own[1], own[3])] * 2
+    assert len(set(own)) > 2
+    with pytest.raises(ValueError, match="reduce has shape"):
+        prune_count(attention, 2, 5, reduce=image[:2])
+
+
 def test_prune_count_half_rounds_to_even() -> None:
     # all attention on one patch: h = 0, so the number is (N - target) / sqrt(remaining)
     for n, want in ((6, 2), (8, 4), (10, 4), (12, 6)):  # 2.5, 3.5, 4.5, 5.5

@@ -26,7 +26,7 @@ ADAPTIVE = {
     "todre": "stage 2 drops per sample or not",
 }
 #: settings of those methods whose numbers are fixed after all
-FIXED_SETTINGS: set[str] = set()
+FIXED_SETTINGS = {"mustdrop-fixed"}
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="transformers 4 itself reads the placeholders"

@@ -119,8 +119,9 @@ class MustDrop(Method):
         variant: "official", or "lightcompress", a third-party port: merges the features that the
             model reads, nothing else. On tiled models the port does not even merge: of each window
             only the unchanged bottom-right token stays, newline tokens too.
-        retained: merge as many windows as leave each tile this many tokens (class token counted,
-            as in the port), instead of by ``threshold`` (0.8; the port uses 0.6).
+        retained: merge (T − retained) // (rows · columns − 1) windows of each tile, T its tokens,
+            class token included (the port's count), instead of by ``threshold`` (where the port
+            has one, it is 0.6).
         positions: "compact" (official) or "preserve", at the prompt and after every filter.
 
     The host reads once how many windows merge (not with ``retained``) and once per filter how
@@ -277,7 +278,7 @@ class MustDrop(Method):
             )
         if self.retained is not None:
             rows = h * w + facts.has_cls
-            least = rows - h * w // (a * b) * (a * b - 1)
+            least = max(1, rows - (h * w // (a * b) + 1) * (a * b - 1) + 1)
             if not least <= self.retained <= rows:
                 raise ValueError(
                     f"retained={self.retained} cannot be reached with windows of {self.window}: it "
@@ -313,7 +314,7 @@ class MustDrop(Method):
         every step runs one prefill per batch, without decoding.
 
         Args:
-            model: a supported model, patched or not.
+            model: a supported model, not patched.
             batches: model inputs (``model(**batch)``) with images.
             target: mean number wanted.
             tied: α moves with γ, at their present ratio (1 : 1 where α is 0); else α stays.
@@ -324,8 +325,8 @@ class MustDrop(Method):
             A new method object, ``keep`` None; the nearest one found.
 
         Raises:
-            ValueError: no image in ``batches``, or a target that no γ reaches (names what the key
-                tokens alone, or everything, come to).
+            ValueError: the model is patched, no image in ``batches``, or a target that no γ reaches
+                (names what the key tokens alone, or everything, come to).
         """
         if self.variant != "official":
             raise ValueError("calibrate: variant='lightcompress' has no thresholds")
@@ -377,8 +378,7 @@ def _mean_tokens(model: nn.Module, method: MustDrop, batches: Sequence[Mapping[s
     from tokprune.patching import patch, trace_of, unpatch
 
     total, images = 0.0, 0
-    outer = trace_of(model)
-    if outer is not None:
+    if trace_of(model) is not None:
         raise ValueError("calibrate: the model is patched; unpatch it first")
     trace = patch(model, method)
     try:
@@ -428,8 +428,8 @@ class _MustDropRun(EncoderRun):
         first = tokens.first_patch
         if self.stage.only_mark:
             return None
-        if merge.out.shape[1] == hidden.shape[1] and not self.tower.facts.tiled:
-            return None
+        if min(merge.counts) == hidden.shape[1] and not self.tower.facts.tiled:
+            return None  # nothing merged anywhere; tiled models are packed anew all the same
         rows = torch.where(merge.rows < 0, -1, merge.rows + first)
         group = merge.group + first
         if first:
