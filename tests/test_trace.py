@@ -94,7 +94,7 @@ def test_merge_in_the_tower_then_everywhere(between: bool) -> None:
         ("encoder", [2, 2], 18), ("encoder", [3, 3], 14), ("prompt", None, 7),
         ("decoder", [0, 2], 7), ("decoder", [3, 7], 3),
     ]  # fmt: skip
-    assert stages[0]["tokens"][0]["sources"] is None  # only the whole encoder's merges are known
+    assert stages[0]["tokens"][1]["sources"] == [[0, 0, 2], [0, 0, 3]]
     assert stages[1]["tokens"][0]["sources"] == [[0, 0, 0], [0, 0, 1]]
     # pairs of pairs: four neighbours each
     assert [t.sources for t in trace.kept()] == [

@@ -65,7 +65,7 @@ def overlay(
     """
     from PIL import Image
 
-    from tokprune.survivors import image_stages
+    from tokprune.survivors import image_stages, original_cells
 
     prefill = trace._need()
     pictures = [image] if isinstance(image, Image.Image) else list(image)
@@ -83,7 +83,8 @@ def overlay(
                 "patches; run the model on input_ids and pixel_values to draw them"
             )
         boards = _boards(picture.convert("RGB"), known.record, processor, size)
-        stages = _worth_showing(image_stages(prefill, known))
+        full = set(original_cells(known.record))
+        stages = _worth_showing(image_stages(prefill, known), full)
         panels = [_column(boards, None, f"image: {len(known.columns)} tokens", size)]
         panels += [
             _column(boards, stage.tokens, _caption(stage, len(prefill.layers), known.record), size)
@@ -99,29 +100,18 @@ def overlay(
 # --------------------------------------------------------------------------- stages
 
 
-def _worth_showing(stages: list[StageTokens]) -> list[StageTokens]:
-    """Stages that differ from the one before, at most a handful, the last among them."""
+def _worth_showing(stages: list[StageTokens], full: set[Cell]) -> list[StageTokens]:
+    """Stages whose patches differ from those before, at most a handful, the last among them."""
     shown: list[StageTokens] = []
-    previous: set[Any] | None = None
+    previous: set[Any] = {(cell,) for cell in full}
     for stage in stages:
-        if any(t.sources is None for t in stage.tokens):
-            continue
-        now = {t.sources for t in stage.tokens}
-        full = not shown and stage.stage != "encoder" and not stage.merged
-        if now != previous and not (full and stage.stage == "prompt" and _complete(stage, stages)):
+        now = {t.sources for t in stage.tokens if t.sources}
+        if now != previous:
             shown.append(stage)
         previous = now
     while len(shown) > _MOST_PANELS:
         del shown[len(shown) // 2]
     return shown
-
-
-def _complete(prompt: StageTokens, stages: list[StageTokens]) -> bool:
-    """Whether a prompt stage dropped nothing: then it shows no more than the picture does."""
-    columns = [t.column for t in prompt.tokens]
-    return columns == list(range(columns[0], columns[0] + len(columns))) and not any(
-        s.stage == "encoder" for s in stages
-    )
 
 
 def _caption(stage: StageTokens, layers: int, record: ImageRecord) -> str:
@@ -173,6 +163,8 @@ def _stitched(
     """Fitted into the tiles with its aspect ratio, padding around it, as the processor does."""
     from PIL import Image
 
+    from tokprune.survivors import original_cells
+
     rows, cols = record.facts.grid
     width, height = shape[1] * cell, shape[0] * cell
     scale = min(width / picture.width, height / picture.height)
@@ -183,14 +175,11 @@ def _stitched(
     )
     canvas = Image.new("RGB", (width, height), _PAPER)
     canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
-    per_tile, offset = record.facts.tokens_per_tile, int(record.facts.cls_in_features)
     place = {}
-    for number in record.layout.packed.tolist():
-        tile, patch = number // per_tile, number % per_tile - offset
-        if number >= 0 and tile and patch >= 0:
-            r, c = divmod(patch, cols)
-            at = divmod(tile - 1, record.layout.tile_grid[1])
-            place[(tile, r, c)] = (at[0] * rows + r, at[1] * cols + c)
+    for tile, r, c in original_cells(record):
+        if tile:
+            down, across = divmod(tile - 1, record.layout.tile_grid[1])
+            place[(tile, r, c)] = (down * rows + r, across * cols + c)
     return _Board(canvas, cell, shape, place)
 
 
@@ -252,12 +241,10 @@ def _draw(board: _Board, tokens: list[Token]) -> Image.Image:
     rows, cols = board.shape
     owner: dict[tuple[int, int], int] = {}
     for number, token in enumerate(tokens):
-        for cell in token.sources or ():
+        for cell in token.sources:
             if cell in board.place:
                 owner[board.place[cell]] = number
-    colour = {
-        n: _colour(tokens[n]) for n in set(owner.values()) if len(tokens[n].sources or ()) > 1
-    }
+    colour = {n: _colour(tokens[n]) for n in set(owner.values()) if len(tokens[n].sources) > 1}
     inside = Image.new("L", (cols, rows), 0)
     alive = Image.new("L", (cols, rows), 0)
     tinted = Image.new("L", (cols, rows), 0)
@@ -291,7 +278,7 @@ def _draw(board: _Board, tokens: list[Token]) -> Image.Image:
                 if other == number:
                     continue
                 edge = other is None or number in colour
-                if edge == strong:
+                if edge == strong and (edge or dr + dc > 0):
                     ink = colour.get(number, _KEPT if edge else (255, 255, 255))
                     _edge(draw, r, c, dr, dc, s, thick if edge else 1, ink)
     return result

@@ -21,7 +21,7 @@ class Token:
     ``image``: number of the image inside its prompt; ``tile``, ``row``, ``col``: its patch, −1
     for newline and class tokens (and for prompts given as embeddings); ``column``: prompt column,
     −1 where the model's packing gives it none; ``sources``: every patch merged into it, its own
-    included; None where unknown (encoder layers before the last that merges).
+    included (empty for newline and class tokens).
     """
 
     image: int
@@ -30,7 +30,7 @@ class Token:
     col: int
     column: int
     kind: Kind = "patch"
-    sources: tuple[Cell, ...] | None = ()
+    sources: tuple[Cell, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         entry: dict[str, Any] = {
@@ -42,8 +42,8 @@ class Token:
         }
         if self.kind != "patch":
             entry["kind"] = self.kind
-        if self.sources is None or self.sources != ((self.tile, self.row, self.col),):
-            entry["sources"] = None if self.sources is None else [list(c) for c in self.sources]
+        if self.sources != ((self.tile, self.row, self.col),):
+            entry["sources"] = [list(c) for c in self.sources]
         return entry
 
 
@@ -58,7 +58,7 @@ class StageTokens:
 
     @property
     def merged(self) -> bool:
-        return any(t.sources is not None and len(t.sources) > 1 for t in self.tokens)
+        return any(len(t.sources) > 1 for t in self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +67,17 @@ class StageTokens:
             "count": len(self.tokens),
             "tokens": [t.to_dict() for t in self.tokens],
         }
+
+
+def original_cells(record: ImageRecord) -> list[Cell]:
+    """Patches that the model's own packing puts into the prompt, in prompt order."""
+    facts, cells = record.facts, []
+    for number in record.layout.packed.tolist():
+        tile, row = divmod(number, facts.tokens_per_tile)
+        patch = row - int(facts.cls_in_features)
+        if number >= 0 and patch >= 0:
+            cells.append((tile, *divmod(patch, facts.grid[1])))
+    return cells
 
 
 class _Cells:
@@ -90,9 +101,7 @@ class _Cells:
         """Number of the feature row of a patch."""
         return tile * self.facts.tokens_per_tile + patch + int(self.facts.cls_in_features)
 
-    def token(
-        self, number: int, column: int, sources: tuple[Cell, ...] | None, newline: bool
-    ) -> Token:
+    def token(self, number: int, column: int, sources: tuple[Cell, ...], newline: bool) -> Token:
         cell = self.cell(number)
         if cell is None:
             kind: Kind = "newline" if newline else "class"
@@ -131,7 +140,7 @@ def prompt_tokens(image: ImageTrace) -> list[Token]:
     """Tokens of one image as they entered the decoder."""
     record = image.record
     if record is None:  # the prompt came as embeddings: columns are all we know
-        return [Token(image.number, -1, -1, -1, c, "patch", None) for c in image.columns.tolist()]
+        return [Token(image.number, -1, -1, -1, c) for c in image.columns.tolist()]
     tokens = _at_the_door(image, record, _Cells(image, record))
     if image.selection is None:
         return tokens
@@ -172,29 +181,20 @@ def decoder_tokens(
 
 def _encoder_stages(image: ImageTrace, record: ImageRecord) -> list[StageTokens]:
     """Survivors of every reducing encoder layer."""
-    cells, facts = _Cells(image, record), record.facts
-    history = [(layer, slots.tolist()) for layer, slots in record.history]
+    cells, grid = _Cells(image, record), record.facts.grid
     stages = []
-    number_at: dict[int, int] = {}
-    held: dict[int, list[Cell]] = {}
-    merges = False
-    if history and record.group is not None and record.cell is not None:
-        number_at = {cell: j for j, cell in enumerate(record.cell.tolist())}
-        held = _sources(record.group.tolist(), facts.grid)
-        merges = any(len(s) > 1 for s in held.values())
-    for at, (layer, tiles) in enumerate(history):
+    for (layer, slots), groups in zip(record.history, record.history_groups):
         tokens = []
-        for tile, slots in enumerate(tiles):
-            for slot in slots:
+        for tile, (rows, group) in enumerate(zip(slots.tolist(), groups.tolist())):
+            held: dict[int, list[Cell]] = {}
+            for patch, row in enumerate(group):
+                held.setdefault(row, []).append((tile, *divmod(patch, grid[1])))
+            for row, slot in enumerate(rows):
                 if slot < 0:
                     continue
                 number = cells.of_patch(tile, slot)
-                own: tuple[Cell, ...] | None = ((tile, *divmod(slot, facts.grid[1])),)
-                if merges and at < len(history) - 1:
-                    own = None  # the trace holds the merges of the whole encoder only
-                elif number in number_at:
-                    own = tuple(held.get(number_at[number], ()))
-                tokens.append(cells.token(number, cells.column.get(number, -1), own, False))
+                column = cells.column.get(number, -1)
+                tokens.append(cells.token(number, column, tuple(held.get(row, ())), False))
         stages.append(StageTokens("encoder", (layer, layer), tokens))
     return stages
 

@@ -225,7 +225,7 @@ class Trace:
                 flat += 1
         layers = [
             LayerTrace(
-                v.column, v.position, v.segment, v.counts, v.lengths,
+                v.column, prefill.positions[n], v.segment, v.counts, v.lengths,
                 prefill.cached(n, v.lengths), _entries(prefill, n), _next_position(prefill, n),
             )
             for n, v in enumerate(prefill.views)

@@ -90,6 +90,8 @@ class PrefillPass:
         #: the language model's own masks and positions are not those of the current sequence
         self.detached = False
         self.views: list[SequenceView] = []
+        #: rotary positions that each layer worked with
+        self.positions: list[Tensor] = []
         #: input of the attention or MLP module that is running in a layer with transition taps
         self.module_input: Tensor | None = None
         self._shifts: dict[tuple[int, int], tuple[Any, Tensor]] = {}
@@ -120,6 +122,7 @@ class PrefillPass:
                 if keep is not None:
                     hidden = self._drop(number, run, hidden, keep)
         self.views.append(self.view)
+        self.positions.append(self.view.position)
         cached = self._cached(number)
         if self.compressed or isinstance(cached, CompressedLayer):
             self._announce(number, hidden, kwargs)
@@ -188,6 +191,7 @@ class PrefillPass:
             columns = self._columns()
             layer.expect(columns, self.original_length, view.padded, self._shift(past_shift))
         position, embeddings = self.calls.embeddings(hidden, view.position, past_shift)
+        self.positions[-1] = position
         window = None
         if self.calls.window is not None:
             window = (position, position)

@@ -83,6 +83,8 @@ class TowerPass:
         self.residual: Tensor | None = None
         self.outcomes: list[EncoderOutcome] = []
         self.reduced = False
+        #: output of the feature layer, where a stage reduced it there
+        self.features: Tensor | None = None
 
     def apply(self, layer: int, hidden: Tensor, reduction: Reduction) -> Tensor:
         new = (
@@ -227,6 +229,8 @@ class EncoderHooks:
                     changed = True
             if not changed:
                 return None
+            if number == current.tower.facts.feature_layer:
+                current.features = hidden
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

@@ -38,6 +38,8 @@ class ImageRecord:
     newline: Tensor | None = None
     #: rows alive in the tower after each reducing layer: (layer, slots [tiles, T])
     history: list[tuple[int, Tensor]] = field(default_factory=list)
+    #: for the same layers: row that held each original patch [tiles, N], −1 dropped
+    history_groups: list[Tensor] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -211,3 +213,4 @@ def _fill_reduced(
     number_of[-1] = -1
     record.group = number_of[row.clamp(max=number * rows)]
     record.history = [(layer, t.slots[tiles][:, t.first_patch :]) for layer, t in tower.history]
+    record.history_groups = [t.group[tiles] - t.first_patch for _, t in tower.history]

@@ -91,6 +91,7 @@ class Session:
             self.handles += [
                 multimodal.register_forward_pre_hook(self._enter, with_kwargs=True),
                 multimodal.register_forward_hook(self._leave, always_call=True),
+                parts.projector.register_forward_pre_hook(self._reduced_features),
                 parts.projector.register_forward_hook(self._projector),
                 decoder.register_forward_pre_hook(self._door, with_kwargs=True),
                 decoder.register_forward_hook(self._decoded),
@@ -175,6 +176,15 @@ class Session:
                     f"{name}={value!r} differs from the model's config "
                     f"({getattr(config, name)!r}); change the config before patching"
                 )
+
+    def _reduced_features(self, module: nn.Module, args: Any) -> Any:
+        """transformers 4.57 records the hidden states of SigLIP towers inside the blocks' forward,
+        before any hook: what a stage did at the feature layer itself would be lost."""
+        tower = self.now.tower
+        if tower is None or tower.features is None:
+            return None
+        cut = tower.tokens.first_patch - int(self.facts.cls_in_features)
+        return tower.features[:, cut:].to(args[0].device), *args[1:]
 
     def _projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         tower = self.now.tower
