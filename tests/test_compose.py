@@ -17,9 +17,7 @@ TRANSPRUNE = TransPrune(prune_layers=(3, 4, 6), accumulate_layers=(3, 4, 5, 6))
 #: combinations that only drop tokens
 PRUNING = {
     "flowcut+transprune": tokprune.compose(FlowCut(keep=20, decoder_cut=False), TRANSPRUNE),
-    "flowcut+divprune": tokprune.compose(
-        FlowCut(keep=24, decoder_cut=False), DivPrune(keep=9)
-    ),
+    "flowcut+divprune": tokprune.compose(FlowCut(keep=24, decoder_cut=False), DivPrune(keep=9)),
     "todre stage 1+fastv": tokprune.compose(ToDRE(keep=16, stage2=False), FastV(keep=5)),
     "flowcut+random+fastv": tokprune.compose(
         FlowCut(keep=24, decoder_cut=False), Random(keep=12), FastV(keep=5)
@@ -50,7 +48,7 @@ def test_merging_encoder_stage_under_a_decoder_stage(family: str) -> None:
     continuation = continuation_tokens(len(PROMPTS), 4)
     with tokprune.compress(model, both) as trace:
         got = compressed_logits(model, inputs, continuation)
-        assert [c for c in trace.last.layers[-1].counts] == [[5], [5], [5]]
+        assert list(trace.last.layers[-1].counts) == [[5], [5], [5]]
         for i in range(len(PROMPTS)):
             one = compressed_logits(
                 model, single(inputs, i, slice(i, i + 1)), continuation[i : i + 1]

@@ -19,8 +19,6 @@ import tokprune
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
 STEPS = 8
-#: methods without a documented substitute for towers that have no class token
-NEEDS_CLASS_TOKEN: set[str] = set()
 
 
 @pytest.mark.parametrize("decoder", ["mistral", "qwen2"])
@@ -32,10 +30,6 @@ def test_masked_oracle(case: str, family: str, tower: str, decoder: str) -> None
     model = BUILDERS[family](tower, decoder)
     inputs = make_inputs(model, PROMPTS, SIZES)
     continuation = continuation_tokens(len(PROMPTS), STEPS)
-    if tower == "siglip" and method in NEEDS_CLASS_TOKEN:
-        with pytest.raises(tokprune.UnsupportedModelError, match="class token"):
-            tokprune.patch(model, method, **options)
-        return
     with tokprune.compress(model, method, **options) as trace:
         got = compressed_logits(model, inputs, continuation)
     want = oracle_logits(model, inputs, trace.last, continuation)

@@ -1,0 +1,109 @@
+"""The scripts do what they say: files and JSON are checked, times are not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+
+
+def positive(spread: dict[str, float]) -> bool:
+    return 0 < spread["q1"] <= spread["median"] <= spread["q3"] and spread["n"] >= 1
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    only = "max_sum,visionzip_dominant,MergePlan.apply,fastv,pitome,todre"
+    done = script(
+        "bench_operators.py", "--quick", "--only", only, "--repeats", "1", "--json", str(path)
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_bench_times_operators_against_plain_transcriptions(bench: Any) -> None:
+    report, printed = bench
+    assert report["environment"]["threads"] == 1
+    assert [row["name"] for row in report["operators"]] == [
+        "max_sum", "MergePlan.apply", "visionzip_dominant",
+    ]  # fmt: skip
+    for row in report["operators"]:
+        assert all(positive(row[name]) for name in ("ours_s", "plain_s", "ratio"))
+        assert row["same"]
+        assert row["name"] in printed
+
+
+def test_bench_replays_methods_on_the_same_lengths(bench: Any) -> None:
+    report, printed = bench
+    methods = report["methods"]
+    rows = {row["label"]: row for row in methods["rows"]}
+    assert list(rows) == ["fastv", "pitome", "todre"]
+    assert all(row["kept"] == 64 for row in rows.values())
+    assert rows["fastv"]["visual_tokens"] == [576, 576, *[64] * 6]
+    assert rows["todre"]["encoder_rows"] == [577] * 12
+    assert rows["pitome"]["encoder_rows"][-1] == 65
+    for row in rows.values():
+        assert all(positive(row[name]) for name in ("method_s", "replay_s", "bare_s", "speedup"))
+        assert row["label"] in printed
+
+
+def test_bench_names_what_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", ["bench_operators.py", "--only", "max_summ"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("bench_operators").main()
+    assert stop.value.code == 2
+    assert "max_summ" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_writes_report_and_pictures(tmp_path: Path) -> None:
+    done = script(
+        "demo.py",
+        "--out",
+        str(tmp_path),
+        "--methods",
+        "random,fastv",
+        "--keep",
+        "49",
+        "--rounds",
+        "1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokprune run --model" in done.stdout
+    assert "no accuracy is shown" in done.stdout
+    report = (tmp_path / "report.md").read_text()
+    assert "weights are random" in report
+    cells = {
+        parts[1]: parts[2:-1]
+        for line in report.splitlines()
+        if len(parts := [p.strip() for p in line.split("|")]) > 7
+    }
+    assert cells["unpruned"][:3] == ["576", "576", "100 %"]
+    assert cells["random"][:2] == ["49", "49"]
+    assert cells["fastv"][:2] == ["49", "114.9"]  # (2·576 + 14·49) / 16
+    for name in ("overlays.png", "photo.png", "kept.png", "stages/random.png", "stages/fastv.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 250
+            assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 100
+    assert (tmp_path / "model" / "model.safetensors").exists()
