@@ -38,7 +38,7 @@ def test_equals_unpruned_model_with_dropped_keys_hidden(
     if (family, attention) not in models:
         models[family, attention] = BUILDERS[family](attention=attention)
     model = models[family, attention]
-    sizes = [(20, 40), (40, 20), (30, 30), (24, 72)][: len(BATCHES[batch])]
+    sizes = [(14, 40), (40, 14), (30, 22), (10, 72)][: len(BATCHES[batch])]
     inputs = make_inputs(model, BATCHES[batch], sizes)
     method, options = PRUNING[case]
     continuation = continuation_tokens(len(BATCHES[batch]), STEPS)

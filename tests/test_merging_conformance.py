@@ -32,7 +32,8 @@ BATCHES: dict[str, list[list[Any]]] = {
     "single": [[4, "image", 6]],
     "four": [[4, "image", 6], [7, "image", 9], [2, "image", 3], [5, "image", 12]],
 }
-SIZES = [(20, 40), (40, 20), (30, 30), (24, 72)]
+#: (height, width) of the pictures: all are padded to the shape of their tiles
+SIZES = [(14, 40), (40, 14), (30, 22), (10, 72)]
 
 #: rows that become one: the first is the destination (or the token that stays), the others join
 Group = list[int]
@@ -536,7 +537,9 @@ def test_pool_with_a_tower_without_class_token(models: Any, family: str) -> None
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(10, 70), (70, 10), (23, 71), (48, 31), (7, 96), (96, 7)])
+@pytest.mark.parametrize(
+    "size", [(10, 70), (70, 10), (23, 71), (48, 31), (7, 96), (96, 7), (22, 55), (14, 40), (40, 14)]
+)
 def test_pool_packs_uneven_pictures(models: Any, size: tuple[int, int]) -> None:
     """Unpadding at the pooled resolution, for pictures whose padding does not fill windows."""
     model = build(models, "llava_next", "sdpa")
@@ -548,6 +551,27 @@ def test_pool_packs_uneven_pictures(models: Any, size: tuple[int, int]) -> None:
     close(got, want)
     assert trace.last is not None
     compare_groups(trace.last.images[0], images[0])
+    # every pooled crop cell stands where a crop token of the full prompt stood
+    entered = trace.last.images[0].entered
+    assert entered is not None
+    assert (entered.newline | (entered.tile > 0))[(GRID // 2) ** 2 :].all()
+
+
+def test_pooled_rows_keep_their_newlines(models: Any) -> None:
+    """Each newline of the full grid goes with the newline of the pooled row it ends."""
+    model = build(models, "llava_next", "sdpa")
+    inputs = make_inputs(model, BATCHES["single"], [(20, 40)])
+    with tokprune.compress(model, "pool", window=3) as trace, torch.no_grad():
+        model(**inputs)
+    assert trace.last is not None
+    image = trace.last.images[0]
+    assert image.selection is not None
+    assert image.selection.group is not None
+    newline = image.record.layout.packed < 0  # type: ignore[union-attr]
+    # base 4, then two rows of four pooled cells and a newline
+    assert image.selection.group[newline].tolist() == [8, 8, 8, 13, 13, 13]
+    assert image.entered is not None
+    assert image.entered.newline.nonzero().flatten().tolist() == [8, 13]
 
 
 def test_pool_before_the_projector(models: Any) -> None:

@@ -17,7 +17,6 @@ from tokprune.families import family_of
 from tokprune.methods import Grid, PiToMe, Pool, ToMe, VisionZip
 from tokprune.methods.base import Method
 from tokprune.methods.merge_stage import MergeStage, Step, layer_counts, removable
-from tokprune.methods.visionzip import mean_received
 from tokprune.operators import attention_rows, grid_sample, share, tile_windows
 
 LLAVA = ModelFacts(
@@ -377,12 +376,24 @@ def test_mean_received_streams_the_whole_map(block: int) -> None:
     attention = Attention(q, k, k, 8**-0.5, causal=False, valid=None)
     whole = attention_rows(q, k, 8**-0.5).sum(1)
     off = whole * (1 - torch.eye(17))
-    torch.testing.assert_close(mean_received(attention, block), off.sum(1) / 16)
+    torch.testing.assert_close(attention.received(True, block), off.sum(1) / 16 / 3)
+    torch.testing.assert_close(attention.received(False, block), whole.mean(1) / 3)
 
 
 # ------------------------------------------------------------------------------- grid, pool
 
-SIZES = [(20, 40), (40, 20), (30, 30), (24, 72), (10, 70), (70, 10), (23, 71), (7, 96)]
+SIZES = [
+    (20, 40),
+    (40, 20),
+    (30, 30),
+    (24, 72),
+    (10, 70),
+    (70, 10),
+    (23, 71),
+    (7, 96),
+    (22, 55),
+    (55, 22),
+]
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -76,7 +76,6 @@ def test_bench_names_what_it_does_not_know(
     assert "max_summ" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_demo_writes_report_and_pictures(tmp_path: Path) -> None:
     done = script(
         "demo.py",

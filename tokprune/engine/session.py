@@ -163,7 +163,7 @@ class Session:
     def _records(
         self, layouts: list[ImageLayout], tower: TowerPass, projected: Tensor | None
     ) -> list[ImageRecord]:
-        want_raw = any(getattr(stage, "wants_raw", False) for stage in self.plan.prompt)
+        want_raw = any(stage.wants_raw for stage in self.plan.prompt)
         newline = self.family.newline(self.parts)
         return build_records(layouts, self.facts, tower, projected, newline, self.spatial, want_raw)
 

@@ -103,6 +103,26 @@ class Attention:
         rows = attention_rows(self.query.gather(2, gather), self.key, self.scaling, allowed)
         return rows[..., self.past :]
 
+    def received(self, others_only: bool = False, block: int = 64) -> Tensor:
+        """Mean attention that each key receives from the real queries: float32 [B, L].
+
+        Mean over heads and queries (``others_only``: the token itself left out); the map is made
+        ``block`` rows at a time and never held whole.
+        """
+        batch, tokens = self.query.shape[0], self.query.shape[2]
+        arange = torch.arange(tokens, device=self.query.device)
+        total = torch.zeros(batch, tokens, device=arange.device)
+        for part in arange.split(block):
+            index = part.expand(batch, -1)
+            rows = self.rows(index).mean(1)
+            if others_only:
+                rows = rows.scatter(2, index[:, :, None], 0.0)
+            if self.valid is not None:
+                rows = rows.masked_fill(~self.valid[:, part, None], 0.0)
+            total = total + rows.sum(1)
+        real = tokens if self.valid is None else self.valid.sum(1, keepdim=True)
+        return total / (real - others_only if others_only else real)
+
     def cls_row(self) -> Tensor:
         """Row of the class token (query 0), head by head: float32 [B, H, Lk]."""
         index = torch.zeros(self.query.shape[0], 1, dtype=torch.long, device=self.query.device)
@@ -288,6 +308,8 @@ class PromptStage(ABC):
     """Works on the embedded prompt, before the first decoder layer."""
 
     positions: Positions = "compact"
+    #: fill ``ImageTokens.raw``, the projector output before packing
+    wants_raw: bool = False
 
     @abstractmethod
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:

@@ -19,6 +19,7 @@ from tokprune.engine.stages import (
     EncoderStage,
     ModelFacts,
     Order,
+    Plan,
     Positions,
     Reduction,
     TowerInput,
@@ -191,6 +192,22 @@ def tile_budget(keep: Budget, facts: ModelFacts, scope: Scope) -> int:
             f"least {facts.max_tiles}"
         )
     return keep // facts.max_tiles
+
+
+def plan_merges(method: Any, facts: ModelFacts) -> Plan:
+    """The plan of a method that merges by a schedule: PiToMe, ToMe. Empty where nothing merges."""
+    last, cls = last_merging_layer(facts, type(method).__name__), int(facts.has_cls)
+    tokens = facts.patches + cls
+    left = None
+    if method.keep is not None:
+        left = tile_budget(method.keep, facts, method.scope) + cls
+        if left == tokens:
+            return Plan()
+    steps = method.schedule(tokens, facts.has_cls, facts.encoder_layers, last, left)
+    if not any(step.r for step in steps):
+        return Plan()
+    stage = MergeStage(method.recipe(steps), last, method.order, method.positions)
+    return Plan(encoder=(stage,))
 
 
 # ---------------------------------------------------------------------------- checks

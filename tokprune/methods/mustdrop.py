@@ -452,7 +452,7 @@ class _MustDropRun(EncoderRun):
         if tokens.has_cls:
             row = attention.cls_row()
         else:
-            row = torch.nn.functional.pad(received(attention), (1, 0))[:, None]
+            row = torch.nn.functional.pad(attention.received(), (1, 0))[:, None]
         self.keys = key_tokens(row, self.stage.method.key_rate, tokens.patch_valid)
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
@@ -463,20 +463,6 @@ class _MustDropRun(EncoderRun):
         elif self.keys is not None:
             tag = key_mask(self.keys, tokens.rows - tokens.first_patch)
         return EncoderOutcome(tag=tag, unpad=False)
-
-
-def received(attention: Attention) -> Tensor:
-    """Mean attention that each token receives, over heads and real queries: [B, T] float32."""
-    batch, tokens = attention.query.shape[0], attention.query.shape[2]
-    arange = torch.arange(tokens, device=attention.query.device)
-    total = torch.zeros(batch, tokens, device=arange.device)
-    for part in arange.split(_CHUNK):
-        rows = attention.rows(part.expand(batch, -1)).mean(1)
-        if attention.valid is not None:
-            rows = rows.masked_fill(~attention.valid[:, part, None], 0.0)
-        total = total + rows.sum(1)
-    real = tokens if attention.valid is None else attention.valid.sum(1, keepdim=True)
-    return total / real
 
 
 class _KeepTagged(PromptStage):

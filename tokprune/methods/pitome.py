@@ -17,7 +17,6 @@ from tokprune.methods.base import (
 )
 from tokprune.methods.merge_stage import (
     Matching,
-    MergeStage,
     Recipe,
     Scope,
     Step,
@@ -25,10 +24,9 @@ from tokprune.methods.merge_stage import (
     check_one,
     check_reachable,
     check_rules,
-    last_merging_layer,
+    plan_merges,
     ratio_for,
     steps_by_ratio,
-    tile_budget,
     trim,
 )
 from tokprune.operators.energy import EnergyKind, Split
@@ -210,14 +208,4 @@ class PiToMe(Method):
         return trim(steps_by_ratio(rules, tokens, class_token, ratio), tokens, left)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        last, cls = last_merging_layer(facts, "PiToMe"), int(facts.has_cls)
-        left = None
-        if self.keep is not None:
-            left = tile_budget(self.keep, facts, self.scope) + cls
-        tokens = facts.patches + cls
-        if left == tokens:
-            return Plan()
-        steps = self.schedule(tokens, facts.has_cls, facts.encoder_layers, last, left)
-        if not any(step.r for step in steps):
-            return Plan()
-        return Plan(encoder=(MergeStage(self.recipe(steps), last, self.order, self.positions),))
+        return plan_merges(self, facts)

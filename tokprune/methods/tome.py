@@ -17,19 +17,17 @@ from tokprune.methods.base import (
     register_method,
 )
 from tokprune.methods.merge_stage import (
-    MergeStage,
     Recipe,
     Scope,
     Step,
     check_one,
     check_reachable,
     check_rules,
-    last_merging_layer,
     layer_counts,
+    plan_merges,
     ratio_for,
     steps_by_count,
     steps_by_ratio,
-    tile_budget,
     trim,
 )
 from tokprune.operators.bipartite import parse_r
@@ -186,17 +184,7 @@ class ToMe(Method):
         return trim(steps, tokens, left)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        last, cls = last_merging_layer(facts, "ToMe"), int(facts.has_cls)
-        left = None
-        if self.keep is not None:
-            left = tile_budget(self.keep, facts, self.scope) + cls
-        tokens = facts.patches + cls
-        if left == tokens:
-            return Plan()
-        steps = self.schedule(tokens, facts.has_cls, facts.encoder_layers, last, left)
-        if not any(step.r for step in steps):
-            return Plan()
-        return Plan(encoder=(MergeStage(self.recipe(steps), last, self.order, self.positions),))
+        return plan_merges(self, facts)
 
 
 def _check_removals(r: Removals) -> None:

@@ -161,7 +161,7 @@ class _VisionZipRun(EncoderRun):
         if tokens.has_cls and self.stage.score == "cls":
             self.score = attention.cls_row().sum(1)
         else:
-            self.score = mean_received(attention)
+            self.score = attention.received(others_only=True)
         self.metric = attention.key.float().mean(1)
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
@@ -209,19 +209,3 @@ class _VisionZipRun(EncoderRun):
             key[:, cls : stage.dominant] = patches + block
             keys.append(key)
         return torch.cat(keys)
-
-
-def mean_received(attention: Attention, block: int = 64) -> Tensor:
-    """Mean attention that each token receives from all other tokens, summed over heads.
-
-    ``block`` query rows of the map are held at a time. Returns float32 [B, T].
-    """
-    batch, tokens = attention.query.shape[0], attention.query.shape[2]
-    arange = torch.arange(tokens, device=attention.query.device)
-    received = torch.zeros(batch, tokens, device=arange.device)
-    for rows in arange.split(block):
-        index = rows.expand(batch, -1)
-        probs = attention.rows(index).sum(1)  # over heads: [B, R, T]
-        received += probs.sum(1)
-        received.scatter_add_(1, index, -probs.gather(2, index[:, :, None]).squeeze(2))
-    return received / max(1, tokens - 1)

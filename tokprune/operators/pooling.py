@@ -92,7 +92,9 @@ def grid_avg_pool(
     rows, columns = height // p, width // p
     tiles = x.unflatten(1, (height, width))[:, : rows * p, : columns * p]
     tiles = tiles.reshape(x.shape[0], rows, p, columns, p, x.shape[2])
-    return tiles.mean((2, 4), dtype=torch.float32).to(x.dtype).flatten(1, 2)
+    # one axis after the other: a mean over both at once is many times slower on this view
+    sums = tiles.sum(2, dtype=torch.float32).sum(3)
+    return (sums / (p * p)).to(x.dtype).flatten(1, 2)
 
 
 def grid_sample(

@@ -67,8 +67,9 @@ def window_similarity(x: Tensor, window: tuple[int, int], grid: tuple[int, int])
     area = _check_window(x.shape[1], window, grid)
     unit = x.float()
     unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp(min=1e-8)
-    tiled = _tiled(unit, window, grid)
-    total = tiled.sum((2, 4)).square().sum(-1) - tiled.square().sum((2, 4, 5))
+    own = _tiled(unit.square().sum(-1, keepdim=True), window, grid).sum((2, 4, 5))
+    # one axis after the other: a sum over both at once is many times slower on this view
+    total = _tiled(unit, window, grid).sum(2).sum(3).square().sum(-1) - own
     return total.flatten(1) / (area * (area - 1))
 
 
@@ -200,7 +201,8 @@ def _merge(
     width = x.shape[-1]
     out = patches.gather(1, table.clamp(min=0)[..., None].expand(-1, -1, width))
     if most:
-        means = _tiled(patches, window, grid).mean((2, 4), dtype=torch.float32).flatten(1, 2)
+        sums = _tiled(patches, window, grid).sum(2, dtype=torch.float32).sum(3)
+        means = (sums / area).flatten(1, 2)
         chosen = means.gather(1, order[:, :most, None].expand(-1, -1, width)).to(x.dtype)
         own = slot[:most] < r[:, None]
         out[:, :most] = torch.where(own[..., None], chosen, out[:, :most])
