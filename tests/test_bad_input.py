@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import IMAGE_TOKEN, llava, make_inputs
-from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, StaticCache
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    StaticCache,
+)
 
 import tokprune
 
@@ -174,6 +180,62 @@ def test_unknown_model_lists_the_known_ones() -> None:
     for name in tokprune.supported_models():
         assert name in str(error.value)
     assert "CLIPVisionModel" in str(error.value)
+
+
+def _other_tower() -> Any:
+    from transformers import Dinov2Config
+
+    config = llava().config
+    config.vision_config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                        image_size=24, patch_size=4, mlp_ratio=1)  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def _other_decoder() -> Any:
+    from transformers import Qwen3Config
+
+    config = llava().config
+    config.text_config = Qwen3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=100,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def _several_feature_layers() -> Any:
+    model = llava()
+    model.config.vision_feature_layer = [-2, -3]
+    return model
+
+
+def _siglip_that_cuts_a_patch() -> Any:
+    model = llava("siglip")
+    model.config.vision_feature_select_strategy = "default"
+    return model
+
+
+# (id, model, method, options, pattern)
+WRONG_MODELS: list[tuple[str, Callable[[], Any], str, dict[str, Any], str]] = [
+    ("tower", _other_tower, "fastv", {"keep": 4}, r"vision tower Dinov2Model.*CLIP or SigLIP"),
+    ("decoder", _other_decoder, "fastv", {"keep": 4}, r"decoder Qwen3Model.*Llama, Mistral"),
+    ("feature layers", _several_feature_layers, "flowcut", {"keep": 4}, r"vision_feature_layer"),
+    ("feature layers, merge", _several_feature_layers, "tome", {"r": 2}, r"vision_feature_layer"),
+    ("no class token to cut", _siglip_that_cuts_a_patch, "random", {"keep": 4}, r"'full'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("build", "method", "options", "pattern"),
+    [w[1:] for w in WRONG_MODELS],
+    ids=[w[0] for w in WRONG_MODELS],
+)
+def test_wrong_tower_or_decoder(
+    build: Callable[[], Any], method: str, options: dict[str, Any], pattern: str
+) -> None:
+    model = build()
+    with pytest.raises(tokprune.UnsupportedModelError, match=pattern):
+        tokprune.patch(model, method, **options)
+    assert not tokprune.is_patched(model)
 
 
 def test_unknown_attention_backend() -> None:
