@@ -202,6 +202,14 @@ def _other_decoder() -> Any:
     return LlavaForConditionalGeneration(config)
 
 
+def _mixed_attention() -> Any:
+    config = llava(decoder="qwen2").config
+    config.text_config.use_sliding_window = True
+    config.text_config.sliding_window = 8
+    config.text_config.layer_types = ["full_attention", "sliding_attention"] * 4
+    return LlavaForConditionalGeneration(config)
+
+
 def _several_feature_layers() -> Any:
     model = llava()
     model.config.vision_feature_layer = [-2, -3]
@@ -218,6 +226,7 @@ def _siglip_that_cuts_a_patch() -> Any:
 WRONG_MODELS: list[tuple[str, Callable[[], Any], str, dict[str, Any], str]] = [
     ("tower", _other_tower, "fastv", {"keep": 4}, r"vision tower Dinov2Model.*CLIP or SigLIP"),
     ("decoder", _other_decoder, "fastv", {"keep": 4}, r"decoder Qwen3Model.*Llama, Mistral"),
+    ("mixed attention", _mixed_attention, "fastv", {"keep": 4}, r"mixes attention kinds"),
     ("feature layers", _several_feature_layers, "flowcut", {"keep": 4}, r"vision_feature_layer"),
     ("feature layers, merge", _several_feature_layers, "tome", {"r": 2}, r"vision_feature_layer"),
     ("no class token to cut", _siglip_that_cuts_a_patch, "random", {"keep": 4}, r"'full'"),

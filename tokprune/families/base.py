@@ -135,7 +135,7 @@ def encoder_layers_of(tower: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def decoder_layers_of(language_model: nn.Module) -> list[nn.Module]:
+def decoder_layers_of(language_model: Any) -> list[nn.Module]:
     """The blocks of a Llama-like decoder."""
     layers = list(getattr(language_model, "layers", []))
     if (
@@ -146,6 +146,12 @@ def decoder_layers_of(language_model: nn.Module) -> list[nn.Module]:
         raise UnsupportedModelError(
             f"decoder {type(language_model).__name__} is not supported: expected Llama, Mistral "
             "or Qwen2 (blocks with input_layernorm, self_attn.{q,k,v}_proj, mlp)"
+        )
+    kinds = set(getattr(language_model.config, "layer_types", None) or [])
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"decoder {type(language_model).__name__} mixes attention kinds ({sorted(kinds)}); "
+            "supported are decoders that slide in every layer or in none"
         )
     if hasattr(layers[0].self_attn, "q_norm"):
         raise UnsupportedModelError(
