@@ -252,6 +252,19 @@ def test_without_a_cache_every_step_selects_anew(model: Any, inputs: Any, case: 
     assert cached[:, 0].tolist() == uncached[:, 0].tolist()
 
 
+def test_threads_share_a_patched_model(model: Any) -> None:
+    """Two threads on one patched model get what each gets alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    batches = [make_inputs(model, PROMPTS[i : i + 1], SIZES[i : i + 1]) for i in range(2)]
+    with tokprune.compress(model, "fastv", keep=7):
+        alone = [new_tokens(model, b).tolist() for b in batches]
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(5):
+                together = list(pool.map(lambda b: new_tokens(model, b).tolist(), batches))
+                assert together == alone
+
+
 def test_user_supplied_cache_is_used(model: Any, inputs: Any) -> None:
     cache = DynamicCache()
     with tokprune.compress(model, "fastv", keep=7), torch.no_grad():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from methods_table import CORE
 from tiny import BUILDERS, llava, make_inputs
+from transformers import PreTrainedModel
 
 import tokprune
 
@@ -34,10 +35,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
         "attributes": {name: sorted(m.__dict__) for name, m in model.named_modules()},
         "config": model.config.to_dict(),
         "attention": [
-            getattr(m.config, "_attn_implementation", None)
-            for m in model.modules()
-            if hasattr(m, "config")
+            m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)
         ],
+        "configs": [id(m.config) for m in model.modules() if hasattr(m, "config")],
         "forward": {name: type(m).forward for name, m in model.named_modules()},
     }
 

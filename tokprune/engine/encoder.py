@@ -19,7 +19,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.tap import install_tap
+from tokprune.engine.tap import Tap, install_tap
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class EncoderHooks:
         if stages:
             self.backend = check_backend(backend_of(layers[0].self_attn), "vision tower")
 
-    def install(self) -> list[RemovableHandle]:
-        handles: list[RemovableHandle] = []
+    def install(self) -> list[RemovableHandle | Tap]:
+        handles: list[RemovableHandle | Tap] = []
         ragged = any(stage.reduces for stage in self.stages)
         for number, layer in enumerate(self.layers):
             taps = self._stages("taps", number)
@@ -133,8 +133,12 @@ class EncoderHooks:
                     )
                 )
             if taps:
-                handles += install_tap(
-                    layer.self_attn, self._tap(number, taps), lambda: self.current() is not None
+                handles.append(
+                    install_tap(
+                        layer.self_attn,
+                        self._tap(number, taps),
+                        lambda: self.current() is not None,
+                    )
                 )
             if between:
                 handles.append(

@@ -23,7 +23,7 @@ from tokprune.engine.layout import PromptLayout, layout_from_mask, read_layout
 from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.prompt import native_view, shorten_prompt
 from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Selection, TowerInput
-from tokprune.engine.tap import install_tap
+from tokprune.engine.tap import Tap, install_tap
 from tokprune.errors import NonFiniteFeaturesError, PromptMismatchError
 from tokprune.families import family_of
 from tokprune.families.base import ImageLayout
@@ -71,7 +71,7 @@ class Session:
         self.family = family_of(model)
         self.parts = self.family.parts(model)
         self.facts: ModelFacts = self.family.facts(model, self.parts)
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle | Tap] = []
         self.now = _Forward()
         #: made by compress(), not by patch()
         self.nested = False
@@ -117,8 +117,10 @@ class Session:
             layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
         )
         if any(number in stage.taps for stage in stages):
-            self.handles += install_tap(
-                layer.self_attn, self._tap(number), lambda: self.now.prefill is not None
+            self.handles.append(
+                install_tap(
+                    layer.self_attn, self._tap(number), lambda: self.now.prefill is not None
+                )
             )
         if any(number in stage.transition_layers for stage in stages):
             self.handles += self._transition_hooks(number, layer)

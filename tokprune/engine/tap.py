@@ -1,39 +1,56 @@
 """A tap on attention: the q, k and v that the backend is given, without a second projection.
 
-While a tapped module runs, its config names our attention function; that function restores the
-backend's name, runs the backend unchanged and hands q, k and v to the tap. So the config differs
-from the user's only inside that one call, and the backend's own masks, kernels and special cases
-stay in force.
+A tapped attention module gets a config of its own, a copy that names our attention function. That
+function runs the model's backend unchanged, under the model's own config, and hands q, k and v to
+the tap; so masks, kernels and special cases stay those of the backend, other modules and threads
+see nothing of it, and taking the tap out puts the module's config back.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 NAME = "tokprune_tap"
+_ATTRIBUTE = "_tokprune_tap"
 
 #: (module, query, key, value, attention_mask, scaling) of a tapped call
 TapFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], None]
 
 
-class _Active(threading.local):
-    """The tapped call of this thread: module → (backend name, tap)."""
+class Tap:
+    """One tapped module; :meth:`remove` gives its config back."""
 
-    def __init__(self) -> None:
-        self.calls: dict[int, tuple[str, TapFunction]] = {}
+    def __init__(self, module: Any, function: TapFunction, wanted: Callable[[], bool]) -> None:
+        self.module, self.function, self.wanted = module, function, wanted
+        self.config = module.config
+
+    def remove(self) -> None:
+        if _tap_of(self.module) is self:
+            self.module.config = self.config
 
 
-_active = _Active()
+def _tap_of(module: Any) -> Tap | None:
+    # kept on the module's own config, so that module and tap go together
+    return module.config.__dict__.get(_ATTRIBUTE)  # type: ignore[no-any-return]
 
 
-def _backend_function(module: Any, name: str) -> Callable[..., Any]:
+class _UnderOwnConfig:
+    """A module as its backend is to see it: everything the module's, but the model's config."""
+
+    def __init__(self, module: nn.Module, config: Any) -> None:
+        self._module, self.config = module, config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _backend(module: Any, name: str) -> Callable[..., Any]:
     if name == "eager":
         # Eager attention is a plain function of each modeling file, in no registry.
         return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[no-any-return]
@@ -44,35 +61,31 @@ def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    name, tap = _active.calls[id(module)]
-    module.config._attn_implementation_internal = name
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    result = _backend_function(module, name)(
-        module, query, key, value, attention_mask, scaling=scaling, **kwargs
-    )
-    tap(module, query, key, value, attention_mask, scale)
+    tap = _tap_of(module)
+    assert tap is not None
+    result = _backend(module, tap.config._attn_implementation)(
+        _UnderOwnConfig(module, tap.config), query, key, value, attention_mask,
+        scaling=scaling, **kwargs,
+    )  # fmt: skip
+    if tap.wanted():
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        tap.function(module, query, key, value, attention_mask, scale)
     return result
 
 
-def install_tap(
-    module: nn.Module, tap: TapFunction, wanted: Callable[[], bool]
-) -> list[RemovableHandle]:
-    """Call ``tap`` in every forward of an attention module during which ``wanted()`` is true."""
+def install_tap(module: Any, function: TapFunction, wanted: Callable[[], bool]) -> Tap:
+    """Call ``function`` in every forward of an attention module during which ``wanted()`` is true.
+
+    Raises:
+        RuntimeError: the module is tapped already.
+    """
+    if _tap_of(module) is not None:
+        raise RuntimeError(f"{type(module).__name__} is tapped already; remove that tap first")
     if NAME not in AttentionInterface().valid_keys():
         AttentionInterface.register(NAME, _tapped_attention)
-
-    def before(module: Any, args: Any) -> None:
-        if wanted():
-            name = module.config._attn_implementation
-            _active.calls[id(module)] = (name, tap)
-            module.config._attn_implementation_internal = NAME
-
-    def after(module: Any, args: Any, output: Any) -> None:
-        call = _active.calls.pop(id(module), None)
-        if call is not None and module.config._attn_implementation_internal == NAME:
-            module.config._attn_implementation_internal = call[0]
-
-    return [
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, always_call=True),
-    ]
+    tap = Tap(module, function, wanted)
+    own = copy.copy(module.config)
+    own._attn_implementation_internal = NAME
+    own.__dict__[_ATTRIBUTE] = tap
+    module.config = own
+    return tap
