@@ -1,0 +1,45 @@
+"""The package as a whole: typed, documented, and without unsafe formats."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from importlib.resources import files
+from pathlib import Path
+
+import tokprune
+from tokprune.methods import available_methods
+from tokprune.methods.base import option_names
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_package_is_marked_as_typed() -> None:
+    assert (files("tokprune") / "py.typed").is_file()
+
+
+def test_version_is_that_of_the_metadata() -> None:
+    assert importlib.metadata.version("tokprune") == tokprune.__version__
+
+
+def test_readme_lists_every_method_and_model() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in available_methods():
+        assert f"(`{name}`)" in readme, f"README's table of methods lacks {name}"
+    for model in tokprune.supported_models():
+        assert model in readme
+
+
+def test_every_method_documents_itself() -> None:
+    for name, cls in available_methods().items():
+        assert cls.__doc__, name
+        for option in option_names(cls):
+            assert f"{option}:" in cls.__doc__ or f"{option}," in cls.__doc__, (
+                f"{cls.__name__} does not document {option!r}"
+            )
+        assert cls.stages, name
+        assert cls.paper or name == "random", name
+
+
+def test_public_names_resolve() -> None:
+    for name in tokprune.__all__:
+        assert getattr(tokprune, name) is not None
