@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tokprune.engine.stages import (
     Keep,
     ScoringLayer,
     SequenceView,
+    visible_rows,
 )
 from tokprune.operators.attention import attention_rows
 
@@ -56,13 +58,15 @@ class LayerCalls:
         return shifted, pair
 
     def mask(
-        self, hidden: Tensor, keys: int, valid: Tensor | None, name: tuple[Any, ...],
-        positions: tuple[Tensor, Tensor] | None = None,
+        self, hidden: Tensor, keys: int, valid: Callable[[], Tensor | None],
+        name: tuple[Any, ...], positions: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | None:  # fmt: skip
+        """The mask of ``keys`` keys; layers that give the same ``name`` share it, and only the
+        first of them works out which keys are ``valid``."""
         key = (keys, *(id(n) for n in name))
         if key not in self._masks:
             mask = decoder_mask(
-                self.backend, hidden.shape[1], keys, valid, hidden.dtype, hidden.device,
+                self.backend, hidden.shape[1], keys, valid(), hidden.dtype, hidden.device,
                 positions, self.window,
             )  # fmt: skip
             self._masks[key] = (name, mask)
@@ -120,7 +124,7 @@ class PrefillPass:
                 scoring = _Scoring(self, number, layer)
                 keep = run.before_layer(number, hidden, self.view, scoring)
                 if keep is not None:
-                    hidden = self._drop(number, run, hidden, keep)
+                    hidden = self._drop(number, hidden, keep)
         self.views.append(self.view)
         self.positions.append(self.view.position)
         cached = self._cached(number)
@@ -133,7 +137,7 @@ class PrefillPass:
             return None
         return self.cache.layers[number]
 
-    def _drop(self, number: int, run: DecoderRun, hidden: Tensor, keep: Keep) -> Tensor:
+    def _drop(self, number: int, hidden: Tensor, keep: Keep) -> Tensor:
         view = self.view
         counts = keep.counts
         if counts is None:
@@ -157,8 +161,8 @@ class PrefillPass:
         self.view = take(view, index, counts, lengths, padded, keep.positions == "compact")
         self.detached = True
         place = index.clamp(min=0)
-        for other in self.runs:
-            other.dropped(number, place)
+        for run in self.runs:
+            run.dropped(number, place)
         return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))
 
     def _shift(self, past_shift: Tensor | None) -> Tensor | None:
@@ -173,7 +177,7 @@ class PrefillPass:
         return self._shifts[key][1]
 
     def _announce(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        view, past_shift, past_valid, entries = self.view, None, None, 0
+        view, past_shift, entries = self.view, None, 0
         past_padded, past_columns = False, None
         if self.cache is not None:
             layer = compressed_layer(self.cache, number)
@@ -181,12 +185,9 @@ class PrefillPass:
             if entries:
                 past_columns = layer.all_columns()
                 past_padded = layer.padded
-                if past_padded:
-                    past_valid = past_columns >= 0
-                elif self.attention_mask is not None and self.past_mask_padded():
-                    past_valid = self.attention_mask[:, : self.past] != 0
-                    past_valid = past_valid.gather(1, past_columns)
-                    past_columns = past_columns.masked_fill(~past_valid, -1)
+                if not past_padded and self.attention_mask is not None and self.past_mask_padded():
+                    real = self.attention_mask[:, : self.past].gather(1, past_columns) != 0
+                    past_columns = past_columns.masked_fill(~real, -1)
                     layer.columns, layer.padded, past_padded = past_columns, True, True
             columns = self._columns()
             layer.expect(columns, self.original_length, view.padded, self._shift(past_shift))
@@ -199,13 +200,17 @@ class PrefillPass:
                 window = compressed_layer(self.cache, number).window_positions(position)
         if not (self.detached or entries):
             return  # the language model made masks and positions for this very sequence
-        valid = None
-        if view.padded or past_padded:
-            valid = view.valid
-            if entries:
-                if past_valid is None:
-                    past_valid = valid.new_ones(valid.shape[0], entries)
-                valid = torch.cat([past_valid.to(valid.device), valid], dim=1)
+
+        def valid() -> Tensor | None:
+            if not (view.padded or past_padded):
+                return None
+            if not entries:
+                return view.valid
+            before = view.valid.new_ones(len(view.valid), entries)
+            if past_columns is not None and past_padded:
+                before = (past_columns >= 0).to(before.device)
+            return torch.cat([before, view.valid], dim=1)
+
         kwargs["attention_mask"] = self.calls.mask(
             hidden, entries + hidden.shape[1], valid,
             (view, past_columns if past_padded else None, window and position), window,
@@ -236,31 +241,37 @@ class PrefillPass:
     def attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         view = self.view
         past = k.shape[2] - q.shape[2]
-        valid = None
-        cached = self._cached(number)
-        if isinstance(cached, CompressedLayer) and cached.padded:
-            valid = cached.all_columns() >= 0
-        elif view.padded or (past and self.attention_mask is not None):
-            valid = view.valid
-            if past:
-                mask = self.attention_mask
-                before = (
-                    valid.new_ones(valid.shape[0], past) if mask is None else (mask[:, :past] != 0)
-                )
-                valid = torch.cat([before.to(valid.device), valid], dim=1)
-        window = None
-        if self.calls.window is not None:
-            position = view.position
-            if isinstance(cached, CompressedLayer) and cached.positions is not None:
-                position = cached.positions.to(q.device)
-            elif past:
-                before = torch.arange(past, device=q.device).expand(q.shape[0], past)
-                position = torch.cat([before, position], dim=1)
-            window = (position, self.calls.window)
+        valid, window = self.visible_keys(number, past, view, self.positions[-1])
         attention = Attention(q, k, v, scale, causal=True, valid=valid, past=past, window=window)
         for stage, run in zip(self.stages, self.runs):
             if number in stage.taps:
                 run.attention(number, attention, view)
+
+    def visible_keys(
+        self, number: int, past: int, view: SequenceView, position: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, int] | None]:
+        """Of a layer's ``past`` cached keys and those of ``view``: which are real, [B, keys]
+        (None: all), and their rotary positions with the window's width where attention slides."""
+        cached, device = self._cached(number), view.column.device
+        batch = len(view.column)
+        before = None
+        if past and isinstance(cached, CompressedLayer):
+            before = cached.all_columns()[:, :past] >= 0 if cached.padded else None
+        elif past and self.attention_mask is not None:
+            before = self.attention_mask[:, :past] != 0
+        valid = view.valid if view.padded or before is not None else None
+        if past and valid is not None:
+            before = valid.new_ones(batch, past) if before is None else before.to(device)
+            valid = torch.cat([before, valid], dim=1)
+        if self.calls.window is None:
+            return valid, None
+        old = getattr(cached, "positions", None)
+        old = (
+            torch.arange(past, device=device).expand(batch, past)
+            if old is None
+            else (old[:, :past].to(device))
+        )
+        return valid, (torch.cat([old, position], dim=1), self.calls.window)
 
     def cached(self, number: int, lengths: list[int]) -> list[int]:
         """KV entries per batch row of a layer after this prefill, padding left out."""
@@ -319,7 +330,7 @@ class _Scoring(ScoringLayer):
         d = attn.head_dim
         cached = self.prefill._cached(self.number)
         past_shift = getattr(cached, "shift", None)
-        _, (cos, sin) = self.prefill.calls.embeddings(hidden, view.position, past_shift)
+        position, (cos, sin) = self.prefill.calls.embeddings(hidden, view.position, past_shift)
         x = self.layer.input_layernorm(hidden)
         batch, length = x.shape[:2]
         chosen = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
@@ -329,18 +340,11 @@ class _Scoring(ScoringLayer):
         pick = rows[:, :, None].expand(-1, -1, d)
         q, k = rotate(q, cos.gather(1, pick), sin.gather(1, pick)), rotate(k, cos, sin)
         past = 0
-        allowed = torch.arange(length, device=x.device)[None, None, :] <= rows[:, :, None]
-        if view.padded:
-            allowed = allowed & view.valid[:, None, :]
         if cached is not None and getattr(cached, "is_initialized", False):
             past = cached.keys.shape[-2]
             k = torch.cat([cached.keys, k], dim=2)
-            before = torch.ones(batch, 1, past, dtype=torch.bool, device=x.device)
-            if isinstance(cached, CompressedLayer) and cached.padded:
-                before = (cached.all_columns() >= 0)[:, None]
-            elif self.prefill.attention_mask is not None:
-                before = (self.prefill.attention_mask[:, :past] != 0)[:, None].to(x.device)
-            allowed = torch.cat([before.expand(-1, rows.shape[1], -1), allowed], dim=2)
+        valid, window = self.prefill.visible_keys(self.number, past, view, position)
+        allowed = visible_rows(rows + past, past + length, valid, window)
         return attention_rows(q, k, attn.scaling, allowed)[..., past:]
 
 
@@ -359,14 +363,15 @@ class StepPass:
             return hidden
         batch, q = hidden.shape[:2]
         start = cached.get_seq_length()
-        new, new_padded = self._new(batch, q, hidden.device)
-        padded = cached.padded or new_padded
-        valid = columns = None
-        if padded:
-            arange = torch.arange(start, start + q, device=hidden.device)
-            own = arange.expand(batch, q) if new is None else arange.masked_fill(~new, -1)
-            columns = torch.cat([cached.all_columns().to(hidden.device), own], dim=1)
-            valid = columns >= 0
+        new = self._new(q, hidden.device)
+        padded = cached.padded or new is not None
+
+        def valid() -> Tensor | None:
+            if not padded:
+                return None
+            old = cached.all_columns().to(hidden.device) >= 0
+            return torch.cat([old, old.new_ones(batch, q) if new is None else new], dim=1)
+
         position = kwargs["position_ids"]
         if cached.shift is not None:
             position, embeddings = self.calls.embeddings(hidden, position, cached.shift)
@@ -375,20 +380,21 @@ class StepPass:
         if self.calls.window is not None:
             window = cached.window_positions(position.expand(batch, q))
         name = (cached.columns if padded else None, cached if window else None)
-        if new_padded:
-            assert columns is not None
-            cached.expect(columns[:, -q:], q, True, cached.shift)
-        else:
-            cached.expect_step()
         kwargs["attention_mask"] = self.calls.mask(hidden, cached.entries + q, valid, name, window)
+        if new is None:
+            cached.expect_step()
+        else:
+            arange = torch.arange(start, start + q, device=hidden.device)
+            cached.expect(arange.masked_fill(~new, -1), q, True, cached.shift)
         return hidden
 
-    def _new(self, batch: int, q: int, device: torch.device) -> tuple[Tensor | None, bool]:
-        """Validity of the new tokens: a later chat turn of a batch may be padded."""
-        if q == 1 or self.attention_mask is None or self.attention_mask.dim() != 2:
-            return None, False
+    def _new(self, q: int, device: torch.device) -> Tensor | None:
+        """Which of the new tokens are real, [B, q]: a later chat turn of a batch may be padded.
+        None: all of them."""
+        if q == 1 or self.attention_mask is None:
+            return None
         if self._new_valid is None:
             new = self.attention_mask[:, -q:] != 0
             self._new_valid = (new, not bool(new.all()))
         new, padded = self._new_valid
-        return (new.to(device), True) if padded else (None, False)
+        return new.to(device) if padded else None

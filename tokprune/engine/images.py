@@ -59,10 +59,7 @@ class ImageRecord:
         else:
             assert self.cell is not None
             cell, features = self.cell, self.features
-            place = torch.full((self.layout.tiles * facts.tokens_per_tile + 1,), -1,
-                               device=self.device)  # fmt: skip
-            place[packed] = columns  # newline tokens (−1) write into the spare last entry
-            column = torch.where(cell < 0, -1, place[cell.clamp(min=0)])
+            column = self.places(cell, columns)
             # tokens without a place of their own (class token, cropped cells) stand at the start
             column = torch.where(column < 0, columns[0], column)
             score, tag = self.score, self.tag
@@ -91,6 +88,15 @@ class ImageRecord:
             tile_grid=self.layout.tile_grid,
         )
 
+    def places(self, cell: Tensor, values: Tensor) -> Tensor:
+        """What ``values`` [n], one per packed prompt token, say of the feature rows ``cell``
+        (any shape); −1 for the class token and for rows that the packing crops away."""
+        rows = self.layout.tiles * self.facts.tokens_per_tile
+        place = torch.full((rows + 1,), -1, device=self.device)
+        # newline tokens (−1) write into the spare last entry
+        place[self.layout.packed.to(self.device)] = values
+        return torch.where(cell < 0, -1, place[cell.clamp(min=0)])
+
     def _at_cells(self, values: Tensor | None, packed: Tensor) -> Tensor | None:
         """Per-feature values [tiles · F] at packed places; newline tokens get 0."""
         if values is None:
@@ -111,8 +117,8 @@ def attached(features: Any) -> ImageRecord | None:
 def build_records(
     layouts: list[ImageLayout],
     facts: ModelFacts,
-    tower: TowerPass | None,
-    projected: Tensor | None,
+    tower: TowerPass,
+    projected: Tensor,
     newline: Tensor | None,
     spatial: bool,
     want_raw: bool,
@@ -124,21 +130,17 @@ def build_records(
         spatial: survivors of an encoder stage enter by prompt place instead of published order.
         want_raw: keep the unpacked projector output for prompt stages that pool it.
     """
-    assert projected is not None
     device = projected.device
     records = [ImageRecord(layout, facts, device, newline=newline) for layout in layouts]
     tile_of = [0]
     for layout in layouts:
         tile_of.append(tile_of[-1] + layout.tiles)
-    reduced = tower is not None and tower.reduced
-    if want_raw and not reduced:
+    if want_raw and not tower.reduced:
         for i, record in enumerate(records):
             record.raw = projected[tile_of[i] : tile_of[i + 1]]
-    if tower is None:
-        return records
     score = next((o.score for o in tower.outcomes if o.score is not None), None)
     tag = next((o.tag for o in tower.outcomes if o.tag is not None), None)
-    if not reduced:
+    if not tower.reduced:
         cls = int(facts.cls_in_features)
         for i, record in enumerate(records):
             tiles = slice(tile_of[i], tile_of[i + 1])
@@ -182,14 +184,10 @@ def _fill_reduced(
     if key is None:
         key = torch.arange(number * rows, device=device).view(number, rows)
 
-    place = torch.full((number * facts.tokens_per_tile + 1,), -1, device=device)
-    packed = record.layout.packed.to(device)
-    place[packed] = torch.arange(len(packed), device=device)
-    place[-1] = -1
-    at = torch.where(cell < 0, -1, place[cell.clamp(min=0)])
+    at = record.places(cell, torch.arange(record.count, device=device))
     if spatial:
         # tokens without a prompt place come last, in their published order
-        key = torch.where(at < 0, len(packed) + key, at)
+        key = torch.where(at < 0, record.count + key, at)
     alive = torch.ones_like(cell, dtype=torch.bool) if valid is None else valid.clone()
     total = sum(c - drop_cls for c in counts)
     if (outcome is None or outcome.unpad) and record.facts.tiled:

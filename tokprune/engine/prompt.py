@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def _select(
 def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
     index = selection.index
     features = image.features[index] if selection.features is None else selection.features
-    return ImageTokens(
+    return replace(
+        image,
         features=features,
         tile=image.tile[index],
         row=image.row[index],
@@ -60,14 +62,9 @@ def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
         column=image.column[index],
         newline=image.newline[index],
         patches=index.shape[0],
-        tiles=image.tiles,
-        grid=image.grid,
-        original=image.original,
         score=None if image.score is None else image.score[index],
         tag=None if image.tag is None else image.tag[index],
-        newline_feature=image.newline_feature,
-        size=image.size,
-        tile_grid=image.tile_grid,
+        raw=None,
     )
 
 

@@ -51,6 +51,7 @@ class _Forward(threading.local):
 
     tower: TowerPass | None = None
     projected: Tensor | None = None
+    layouts: tuple[Tensor, list[ImageLayout]] | None = None
     layout: PromptLayout | None = None
     records: list[ImageRecord] | None = None
     prefill: PrefillPass | None = None
@@ -60,7 +61,7 @@ class _Forward(threading.local):
 
     def clear(self) -> None:
         self.tower = self.projected = self.layout = self.records = None
-        self.prefill = self.step = self.finite = self.images = None
+        self.prefill = self.step = self.finite = self.images = self.layouts = None
 
 
 class Session:
@@ -73,6 +74,9 @@ class Session:
         self.facts: ModelFacts = self.family.facts(model, self.parts)
         self.handles: list[RemovableHandle | Tap] = []
         self.now = _Forward()
+        forward = inspect.signature(type(self.parts.multimodal).forward)
+        #: names of the multimodal forward's positional arguments
+        self.arguments = list(forward.parameters)[1:]
         #: made by compress(), not by patch()
         self.nested = False
         self.backend = check_backend(backend_of(self.parts.language_model), "language model")
@@ -136,9 +140,7 @@ class Session:
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs).arguments
-            layouts = self.family.layouts(
-                self.parts, call["pixel_values"], call.get("image_sizes"), self.facts
-            )
+            layouts = self._layouts(call["pixel_values"], call.get("image_sizes"))
             self._check_feature_choice(call)
             tile_images = tuple(i for i, lay in enumerate(layouts) for _ in range(lay.tiles))
             device = next(self.parts.tower.parameters()).device
@@ -153,7 +155,7 @@ class Session:
                 now.tower.finish()
                 records = self._records(layouts, now.tower, now.projected)
             finally:
-                now.tower = now.projected = None
+                now.tower = now.projected = now.layouts = None
             features = getattr(result, "pooler_output", result)
             for tensor, record in zip(features, records):
                 attach(tensor, record)
@@ -162,9 +164,18 @@ class Session:
 
         self.parts.multimodal.__dict__["get_image_features"] = get_image_features
 
+    def _layouts(self, pixels: Tensor, image_sizes: Any) -> list[ImageLayout]:
+        """Layouts of the images, once for the forward and the encoder call inside it."""
+        known = self.now.layouts
+        if known is None or known[0] is not pixels:
+            layouts = self.family.layouts(self.parts, pixels, image_sizes, self.facts)
+            known = self.now.layouts = (pixels, layouts)
+        return known[1]
+
     def _records(
         self, layouts: list[ImageLayout], tower: TowerPass, projected: Tensor | None
     ) -> list[ImageRecord]:
+        assert projected is not None
         want_raw = any(stage.wants_raw for stage in self.plan.prompt)
         newline = self.family.newline(self.parts)
         return build_records(layouts, self.facts, tower, projected, newline, self.spatial, want_raw)
@@ -213,8 +224,7 @@ class Session:
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         now = self.now
         now.clear()
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        call = {**dict(zip(names, args)), **kwargs}
+        call = {**dict(zip(self.arguments, args)), **kwargs}
         cache = call.get("past_key_values")
         pixels, ids = call.get("pixel_values"), call.get("input_ids")
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
@@ -223,7 +233,7 @@ class Session:
         if ids is None and call.get("inputs_embeds") is not None:
             now.layout = self._layout_of_embeds(call, mask, past)
         elif pixels is not None and pixels.shape[0] > 0:
-            layouts = self.family.layouts(self.parts, pixels, call.get("image_sizes"), self.facts)
+            layouts = self._layouts(pixels, call.get("image_sizes"))
             now.layout = self._read_layout(ids, mask, past, [len(x.packed) for x in layouts])
         elif encoded is not None:
             records = [attached(f) for f in getattr(encoded, "pooler_output", encoded)]

@@ -55,6 +55,22 @@ class ModelFacts:
         return self.grid[0] * self.grid[1]
 
 
+def visible_rows(
+    index: Tensor, keys: int, valid: Tensor | None, window: tuple[Tensor, int] | None
+) -> Tensor:
+    """Keys that causal queries at ``index`` [B, R] among ``keys`` tokens see: bool [B, R, keys].
+
+    ``valid`` [B, keys]: real keys (None: all); ``window``: rotary positions [B, keys] and width
+    where attention slides.
+    """
+    allowed = torch.arange(keys, device=index.device)[None, None, :] <= index[:, :, None]
+    if window is not None:
+        position, width = window
+        own = position.gather(1, index)
+        allowed = allowed & (own[:, :, None] - position[:, None, :] < width)
+    return allowed if valid is None else allowed & valid[:, None, :]
+
+
 class Attention:
     """One attention call as a tap sees it; computes only the rows that are asked for.
 
@@ -85,21 +101,12 @@ class Attention:
         Probabilities over every visible key (causality and padding respected); columns of keys
         that an earlier turn cached are left out of the result, not out of the softmax.
         """
-        b, h, _, d = self.query.shape
+        b, h, length, d = self.query.shape
         gather = index[:, None, :, None].expand(b, h, index.shape[1], d)
-        allowed = None
         keys = self.key.shape[2]
+        allowed = None if self.valid is None else self.valid[:, None, :]
         if self.causal:
-            offset = keys - self.query.shape[2]
-            columns = torch.arange(keys, device=index.device)
-            allowed = columns[None, None, :] <= (index + offset)[:, :, None]
-            if self.window is not None:
-                position, width = self.window
-                own = position.gather(1, index + offset)
-                allowed = allowed & (own[:, :, None] - position[:, None, :] < width)
-        if self.valid is not None:
-            valid = self.valid[:, None, :]
-            allowed = valid if allowed is None else allowed & valid
+            allowed = visible_rows(index + keys - length, keys, self.valid, self.window)
         rows = attention_rows(self.query.gather(2, gather), self.key, self.scaling, allowed)
         return rows[..., self.past :]
 
