@@ -1,145 +1,16 @@
-"""The command line. Heavy imports wait until a command needs them."""
+"""``tokprune run``: answer one prompt with a compressed model."""
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from tokprune import __version__
-
-
-class BadInput(Exception):
-    """Something the user gave cannot be used; the message is the whole report."""
-
-
-class _App(typer.Typer):
-    """Reports bad input as one line on stderr and exit code 2."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-        try:
-            code = super().__call__(*args, **{**kwargs, "standalone_mode": False})
-        except (KeyboardInterrupt, typer.Abort):
-            print("Aborted.", file=sys.stderr)
-            sys.exit(130)
-        except Exception as error:
-            if not _is_bad_input(error):
-                raise
-            text = error.format_message() if hasattr(error, "format_message") else str(error)
-            first = next((x.strip() for x in text.splitlines() if x.strip()), "")
-            print(f"Error: {first or type(error).__name__}", file=sys.stderr)
-            sys.exit(2)
-        sys.exit(code if isinstance(code, int) else 0)
-
-
-def _is_bad_input(error: Exception) -> bool:
-    if isinstance(error, (BadInput, ValueError, OSError)):
-        return True
-    # click's usage errors, whichever click typer brings; ours (all of them say what to do)
-    return hasattr(error, "format_message") or type(error).__module__ == "tokprune.errors"
-
-
-app = _App(
-    name="tokprune",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"tokprune {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
-    """Prune and merge the visual tokens of vision-language models, without training."""
-
-
-# --------------------------------------------------------------------------- methods
-
-
-@app.command()
-def methods(
-    pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vision*'.")] = "*",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """List the methods: where they act, what they read, published budgets, paper."""
-    import fnmatch
-
-    from tokprune.methods import available_methods
-
-    found = {n: c for n, c in available_methods().items() if fnmatch.fnmatch(n, pattern.lower())}
-    if not found:
-        raise BadInput(f"no method matches {pattern!r}; known: {', '.join(available_methods())}")
-    if as_json:
-        print(json.dumps([_describe(cls) for cls in found.values()], indent=2))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("name", "stages", "needs", "published budgets", "paper"):
-        table.add_column(name, no_wrap=name == "name", overflow="fold")
-    for cls in found.values():
-        budgets: dict[str, list[str]] = {}
-        for preset in cls.presets:
-            own = budgets.setdefault(preset.model, [])
-            if str(preset.budget) not in own:
-                own.append(str(preset.budget))
-        table.add_row(
-            cls.name,
-            ", ".join(cls.stages),
-            cls.needs,
-            "\n".join(f"{model}: {', '.join(values)}" for model, values in budgets.items()),
-            cls.paper,
-        )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
-
-
-def _describe(cls: Any) -> dict[str, Any]:
-    import dataclasses
-
-    return {
-        "name": cls.name,
-        "class": cls.__name__,
-        "stages": list(cls.stages),
-        "needs": cls.needs,
-        "paper": cls.paper,
-        "options": {
-            f.name: None if f.default is dataclasses.MISSING else f.default
-            for f in dataclasses.fields(cls)
-            if f.init
-        },
-        "presets": [dataclasses.asdict(p) for p in cls.presets],
-    }
-
-
-# ------------------------------------------------------------------------------- run
-
-
-class Device(str, Enum):
-    auto, cpu, cuda = "auto", "cpu", "cuda"
-
-
-class Dtype(str, Enum):
-    auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
+from tokprune.cli.app import BadInput, app
+from tokprune.cli.values import Device, Dtype, parse_keep, parse_options
 
 
 @app.command()
@@ -209,36 +80,6 @@ def run(
         print(f"\n{trace.summary()}")
     if overlay is not None:
         print(f"\nkept patches: {overlay}")
-
-
-def parse_keep(text: str) -> Any:
-    """``64`` → 64, ``0.11`` → 0.11, ``0.875,0.625,0.125`` → a tuple of these."""
-    try:
-        parts = [int(p) if p.lstrip("+-").isdigit() else float(p)
-                 for p in (part.strip() for part in text.split(","))]  # fmt: skip
-    except ValueError:
-        raise BadInput(
-            f"--keep {text!r} should be a count (64), a fraction (0.11) or a schedule of these "
-            "(0.875,0.625,0.125)"
-        ) from None
-    return parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are Python literals, anything else is text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name.isidentifier():
-            raise BadInput(f"--option {pair!r} should be name=value")
-        if name in options:
-            raise BadInput(f"--option {name} is given twice")
-        try:
-            options[name] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[name] = text.strip()
-    return options
 
 
 def _open(path: Path) -> Any:

@@ -1,0 +1,106 @@
+"""The benchmark interface: items with pictures, a score per answer, tasks in groups."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    ``id``: unique in its benchmark and stable between runs; ``task``: question type;
+    ``image_id``: equal for questions about the same picture; ``answers``: all accepted;
+    ``meta``: anything else, in JSON types.
+    """
+
+    id: str
+    task: str
+    image_id: str
+    question: str
+    answers: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """A set of questions about pictures.
+
+    Attributes: ``name``; ``version`` (changes whenever an item or a score could); ``splits``
+    (names, the default first); ``tasks`` (question types, in display order); ``groups`` (display
+    name → its tasks; a task may be in none); ``headline`` (tasks that count in the macro average);
+    ``prompt_suffix`` (appended to every question, "" for none); ``max_new_tokens`` (longest
+    answer).
+    """
+
+    name: str
+    version: str
+    splits: tuple[str, ...]
+    tasks: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    headline: tuple[str, ...]
+    prompt_suffix: str = ""
+    max_new_tokens: int = 16
+
+    @abstractmethod
+    def items(
+        self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
+    ) -> list[Item]:
+        """Items of a split in a fixed order; ``limit`` takes a subset balanced over the tasks.
+
+        Raises:
+            ValueError: unknown split or task (names what there is), or ``limit`` below 1.
+        """
+
+    @abstractmethod
+    def image(self, item: Item) -> Image.Image:
+        """The picture of an item, RGB. Made or read when asked; nothing is kept."""
+
+    def score(self, item: Item, answer: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one (fractions where a suite has them).
+
+        Exact match after trimming, lower-casing and dropping a final full stop.
+        """
+        given = normalise(answer)
+        return float(any(given == normalise(right) for right in item.answers))
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared: one space between words, lower case, no final full stop."""
+    return " ".join(answer.lower().split()).removesuffix(".").rstrip()
+
+
+def available_benchmarks() -> tuple[str, ...]:
+    """Names that :func:`load_benchmark` knows, files aside."""
+    return ("mini",)
+
+
+def load_benchmark(name: str | Path) -> Benchmark:
+    """A benchmark by name, or from a ``.jsonl`` or ``.parquet`` file of items.
+
+    Raises:
+        ValueError: unknown name, or a file that does not hold items (says which line and field).
+        OSError: unreadable file.
+    """
+    path = Path(name)
+    if path.suffix.lower() in (".jsonl", ".parquet"):
+        from evals.files import FileBenchmark
+
+        return FileBenchmark(path)
+    if str(name) == "mini":
+        from evals.mini import MiniBenchmark
+
+        return MiniBenchmark()
+    near = difflib.get_close_matches(str(name), available_benchmarks(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"benchmark {str(name)!r} is unknown; known: {', '.join(available_benchmarks())}, or a "
+        f".jsonl or .parquet file.{hint}"
+    )
