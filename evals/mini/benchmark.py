@@ -1,0 +1,87 @@
+"""Scenes and questions as a benchmark with fixed splits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from PIL import Image
+
+from evals.base import Benchmark, Item
+from evals.mini.questions import GROUPS, TASKS, ask
+from evals.mini.render import render
+from evals.mini.scene import make_scene, random_state
+
+#: name → (seed of its scenes, questions per task); training uses seeds 1 to 3
+SPLITS = {"quick": (101, 30), "test": (102, 200), "validation": (103, 60)}
+#: at most this many questions about one scene
+PER_SCENE = 4
+
+
+class MiniBenchmark(Benchmark):
+    """``mini``: 12 types of question about scenes of 10 to 20 objects on clutter.
+
+    Splits: ``quick`` (30 questions per type, for demonstrations), ``test`` (200), ``validation``
+    (60, for choices made while developing). The questions of a split take turns over the types, so
+    that any prefix is balanced. Everything follows from the split's seed; nothing is downloaded.
+    """
+
+    name = "mini"
+    version = "1"
+    splits = tuple(SPLITS)
+    tasks = TASKS
+    groups = GROUPS
+    headline = TASKS
+    max_new_tokens = 8
+
+    def items(
+        self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
+    ) -> list[Item]:
+        split = self.splits[0] if split is None else split
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} should be one of {', '.join(map(repr, SPLITS))}")
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        for task in wanted:
+            if task not in self.tasks:
+                raise ValueError(f"task={task!r} should be one of {', '.join(self.tasks)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} should be at least 1")
+        chosen = [item for item in _all_items(split) if item.task in wanted]
+        return chosen[:limit]
+
+    def image(self, item: Item) -> Image.Image:
+        return render(make_scene(*item.meta["scene"]))
+
+
+@functools.cache
+def _all_items(split: str) -> tuple[Item, ...]:
+    """Questions of a split, one of each type in turn."""
+    seed, number = SPLITS[split]
+    found: dict[str, list[Item]] = {task: [] for task in TASKS}
+    scene_number = 0
+    while any(len(items) < number for items in found.values()):
+        scene = make_scene(seed, scene_number)
+        rng = random_state(scene.key, "questions")
+        # the types that lack most come first
+        order = sorted(rng.permutation(list(TASKS)), key=lambda task: len(found[task]))
+        asked = 0
+        for task in map(str, order):
+            if asked == PER_SCENE:
+                break
+            if len(found[task]) == number or (pair := ask(scene, task, rng)) is None:
+                continue
+            question, answer = pair
+            image = f"{split}-{scene_number:05d}"
+            found[task].append(
+                Item(
+                    id=f"{task}-{image}",
+                    task=task,
+                    image_id=image,
+                    question=question,
+                    answers=(answer,),
+                    meta={"scene": [seed, scene_number]},
+                )
+            )
+            asked += 1
+        scene_number += 1
+    return tuple(found[task][i] for i in range(number) for task in TASKS)

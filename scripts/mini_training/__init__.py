@@ -1,0 +1,1 @@
+"""How the embedded model is trained; ``scripts/train_mini.py`` runs it."""
