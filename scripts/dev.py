@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up a virtual environment of its own and run one of the project's jobs in it.
 
-    python3 scripts/dev.py demo     # compress a small LLaVA, print tables, draw overlays
+    python3 scripts/dev.py demo     # sweep all methods on the embedded model, report, recommend
     python3 scripts/dev.py test     # the test suite (extra arguments go to pytest)
     python3 scripts/dev.py lint     # ruff and mypy
     python3 scripts/dev.py shell -- python -c "..."   # anything else, in the environment
@@ -64,7 +64,7 @@ def main() -> int:
         "lint": [
             [python, "-m", "ruff", "check", "."],
             [python, "-m", "ruff", "format", "--check", "."],
-            [python, "-m", "mypy", "tokprune"],
+            [python, "-m", "mypy", "tokprune", "evals"],
         ],
         "shell": [[python if r == "python" else r for r in rest]],
     }

@@ -18,9 +18,10 @@ import torch
 from mini_training.attention import use_for
 from mini_training.joint import train_joint
 from mini_training.language import train_language
-from mini_training.model import build_model
+from mini_training.model import build_model, save
 from mini_training.symbols import Symbols
 from mini_training.vision import train_vision
+from safetensors.torch import load_file
 
 PHASES = ("language", "vision", "joint")
 
@@ -31,7 +32,8 @@ def main() -> int:
     parser.add_argument("--phase", choices=PHASES, help="only this one (default: all in turn)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--language-scenes", type=int, default=24_000)
+    parser.add_argument("--save", type=Path, help="write the model folder here when all is done")
+    parser.add_argument("--language-scenes", type=int, default=22_000)
     parser.add_argument("--vision-scenes", type=int, default=26_000)
     parser.add_argument("--vision-lr", type=float, default=3e-3)
     parser.add_argument("--joint-scenes", type=int, default=14_000)
@@ -53,7 +55,27 @@ def main() -> int:
                      options.vision_lr, device)  # fmt: skip
     if options.phase in (None, "joint"):
         train_joint(model, symbols, options.out, options.joint_scenes, options.joint_lr, device)
+    if options.save is not None:
+        ship(options.out, options.save)
     return 0
+
+
+def ship(out: Path, folder: Path) -> None:
+    """Write the model folder from the float32 masters: those of the last phase, and of the tower's
+    layers behind the feature layer, which it leaves alone."""
+    model = build_model()
+    state = {
+        **load_file(out / "vision" / "state.safetensors"),
+        **load_file(out / "joint" / "state.safetensors"),
+    }
+    parts = {"tower": model.model.vision_tower, "projector": model.model.multi_modal_projector,
+             "language": model.model.language_model}  # fmt: skip
+    with torch.no_grad():
+        for part, module in parts.items():
+            for name, p in module.named_parameters():
+                if (saved := state.get(f"master.{part}.{name}")) is not None:
+                    p.copy_(saved)
+    save(model, folder)
 
 
 if __name__ == "__main__":

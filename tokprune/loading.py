@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -15,7 +16,9 @@ from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import family_of, supported_models
 from tokprune.methods.base import Method, available_methods, make_method, option_names
+from tokprune.models import resolve
 from tokprune.patching import patch
+from tokprune.recommend import load_setting
 
 #: options of the hub, for config, model and processor alike
 _HUB = frozenset({
@@ -33,6 +36,7 @@ def load(
     path: str | PathLike[str],
     method: str | Method | None = None,
     *,
+    setting: str | PathLike[str] | Mapping[str, Any] | None = None,
     processor: bool = False,
     trust_remote_code: bool = False,
     **options: Any,
@@ -42,8 +46,10 @@ def load(
     Method, options and model class are checked before any weight is read.
 
     Args:
-        path: folder or hub name.
+        path: folder, hub name, or the name of a shipped model (``"mini"``).
         method: name or object; None loads the model unpatched.
+        setting: instead of a method, the JSON file (or its content) that ``tokprune recommend``
+            wrote.
         processor: return ``(model, processor)``.
         trust_remote_code: passed on to transformers.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
@@ -59,6 +65,11 @@ def load(
         model, processor = tokprune.load("llava-hf/llava-1.5-7b-hf", "todre", keep=64,
                                          processor=True, dtype="bfloat16", device_map="cuda")
     """
+    if setting is not None:
+        if method is not None:
+            raise ValueError("give method or setting, not both: a setting names its method")
+        method = load_setting(setting)
+    path = resolve(path)
     made, options = _split(method, options)
     hub = {name: options[name] for name in options if name in _HUB}
     if trust_remote_code:

@@ -67,9 +67,10 @@ def train_joint(
     heads.to(device, torch.bfloat16)
     hints.to(device, torch.bfloat16)
     model.get_input_embeddings().weight.requires_grad_(False)
-    for name, p in heads.named_parameters():
-        if name.startswith("last"):
-            p.requires_grad_(False)
+    # what lies behind the feature layer is not run here
+    tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
+    for module in (tower.encoder.layers[-1], tower.post_layernorm, heads.last):
+        module.requires_grad_(False)
     phase = Phase(out / "joint", Optimizer(named_parameters(model, heads, hints), lr), total)
 
     def forward(

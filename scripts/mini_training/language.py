@@ -29,7 +29,7 @@ from mini_training.turns import HEAD, Sequences, draw_turns, pack
 TRAIN_SEED, CHECK_SEED = 1, 2
 TURNS = 24
 #: a batch with this share of right turns makes the next ones harder, by this much
-READY, PACE = 0.85, 0.004
+READY, PACE = 0.7, 0.004
 
 
 def easier(scene: Scene, level: float) -> Scene:
@@ -95,7 +95,7 @@ def symbolic_batch(
         labels.append(label[own])
         textures.append(rng.normal(size=(len(own), TEXTURE)))
         patches.append(own)
-        turns.append(draw_turns(scene, rng, TURNS))
+        turns.append(draw_turns(scene, rng, TURNS, level))
     batch = pack(patches, turns)
     label = np.zeros((size, batch.patch.shape[1], len(FIELDS)), dtype=np.int64)
     texture = np.zeros((size, batch.patch.shape[1], TEXTURE), dtype=np.float32)

@@ -20,10 +20,14 @@ from mini_training.model import BOS, EOS, PAD, encode
 
 HEAD = (BOS, *encode("user :"))
 TAIL = encode("assistant :")
-#: how often each type is drawn: the slow learners more often
+#: how often each type is drawn; from level HARD of a curriculum on, the slow learners more often
 WEIGHT = {"presence": 1.0, "attribute": 0.8, "color": 0.8, "shape": 1.0, "count": 1.6, "tally": 1.4,
           "size": 1.2, "where": 1.0, "relation": 1.6, "number": 0.8, "word": 1.0,
           "plate": 1.4}  # fmt: skip
+LATER = {"presence": 0.8, "attribute": 0.4, "color": 0.4, "shape": 0.4, "count": 2.4, "tally": 2.2,
+         "size": 0.5, "where": 0.4, "relation": 2.0, "number": 0.4, "word": 1.2,
+         "plate": 1.8}  # fmt: skip
+HARD = 0.5
 PATCHES = GRID * GRID
 
 
@@ -37,9 +41,12 @@ class Turn:
     hints: list[tuple[int, dict[str, int]]]
 
 
-def draw_turns(scene: Scene, rng: np.random.RandomState, number: int) -> list[Turn]:
+def draw_turns(
+    scene: Scene, rng: np.random.RandomState, number: int, level: float = 1.0
+) -> list[Turn]:
     """Turns about a scene; no question twice."""
-    share = np.array([WEIGHT[t] for t in TASKS])
+    weight = LATER if level >= HARD else WEIGHT
+    share = np.array([weight[t] for t in TASKS])
     share = np.cumsum(share / share.sum())
     turns, seen = [], set()
     for _ in range(3 * number):

@@ -15,7 +15,7 @@ from tokprune.cli.values import Device, Dtype, parse_keep, parse_options
 
 @app.command()
 def run(
-    model: Annotated[str, typer.Option(help="Model folder or hub name.")],
+    model: Annotated[str, typer.Option(help="'mini' (shipped), a model folder, or a hub name.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
     method: Annotated[str | None, typer.Option(help="See 'tokprune methods'.")] = None,
@@ -25,6 +25,9 @@ def run(
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="Method option name=value; repeat for several.")
+    ] = None,
+    setting: Annotated[
+        Path | None, typer.Option(help="JSON of 'tokprune recommend', instead of --method.")
     ] = None,
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
@@ -39,9 +42,12 @@ def run(
         if "keep" in options:
             raise BadInput("give the budget once: --keep or --option keep=…")
         options["keep"] = parse_keep(keep)
-    if method is None and (options or overlay or compare):
+    if setting is not None and (method is not None or options):
+        given = "--method" if method is not None else "--keep/--option"
+        raise BadInput(f"--setting names its method and options; drop {given}")
+    if method is None and setting is None and (options or overlay or compare):
         given = "--keep/--option" if options else "--overlay" if overlay else "--compare"
-        raise BadInput(f"{given} needs --method; see 'tokprune methods'")
+        raise BadInput(f"{given} needs --method or --setting; see 'tokprune methods'")
     if overlay is not None:
         if not image:
             raise BadInput("--overlay needs an --image to draw on")
@@ -51,6 +57,10 @@ def run(
 
     try:
         made = None if method is None else make_method(method, **options)
+        if setting is not None:
+            from tokprune.recommend import load_setting
+
+            made = load_setting(setting)
     except TypeError as error:  # an option of the wrong type
         raise BadInput(str(error)) from None
     from tokprune.patching import patch, unpatch
