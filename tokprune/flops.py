@@ -20,6 +20,8 @@ from torch import nn
 from tokprune.families.base import Parts, family_of
 
 if TYPE_CHECKING:
+    from tokprune.engine.images import ImageRecord
+    from tokprune.engine.stages import ModelFacts
     from tokprune.trace import PrefillTrace
 
 
@@ -155,44 +157,45 @@ def _decode_step(shape: ModelShape, entries: Sequence[Sequence[int]]) -> int:
 
 def prefill_macs(prefill: PrefillTrace) -> Macs:
     """MACs of a recorded prefill, as it ran (reads the trace's tensors)."""
-    shape, facts = prefill.shape, prefill.facts
-    cut = int(facts.has_cls and not facts.cls_in_features)
-    patches = pooling = projector = 0
-    encoder = [0] * len(shape.encoder)
-    for record in prefill.records:
-        rows = prefill.tower_rows(record)
-        patches += record.layout.tiles * facts.patches
-        for number, (layer, (attended, mlp)) in enumerate(zip(shape.encoder, rows)):
-            encoder[number] += sum(
-                layer.macs(a, mlp_rows=m) for a, m in zip(attended, mlp, strict=True)
-            )
-        out = prefill.tower_output(record)
-        projector += shape.projector * sum(n - cut for n in out)
-        if shape.pooling is not None:
-            pooling += sum(shape.pooling.macs(n) for n in out)
-    decoder = []
-    for layer, seen in zip(shape.decoder, prefill.layers):
-        past = prefill.past_entries(seen)
-        decoder.append(sum(layer.macs(n, n + p) for n, p in zip(seen.lengths, past)))
-    entries = [prefill.kv_entries(seen) for seen in prefill.layers]
-    return Macs(
-        patch_embedding=patches * shape.patch_embedding,
-        encoder=tuple(encoder),
-        pooling=pooling,
-        projector=projector,
-        decoder=tuple(decoder),
-        lm_head=len(prefill.original_lengths) * shape.lm_head,
-        decode_step=_decode_step(shape, entries),
-    )
+    rows = range(len(prefill.original_lengths))
+    return _measured(prefill, prefill.records, rows, _cached(prefill))
+
+
+def row_macs(prefill: PrefillTrace) -> list[Macs]:
+    """MACs of a recorded prefill, prompt by prompt: each batch row with its own images and its
+    own token counts, as if it had run alone. Padding of the batch is nobody's."""
+    cached = _cached(prefill)
+    return [
+        _measured(prefill, _records_of(prefill, row), [row], cached)
+        for row in range(len(prefill.original_lengths))
+    ]
 
 
 def unpruned_macs(prefill: PrefillTrace) -> Macs:
     """MACs of the same prefill without any compression."""
-    shape, facts = prefill.shape, prefill.facts
     tiles = sum(record.layout.tiles for record in prefill.records)
-    rows = facts.patches + int(facts.has_cls)
     past = prefill.past_lengths()
-    lengths = prefill.original_lengths
+    return model_macs(prefill.shape, prefill.facts, tiles, prefill.original_lengths, past)
+
+
+def model_macs(
+    shape: ModelShape,
+    facts: ModelFacts,
+    tiles: int,
+    lengths: Sequence[int],
+    past: Sequence[int] | None = None,
+) -> Macs:
+    """MACs of one prefill of an unpruned model, from its widths alone.
+
+    Args:
+        shape: widths of the model.
+        facts: its tower and tiles.
+        tiles: tiles of all images together.
+        lengths: real tokens of each prompt, visual ones included.
+        past: cached tokens of each prompt (None: none).
+    """
+    rows = facts.patches + int(facts.has_cls)
+    past = [0] * len(lengths) if past is None else past
     return Macs(
         patch_embedding=tiles * facts.patches * shape.patch_embedding,
         encoder=tuple(tiles * layer.macs(rows) for layer in shape.encoder),
@@ -205,6 +208,53 @@ def unpruned_macs(prefill: PrefillTrace) -> Macs:
         decode_step=_decode_step(
             shape, [[n + p for n, p in zip(lengths, past)]] * len(shape.decoder)
         ),
+    )
+
+
+def _records_of(prefill: PrefillTrace, row: int) -> list[ImageRecord]:
+    """Encoded images of one batch row, each once."""
+    own = (image.record for image in prefill.images if image.row == row)
+    return list({id(record): record for record in own if record is not None}.values())
+
+
+def _cached(prefill: PrefillTrace) -> list[tuple[list[int], list[int]]]:
+    """Per decoder layer and batch row: cached tokens before the prefill, and after it."""
+    return [(prefill.past_entries(seen), prefill.kv_entries(seen)) for seen in prefill.layers]
+
+
+def _measured(
+    prefill: PrefillTrace,
+    records: Sequence[ImageRecord],
+    rows: Sequence[int],
+    cached: list[tuple[list[int], list[int]]],
+) -> Macs:
+    """MACs of some images and some batch rows of a prefill."""
+    shape, facts = prefill.shape, prefill.facts
+    cut = int(facts.has_cls and not facts.cls_in_features)
+    patches = pooling = projector = 0
+    encoder = [0] * len(shape.encoder)
+    for record in records:
+        tower = prefill.tower_rows(record)
+        patches += record.layout.tiles * facts.patches
+        for number, (layer, (attended, mlp)) in enumerate(zip(shape.encoder, tower)):
+            encoder[number] += sum(
+                layer.macs(a, mlp_rows=m) for a, m in zip(attended, mlp, strict=True)
+            )
+        out = prefill.tower_output(record)
+        projector += shape.projector * sum(n - cut for n in out)
+        if shape.pooling is not None:
+            pooling += sum(shape.pooling.macs(n) for n in out)
+    decoder = []
+    for layer, seen, (past, _) in zip(shape.decoder, prefill.layers, cached):
+        decoder.append(sum(layer.macs(seen.lengths[b], seen.lengths[b] + past[b]) for b in rows))
+    return Macs(
+        patch_embedding=patches * shape.patch_embedding,
+        encoder=tuple(encoder),
+        pooling=pooling,
+        projector=projector,
+        decoder=tuple(decoder),
+        lm_head=len(rows) * shape.lm_head,
+        decode_step=_decode_step(shape, [[held[b] for b in rows] for _, held in cached]),
     )
 
 

@@ -8,6 +8,8 @@ chat turn, beams and copies of a cache cannot mix.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class CompressedLayer(DynamicLayer):
         """A compressed layer with the content of an ordinary one."""
         new = cls()
         if layer is not None and layer.is_initialized and layer.keys is not None:
-            new.dtype, new.device = layer.dtype, layer.device
+            new.dtype, new.device = layer.keys.dtype, layer.keys.device
             new.keys, new.values = layer.keys, layer.values
             new.is_initialized = True
             batch, held = layer.keys.shape[0], layer.keys.shape[-2]
@@ -161,11 +163,17 @@ class CompressedLayer(DynamicLayer):
                 setattr(self, name, change(value))
 
     def crop(self, max_length: int) -> None:
-        """Remove the newest tokens (transformers' argument: the new length, or −n tokens).
+        """Remove the newest tokens (transformers' argument: the new length, or −n tokens; from 5.24
+        on the latter only, so that 0 removes nothing).
 
         Raises:
             NotImplementedError: the cut would reach into the compressed prompt.
         """
+        if (
+            max_length == 0
+            and "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
+        ):
+            return
         remove = -max_length if max_length < 0 else self.get_seq_length() - max_length
         if remove <= 0 or not self.is_initialized:
             return
@@ -186,6 +194,18 @@ class CompressedLayer(DynamicLayer):
         self.columns = self.shift = self.positions = None
         self._pending = self.next_position = None
         self.padded, self.missing, self._step = False, 0, False
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls its KV cache: ``past_key_values``, from transformers 5.24 on ``cache``."""
+    named = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in named else "past_key_values"
+
+
+def cache_in(call: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a call, under either name; None where there is none."""
+    cache = call.get("cache")
+    return call.get("past_key_values") if cache is None else cache
 
 
 def check_cache(cache: Any) -> None:

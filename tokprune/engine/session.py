@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
-from tokprune.engine.cache import CompressedLayer, check_cache
+from tokprune.engine.cache import CompressedLayer, cache_argument, cache_in, check_cache
 from tokprune.engine.decoder import LayerCalls, PrefillPass, StepPass
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.images import ImageRecord, attach, attached, build_records
 from tokprune.engine.layout import PromptLayout, layout_from_mask, read_layout
 from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.prompt import native_view, shorten_prompt
+from tokprune.engine.shared import Encoded, share_keys, shared_encoder
 from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Selection, TowerInput
 from tokprune.engine.tap import Tap, install_tap
 from tokprune.errors import NonFiniteFeaturesError, PromptMismatchError
@@ -113,6 +114,8 @@ class Session:
             handle.remove()
         self.handles.clear()
         self.parts.multimodal.__dict__.pop("get_image_features", None)
+        if (shared := shared_encoder(self.parts.multimodal)) is not None:
+            self.parts.multimodal.__dict__["get_image_features"] = shared.unpatched
         self.now.clear()
 
     def _install_decoder_layer(self, number: int, layer: Any) -> None:
@@ -134,7 +137,9 @@ class Session:
     def _wrap_image_features(self) -> None:
         """``get_image_features`` is a method, no module, so no hook reaches it; generate() calls
         it ahead of the forward. An attribute of this one instance stands before it."""
-        original = self.parts.multimodal.get_image_features
+        shared = shared_encoder(self.parts.multimodal)
+        keys = share_keys(self.plan.encoder)
+        original = self.parts.multimodal.get_image_features if shared is None else shared.original
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -150,9 +155,17 @@ class Session:
             grids = tuple(layout.tile_grid for layout in layouts)
             tower = TowerInput(self.facts, tile_images, device, grids)
             now.tower = TowerPass(self.plan.encoder, tower)
+            known = None if shared is None else shared.get(call["pixel_values"], keys)
             try:
-                result = original(*args, **kwargs)
-                now.tower.finish()
+                if known is None:
+                    result = original(*args, **kwargs)
+                    now.tower.finish()
+                    if shared is not None and now.projected is not None:
+                        encoded = Encoded(result, now.projected, now.tower.outcomes)
+                        shared.put(call["pixel_values"], keys, encoded)
+                else:
+                    result, now.projected = known.result, known.projected
+                    now.tower.outcomes = known.outcomes
                 records = self._records(layouts, now.tower, now.projected)
             finally:
                 now.tower = now.projected = now.layouts = None
@@ -225,7 +238,7 @@ class Session:
         now = self.now
         now.clear()
         call = {**dict(zip(self.arguments, args)), **kwargs}
-        cache = call.get("past_key_values")
+        cache = cache_in(call)
         pixels, ids = call.get("pixel_values"), call.get("input_ids")
         encoded = (call.get("mm_encoder_outputs") or {}).get("image")
         past = cache.get_seq_length() if cache is not None else 0
@@ -305,7 +318,7 @@ class Session:
 
     def _door(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the language model: shorten the prompt, or prepare a step on a short cache."""
-        now, cache = self.now, kwargs.get("past_key_values")
+        now, cache = self.now, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
         if now.layout is None:
             if cache is not None and any(isinstance(x, CompressedLayer) for x in cache.layers):
@@ -315,7 +328,9 @@ class Session:
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length() if cache is not None else 0
         if cache is None and _uses_cache(module, kwargs):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)
+            cache = kwargs[cache_argument(module)] = DynamicCache(config=module.config)
+            if cache_argument(module) == "cache":
+                kwargs.pop("past_key_values", None)
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]

@@ -16,7 +16,7 @@ Stage places, in the order a visual token meets them::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -255,6 +255,14 @@ class EncoderStage(ABC):
     @property
     def reduces(self) -> bool:
         return bool(self.between_layers or self.after_layers)
+
+    @property
+    def share_key(self) -> Hashable | None:
+        """What a stage observes, for stages that leave the encoder's rows as they are: stages
+        with equal keys have equal outcomes on equal pixels, and one pass of the tower may serve
+        them all (:class:`tokprune.engine.shared.SharedEncoder`). None: every stage needs its own.
+        """
+        return None
 
     @abstractmethod
     def start(self, tower: TowerInput) -> EncoderRun: ...

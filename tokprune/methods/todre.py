@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -164,6 +164,10 @@ class _ClassAttention(EncoderStage):
 
     def __init__(self, layer: int) -> None:
         self.taps = frozenset({layer})
+
+    @property
+    def share_key(self) -> Hashable:
+        return "class attention", *self.taps
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return _ClassAttentionRun()

@@ -1,0 +1,129 @@
+"""One pass of the vision encoder for several methods that look at the same pixels."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokprune.engine.stages import EncoderOutcome, EncoderStage
+from tokprune.errors import AlreadyPatchedError
+from tokprune.families import family_of
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What one pass left: the result of ``get_image_features``, the projector's output [tiles, T,
+    D], and the outcome of every observing stage."""
+
+    result: Any
+    projected: Tensor
+    outcomes: list[EncoderOutcome]
+
+
+class SharedEncoder:
+    """While open, passes of the vision encoder over chosen pixels are remembered and reused.
+
+    A pass is reused by the unpatched model and by every method whose encoder stages only observe,
+    and observe the same (:attr:`EncoderStage.share_key`). Stages that drop or merge rows always
+    run. Nothing is recomputed in another way, so results are those of the model on its own, bit
+    for bit. Only calls with the very tensor given to :meth:`remember` are shared.
+
+    Example::
+
+        with SharedEncoder(model) as shared:
+            shared.remember(inputs["pixel_values"])
+            plain = model.generate(**inputs)
+            with tokprune.compress(model, "divprune", keep=64):
+                pruned = model.generate(**inputs)  # the encoder does not run
+
+    Raises:
+        AlreadyPatchedError: on entry, if the model is patched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parts = family_of(model).parts(model)
+        self.multimodal, self.projector = parts.multimodal, parts.projector
+        self.pixels: Tensor | None = None
+        #: passes of the tower that ran, and that were spared
+        self.ran = self.spared = 0
+        self._passes: dict[tuple[Hashable, ...], Encoded] = {}
+
+    def __enter__(self) -> SharedEncoder:
+        if "get_image_features" in self.multimodal.__dict__:
+            raise AlreadyPatchedError("unpatch the model before its encoder outputs are shared")
+        #: the model's own method
+        self.original = self.multimodal.get_image_features
+        self.unpatched = self._wrap(self.original)
+        self.multimodal.__dict__["get_image_features"] = self.unpatched
+        _open[self.multimodal] = weakref.ref(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        _open.pop(self.multimodal, None)
+        if self.multimodal.__dict__.get("get_image_features") is self.unpatched:
+            del self.multimodal.__dict__["get_image_features"]
+        self.remember(None)
+
+    def remember(self, pixels: Tensor | None) -> None:
+        """Forget earlier passes; share those over ``pixels`` from now on (None: share nothing)."""
+        self.pixels = pixels
+        self._passes.clear()
+
+    def get(self, pixels: Tensor, keys: tuple[Hashable, ...] | None) -> Encoded | None:
+        """The pass over ``pixels`` by stages of these keys, if there was one."""
+        shares = keys is not None and pixels is self.pixels
+        found = self._passes.get(keys) if shares else None  # type: ignore[arg-type]
+        self.spared += found is not None
+        return found
+
+    def put(self, pixels: Tensor, keys: tuple[Hashable, ...] | None, encoded: Encoded) -> None:
+        """Remember a pass that ran, if stages of these keys can be served by it again."""
+        self.ran += 1
+        if keys is not None and pixels is self.pixels:
+            self._passes[keys] = encoded
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``get_image_features`` of the unpatched model, from memory where there is one."""
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            pixels = signature.bind(*args, **kwargs).arguments["pixel_values"]
+            known = self.get(pixels, ())
+            if known is not None:
+                return known.result
+            made: list[Tensor] = []
+            handle = self.projector.register_forward_hook(lambda *call: made.append(call[2]))
+            try:
+                result = original(*args, **kwargs)
+            finally:
+                handle.remove()
+            self.put(pixels, (), Encoded(result, made[-1], []))
+            return result
+
+        return get_image_features
+
+
+_open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SharedEncoder]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def shared_encoder(multimodal: nn.Module) -> SharedEncoder | None:
+    """The open :class:`SharedEncoder` of a model, if there is one."""
+    reference = _open.get(multimodal)
+    return None if reference is None else reference()
+
+
+def share_keys(stages: Sequence[EncoderStage]) -> tuple[Hashable, ...] | None:
+    """What the encoder stages of a plan observe; None if one of them does more than that."""
+    keys = tuple(stage.share_key for stage in stages)
+    if any(stage.reduces for stage in stages) or None in keys:
+        return None
+    return keys

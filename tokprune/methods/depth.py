@@ -1,0 +1,103 @@
+"""Published layer numbers on decoders of another depth.
+
+Papers name decoder layers of LLaVA-1.5-7B, which has 32. The rule, for every method alike:
+
+- a decoder of at least 24 layers gets the published numbers as they are, as in the official code
+  (which uses the same numbers for 32 and for 40 layers), if they fit;
+- in a shorter one a *schedule* of layers (TransPrune, MustDrop) keeps its relative depth: layer
+  l of 32 becomes l · depth / 32, rounded, moved up where two would coincide and down where the
+  last would not leave the layers behind it that the method needs; where there is no room for
+  all steps, MustDrop takes its last ones and TransPrune a single one;
+- a *single early* layer (FastV's K = 2, FlowCut's 1) means the first layers, not a depth: it
+  stays while at least as many layers follow as precede it, and moves to the middle otherwise;
+- ToDRE's check after ⌊7L/8⌋ of L layers is a relative depth by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+PUBLISHED_DEPTH = 32
+#: decoders from this depth on take the published numbers
+LEAST_DEPTH = 24
+
+_TRANSPRUNE = (7, 9, 12)  # counted from 1: layers after which tokens go
+_MUSTDROP = (2, 6, 10, 14)  # counted from 0: layers whose output is filtered
+_FASTV = 2  # layers that see all tokens
+_FLOWCUT = 1  # counted from 0: the layer after which tokens go
+
+
+def layer_options(name: str, decoder_layers: int) -> dict[str, Any]:
+    """Layer options of a method for a decoder of this depth; {} where its defaults are right.
+
+    Args:
+        name: method name.
+        decoder_layers: depth of the decoder.
+
+    Returns:
+        Options for :func:`tokprune.methods.make_method`.
+
+    Raises:
+        ValueError: the decoder is too short for any schedule of the method.
+    """
+    deep = decoder_layers >= LEAST_DEPTH
+    if name == "transprune" and not deep:
+        few = decoder_layers <= len(_TRANSPRUNE)
+        steps: tuple[int, ...] = _TRANSPRUNE[1:2] if few else _TRANSPRUNE
+        prune = scaled_layers(steps, decoder_layers, first=1, last=decoder_layers - 1)
+        return {
+            "prune_layers": prune,
+            "accumulate_layers": tuple(range(prune[0], prune[-1] + 1)),
+        }
+    if name == "mustdrop" and not deep:
+        steps = _MUSTDROP[-max(1, decoder_layers - 1) :]
+        layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
+        return {"pruning_layers": layers}
+    if name == "fastv" and decoder_layers < 2 * _FASTV:
+        return {"layer": max(1, decoder_layers // 2)}
+    if name == "flowcut" and decoder_layers < 2 * (_FLOWCUT + 1):
+        return {"prune_layer": max(0, decoder_layers // 2 - 1)}
+    return {}
+
+
+def scaled_layers(
+    layers: Sequence[int],
+    depth: int,
+    *,
+    first: int,
+    last: int,
+    published: int = PUBLISHED_DEPTH,
+) -> tuple[int, ...]:
+    """Layer numbers at the same relative depth: rising, all different, inside [first, last].
+
+    Args:
+        layers: published numbers, rising.
+        depth: layers of the decoder at hand.
+        first, last: smallest and largest number that makes sense there.
+        published: layers of the decoder that the numbers were published for.
+
+    Raises:
+        ValueError: ``[first, last]`` has room for fewer numbers than there are.
+
+    Example::
+
+        >>> scaled_layers((7, 9, 12), 16, first=1, last=15)
+        (4, 5, 6)
+        >>> scaled_layers((2, 6, 10, 14), 6, first=0, last=4)
+        (0, 1, 2, 3)
+    """
+    if last - first + 1 < len(layers):
+        raise ValueError(
+            f"a schedule of {len(layers)} layers does not fit a decoder of {depth}: it needs as "
+            f"many different layers from {first} to {last}"
+        )
+    placed: list[int] = []
+    for layer in layers:
+        at = max(first, (2 * layer * depth + published) // (2 * published))
+        placed.append(max(at, placed[-1] + 1) if placed else at)
+    limit = last
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - 1
+    return tuple(placed)
