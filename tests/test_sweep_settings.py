@@ -1,0 +1,210 @@
+"""Settings from options and files, arms, budgets: what is accepted, and what is said otherwise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokprune.methods import available_methods
+from tokprune.sweep.arms import CONTROLS, VARIANTS, Arm, build_arms, parse_arm
+from tokprune.sweep.budgets import DEFAULT_KEEP, parse_budget, tolerance
+from tokprune.sweep.settings import (
+    Settings,
+    make_settings,
+    read_settings,
+    with_options,
+)
+
+BASE: dict[str, Any] = {"model": "m", "out": "o"}
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        (64, 64), ("64", 64), ("0.25", 144), (0.25, 144), ("25%", 144), ("1/9", 64), ("1.0", 576),
+        ("0.05", 28.8),
+    ],
+)  # fmt: skip
+def test_budget_forms(given: Any, tokens: float) -> None:
+    assert parse_budget(given).tokens(576) == pytest.approx(tokens)
+
+
+def test_default_budgets_are_pooling_scales() -> None:
+    assert [parse_budget(k).tokens(576) for k in DEFAULT_KEEP[1:]] == [144, 64, 36, 16]
+    assert (tolerance(10), tolerance(288)) == (0.5, 2.88)
+
+
+BAD_SETTINGS = [
+    ({"keep": ()}, "keep names no budget"),
+    ({"keep": ("0",)}, "keep=0 should be at least 1"),
+    ({"keep": ("1.5",)}, "share in"),
+    ({"keep": ("abc",)}, "keep='abc' should be a count"),
+    ({"keep": ("1/0",)}, "keep='1/0' should be"),
+    ({"keep": (True,)}, "keep=True should be"),
+    ({"keep": ("nan",)}, "share in"),
+    ({"methods": ("fastvv",)}, "Did you mean 'fastv'"),
+    ({"methods": ("fastv:layr=2",)}, "Did you mean 'layer'"),
+    ({"methods": ("fastv:layer",)}, "should be name=value"),
+    ({"methods": ("fastv:layer=0",)}, "layer=0 should be at least 1"),
+    ({"methods": ("fastv:layer=two",)}, "fastv"),
+    ({"methods": ("todre:keep=9",)}, "'keep' of todre is a budget"),
+    ({"methods": ("tome:r=4",)}, "'r' of tome is a budget"),
+    ({"methods": ("none:x=1",)}, "takes no options"),
+    ({"methods": (3,)}, "should be a list|should be a name"),
+    ({"methods": ({"select": "k_center", "tau": 1},)}, "should have a name"),
+    ({"tasks": ()}, "tasks names no task"),
+    ({"tasks": (1,)}, "tasks: 1 should be text"),
+    ({"seeds": ()}, "seeds names no seed"),
+    ({"seeds": (-1,)}, "seeds: -1"),
+    ({"match": "median"}, "match='median' should be one of mean, last"),
+    ({"dtype": "int8"}, "dtype='int8' should be one of"),
+    ({"device": "tpu"}, "device='tpu' should be one of"),
+    ({"batch_size": 0}, "batch_size=0 should be a whole number"),
+    ({"batch_size": True}, "batch_size=True should be a whole number"),
+    ({"limit": 0}, "limit=0 should be"),
+    ({"noise": "yes"}, "noise='yes' should be true or false"),
+    ({"model": ""}, "model='' should be text"),
+    ({"keep": 4.5}, "share in"),
+    ({"seeds": 1.5}, "seeds: 1.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_SETTINGS)
+def test_bad_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**{**BASE, **changes})
+
+
+def test_single_values_stand_for_lists() -> None:
+    made = Settings(**BASE, keep=64, methods="fastv", seeds=3, tasks="count")
+    assert (made.keep, made.methods, made.seeds, made.tasks) == (
+        (64,),
+        ("fastv",),
+        (3,),
+        ("count",),
+    )
+
+
+def test_same_budget_twice_is_one() -> None:
+    assert len(Settings(**BASE, keep=("64", 64, "0.5", "50%")).budgets()) == 2
+
+
+def test_files(tmp_path: Path) -> None:
+    text = "model: m\nout: o\nkeep: [64, 1/9]\nmethods:\n- fastv:layer=3\n- todre: {tau: 0.2}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "a.toml").write_text(
+        'model = "m"\nout = "o"\nkeep = [64, "1/9"]\nmethods = ["fastv:layer=3", '
+        '{name = "todre", tau = 0.2}]\n'
+    )
+    from_yaml, from_toml = (read_settings(tmp_path / f"a.{kind}") for kind in ("yaml", "toml"))
+    assert from_yaml.to_dict() == from_toml.to_dict()
+    assert from_yaml.to_dict()["methods"] == [
+        {"name": "fastv", "layer": 3}, {"name": "todre", "tau": 0.2},
+    ]  # fmt: skip
+    assert read_settings(tmp_path / "a.yaml", out="elsewhere", keep=None).out == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.yaml",
+            "model: m\nout: o\nmethod: [fastv]\n",
+            "'method' is unknown. Did you mean 'methods'",
+        ),
+        ("a.yaml", "model: m\n", "'out' is missing"),
+        ("a.yaml", "- 1\n", "should be a table"),
+        ("a.yaml", "model: [m\n", "a.yaml, line 2"),
+        ("a.toml", "model = m\n", "a.toml"),
+        ("a.json", "{}", "should be a .yaml or a .toml"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / name)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_settings(tmp_path / "none.yaml")
+
+
+# --------------------------------------------------------------------------------- arms
+
+
+def test_all_methods_and_controls_by_default() -> None:
+    arms = build_arms([], controls=True, variants=False)
+    assert [arm.name for arm in arms][:5] == list(CONTROLS)
+    assert {arm.method for arm in arms if arm.method} == set(available_methods())
+    assert {arm.name for arm in arms if arm.control} == set(CONTROLS)
+    assert len(arms) == len(available_methods()) + 2
+
+
+def test_the_unpruned_model_is_always_there() -> None:
+    arms = build_arms([("fastv", {})], controls=False, variants=False)
+    assert [arm.name for arm in arms] == ["none", "fastv"]
+
+
+def test_variants_are_possible_options() -> None:
+    names = [arm.name for arm in build_arms([], controls=False, variants=True)]
+    assert len(names) == len(set(names))
+    assert "todre+select=k_center" in names
+    for method, several in VARIANTS.items():
+        for options in several:
+            parse_arm({"name": method, **options})
+            Arm(method, False, options).at(9, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        ("todre:select=k_center:tau=0.2", ("todre", {"select": "k_center", "tau": 0.2})),
+        ("MustDrop:window=(2, 2)", ("mustdrop", {"window": (2, 2)})),
+        ({"name": "fastv", "layer": 3}, ("fastv", {"layer": 3})),
+        ({"mustdrop": {"window": [2, 2]}}, ("mustdrop", {"window": (2, 2)})),
+        ({"fastv": None}, ("fastv", {})),
+    ],
+)
+def test_arm_forms(spec: Any, wanted: Any) -> None:
+    assert parse_arm(spec) == wanted
+
+
+def test_different_options_have_different_file_names() -> None:
+    values = [(2, 2), (2, 3), "a/b", "a-b", 0.5, 0.25, True, None, "True"]
+    names = [Arm("mustdrop", False, {"x": value}).name for value in values]
+    assert len(set(names)) == len(values)
+    assert all(re.fullmatch(r"[A-Za-z0-9_.+=-]+", name) for name in names)
+
+
+def test_only_arms_that_draw_take_seeds() -> None:
+    draws = {arm.name for arm in build_arms([], True, False) if arm.draws}
+    assert draws == {"random"}
+    assert Arm("todre", False, {"pivot": "random"}).draws
+    assert Arm("random", True).at(9, 8, seed=5).seed == 5  # type: ignore[attr-defined]
+    assert Arm("todre", False).at(9, 8, seed=5).seed == 0  # type: ignore[attr-defined]
+
+
+def test_options_on_the_command_line_change_arms() -> None:
+    changed = with_options(["todre", "fastv"], ["todre.select=k_center", "todre.tau=0.3"])
+    assert [parse_arm(spec) for spec in changed] == [
+        ("todre", {"select": "k_center", "tau": 0.3}), ("fastv", {}),
+    ]  # fmt: skip
+    every = [parse_arm(spec) for spec in with_options([], ["fastv.layer=3"])]
+    assert ("fastv", {"layer": 3}) in every
+    assert len(every) > 5
+    assert with_options(["fastv"], []) == ("fastv",)
+    for bad, message in [
+        ("fastv", "method.option=value"), ("fastv.layer", "name=value"),
+        ("fastv.layr=3", "Did you mean 'layer'"), ("todre.tau=1", "not among the swept"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            with_options(["fastv"], [bad])
+
+
+def test_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="here: setting 'budgets' is unknown"):
+        make_settings({**BASE, "budgets": 3}, "here")

@@ -1,0 +1,196 @@
+"""``tokprune sweep``: methods × budgets on a benchmark."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokprune.cli.app import BadInput, app
+from tokprune.cli.values import Device, Dtype
+
+_Many = list[str] | None
+
+
+@app.command()
+def sweep(
+    model: Annotated[str | None, typer.Option(help="Model folder, hub name, or 'mini'.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; resumed if it exists.")] = None,
+    methods: Annotated[
+        _Many,
+        typer.Option(
+            help="Names separated by commas, with options as name:option=value; repeatable. "
+            "Default: every method."
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Budgets separated by commas: counts (64) or shares (0.11, 11%, 1/9) of the "
+            "visual tokens. Default: 1/2,1/4,1/9,1/16,1/36."
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            "--benchmark", "--task", help="'mini', or a .jsonl or .parquet file of questions."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Question types separated by commas. Default: all.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the benchmark.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most questions, balanced over the tasks.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="For methods that draw, separated by commas. Default: 0.")
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="What hits the budget: 'mean' of the visual tokens over the decoder layers "
+            "(default), or the tokens after the 'last' pruning."
+        ),
+    ] = None,
+    option: Annotated[
+        _Many, typer.Option(help="Method option, todre.select=k_center; repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or TOML file of settings; options go before it.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="auto: as the checkpoint says.")] = None,
+    device: Annotated[Device | None, typer.Option(help="Where to run.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Questions answered together. Default: 16.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer. Default: as the benchmark says.")
+    ] = None,
+    variants: Annotated[
+        bool, typer.Option("--variants", help="Published variants of the methods as well.")
+    ] = False,
+    no_controls: Annotated[
+        bool,
+        typer.Option("--no-controls", help="Without random, grid, pool, downsample."),
+    ] = False,
+    no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the noise floor.")] = False,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Without timing at the end.")
+    ] = False,
+    no_share: Annotated[
+        bool, typer.Option("--no-share", help="Run the encoder anew for every cell.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw away what the run folder holds.")
+    ] = False,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Write the rows to this file as well.")
+    ] = None,
+) -> None:
+    """Answer a benchmark with every method at every budget, next to the unpruned model and simple
+    controls. Results go to a run folder; a run that was stopped goes on where it was."""
+    given: dict[str, Any] = {
+        "model": model, "out": None if out is None else str(out), "benchmark": benchmark,
+        "methods": _methods(methods), "keep": _list("keep", keep), "tasks": _list("tasks", tasks),
+        "split": split, "limit": limit, "seeds": _whole("seeds", seeds), "match": match,
+        "dtype": None if dtype is None else dtype.value,
+        "device": None if device is None else device.value, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "variants": variants or None,
+        "controls": False if no_controls else None,
+        "noise": False if no_noise else None, "latency": False if no_latency else None,
+        "share": False if no_share else None, "fresh": fresh or None,
+    }  # fmt: skip
+    from tokprune.sweep.settings import make_settings, read_table, with_options
+
+    table = {} if config is None else read_table(config)
+    table |= {name: value for name, value in given.items() if value is not None}
+    for name in ("model", "out"):
+        if name not in table:
+            raise BadInput(f"--{name} is missing")
+    if option:
+        listed = table.get("methods", [])
+        table["methods"] = with_options([listed] if isinstance(listed, str) else listed, option)
+    settings = make_settings(table, "options" if config is None else str(config))
+    if parquet is not None and not parquet.absolute().parent.is_dir():
+        raise BadInput(f"--parquet {parquet}: no such folder")
+    run = _run(settings)
+    if parquet is not None:
+        run.to_parquet(parquet)
+    failed = sum(row["status"] == "failed" for row in run.rows)
+    print(
+        f"{run.folder}: {len(run.rows)} answers in {len(run.cells)} cells"
+        + (f", {failed} failed" if failed else "")
+    )
+
+
+def _run(settings: Any) -> Any:
+    import warnings
+
+    import transformers
+
+    from tokprune.sweep.progress import progress_for
+    from tokprune.sweep.runner import run_sweep
+
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    progress = progress_for(sys.stderr)
+    command = ["tokprune", *sys.argv[1:]]
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def told(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+            if category is UserWarning:
+                progress.say(f"Warning: {message}")
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = told
+        try:
+            return run_sweep(settings, command=command, progress=progress)
+        except KeyboardInterrupt:
+            progress.say("Interrupted. Run the same command again to go on.")
+            raise
+
+
+def _list(name: str, text: str | None) -> list[str] | None:
+    """Parts of ``a,b,c``; None where the option is not given."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise BadInput(f"--{name} {text!r} should be values separated by commas, at least one")
+    return parts
+
+
+def _methods(texts: list[str] | None) -> list[str] | None:
+    if texts is None:
+        return None
+    return [name for text in texts for name in _split_arms(text)]
+
+
+def _split_arms(text: str) -> list[str]:
+    """Parts at commas that stand in no bracket: an option may be a tuple."""
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    parts.append(text[start:].strip())
+    if not all(parts):
+        raise BadInput(f"--methods {text!r} should be names separated by commas, at least one")
+    return parts
+
+
+def _whole(name: str, text: str | None) -> list[int] | None:
+    parts = _list(name, text)
+    if parts is None:
+        return None
+    try:
+        return [int(part) for part in parts]
+    except ValueError:
+        raise BadInput(f"--{name} {text!r} should be whole numbers separated by commas") from None

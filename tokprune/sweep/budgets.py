@@ -1,0 +1,77 @@
+"""Budgets as typed: a count of visual tokens, or a share of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+#: a half, a quarter, a ninth, … of the tokens: what average pooling can do as well
+DEFAULT_KEEP = ("1/2", "1/4", "1/9", "1/16", "1/36")
+
+_FORMS = "a count (64), a share (0.11, 11% or 1/9)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target. ``asked``: as typed; ``count``: tokens per image, or None; ``share``: of an
+    image's tokens, or None. One of the two is given."""
+
+    asked: str
+    count: int | None = None
+    share: float | None = None
+
+    def tokens(self, visual_tokens: float) -> float:
+        """The target for images of that many tokens."""
+        if self.count is not None:
+            return float(self.count)
+        assert self.share is not None
+        return self.share * visual_tokens
+
+
+def parse_budget(value: Any) -> Budget:
+    """``64``, ``"64"``, ``0.11``, ``"11%"``, ``"1/9"``.
+
+    Raises:
+        ValueError: anything else, a count below 1, or a share outside (0, 1].
+    """
+    asked = str(value).strip()
+    if isinstance(value, bool):
+        raise ValueError(f"keep={value!r} should be {_FORMS}")
+    if re.fullmatch(r"\d+", asked):
+        if int(asked) < 1:
+            raise ValueError(f"keep={asked} should be at least 1 token")
+        return Budget(asked, count=int(asked))
+    try:
+        if asked.endswith("%"):
+            share = float(asked[:-1]) / 100
+        elif "/" in asked:
+            share = float(Fraction(asked))
+        else:
+            share = float(asked)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"keep={asked!r} should be {_FORMS}") from None
+    if not math.isfinite(share) or not 0 < share <= 1:
+        raise ValueError(f"keep={asked} should be a share in (0, 1], or a whole number of tokens")
+    return Budget(asked, share=share)
+
+
+def check_budgets(budgets: tuple[Budget, ...], visual_tokens: int) -> None:
+    """No budget is more than an image has.
+
+    Raises:
+        ValueError: names the budget and the most there can be.
+    """
+    for budget in budgets:
+        if budget.count is not None and budget.count > visual_tokens:
+            raise ValueError(
+                f"keep={budget.count} is more than the {visual_tokens} visual tokens of an image "
+                f"of this model; it should be at most {visual_tokens}"
+            )
+
+
+def tolerance(tokens: float) -> float:
+    """How far from a target still counts as hitting it: half a token, or one percent."""
+    return max(0.5, 0.01 * tokens)

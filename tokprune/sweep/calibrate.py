@@ -1,0 +1,128 @@
+"""Match a method to a budget: find the ``keep`` whose measured tokens come nearest to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokprune.errors import UnsupportedModelError
+from tokprune.methods import Method
+from tokprune.patching import compress
+from tokprune.sweep.arms import Arm
+from tokprune.sweep.budgets import Budget, tolerance
+from tokprune.sweep.search import nearest
+from tokprune.sweep.subject import Subject
+
+#: steps of a share per patch of a tile, where images differ in their number of tokens
+_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Visual tokens per image, mean over images: after the last pruning, and over the layers."""
+
+    last: float
+    mean: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"tokens_last": round(self.last, 3), "tokens_mean": round(self.mean, 3)}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A method at a budget. ``reason``: why the budget cannot be reached (None: it is);
+    ``method``, ``measured``: the nearest there is, None where the method cannot run at all."""
+
+    method: Method | None
+    measured: Measured | None
+    reason: str | None = None
+
+
+class Calibrator:
+    """Runs prefills over a few items and remembers what it measured.
+
+    Args:
+        subject: the model, not patched.
+        inputs: a batch of prompts with one picture each.
+        match: "mean" or "last".
+    """
+
+    def __init__(self, subject: Subject, inputs: Any, match: str) -> None:
+        self.subject, self.inputs, self.match = subject, inputs, match
+        visual = (inputs["input_ids"] == subject.parts.image_token_id).sum(1)
+        #: mean visual tokens of the unpruned images
+        self.visual_tokens = float(visual.float().mean())
+        self._equal = bool((visual == visual[0]).all()) and not subject.facts.tiled
+        self._known: dict[str, Measured] = {}
+
+    def measure(self, method: Method) -> Measured:
+        """Tokens that a method leaves on the calibration items (one prefill, remembered)."""
+        name = repr(method)
+        if name not in self._known:
+            with compress(self.subject.model, method) as trace, torch.inference_mode():
+                self.subject.model(**self.inputs, use_cache=False, logits_to_keep=1)
+            assert trace.last is not None
+            totals = [sum(map(sum, layer.counts)) for layer in trace.last.layers]
+            rows = len(trace.last.original_lengths)
+            self._known[name] = Measured(totals[-1] / rows, sum(totals) / len(totals) / rows)
+        return self._known[name]
+
+    def match_budget(self, arm: Arm, budget: Budget, seed: int = 0) -> Matched:
+        """The setting of an arm whose tokens come nearest to a budget."""
+        target = budget.tokens(self.visual_tokens)
+        top = self.subject.facts.max_visual_tokens
+        keep_of: Callable[[int], int | float]
+        if budget.share is not None and not self._equal:
+            # a share of each image's own tokens; whole patches of a tile are among the steps
+            knobs = _STEPS * self.subject.facts.patches
+            scale, keep_of = self.visual_tokens / knobs, lambda k: k / knobs
+        else:
+            scale, knobs, keep_of = 1.0, top, lambda k: k
+        refused: list[str] = []
+
+        def method_at(knob: int) -> Method:
+            return arm.at(keep_of(knob), self.subject.facts.decoder_layers, seed)
+
+        def possible(knob: int) -> bool:
+            try:
+                method_at(knob).plan(self.subject.facts)
+            except UnsupportedModelError:
+                raise
+            except ValueError as error:
+                refused.append(str(error))
+                return False
+            return True
+
+        def measured(knob: int) -> float:
+            return self._value(self.measure(method_at(knob))) / scale
+
+        try:
+            found = nearest(measured, possible, 1, knobs, target / scale)
+        except UnsupportedModelError as error:
+            return Matched(None, None, str(error))
+        if found is None:
+            return Matched(None, None, refused[0] if refused else "no setting fits the model")
+        method = method_at(found[0])
+        seen = self.measure(method)
+        value = self._value(seen)
+        if abs(value - target) <= tolerance(target) + 1e-9:
+            return Matched(method, seen)
+        return Matched(method, seen, self._reason(keep_of(found[0]), value, target))
+
+    def _value(self, seen: Measured) -> float:
+        return seen.mean if self.match == "mean" else seen.last
+
+    def _reason(self, keep: int | float, value: float, target: float) -> str:
+        what = (
+            "visual tokens per decoder layer on average"
+            if self.match == "mean"
+            else "visual tokens after its last pruning"
+        )
+        side = "above" if value > target else "below"
+        return (
+            f"the nearest it can do is {value:.4g} {what} (keep={keep:.4g}), {side} the "
+            f"{target:.4g} asked for"
+        )

@@ -1,0 +1,143 @@
+"""Cells: an arm at a budget, the points of a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokprune.methods import Method, make_method
+from tokprune.sweep.arms import Arm
+from tokprune.sweep.budgets import Budget
+from tokprune.sweep.calibrate import Calibrator, Matched
+from tokprune.sweep.pictures import downsample_factor
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of run.json's ``cells`` (``entry``), and the method behind it (None: the model
+    stays unpatched)."""
+
+    entry: dict[str, Any]
+    method: Method | None = None
+
+    @property
+    def id(self) -> str:
+        name: str = self.entry["cell"]
+        return name
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.entry["status"] == "ok")
+
+    @property
+    def factor(self) -> float | None:
+        """Linear factor by which the picture shrinks, for ``downsample``."""
+        return self.entry["options"].get("factor") if self.entry["arm"] == "downsample" else None
+
+    @classmethod
+    def stored(cls, entry: dict[str, Any]) -> Cell:
+        """A cell as run.json has it."""
+        method = None
+        if entry["method"] is not None and entry["status"] == "ok":
+            method = make_method(entry["method"], **_tuples(entry["options"]))
+        return cls(entry, method)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(own) for name, own in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def json_options(method: Method) -> dict[str, Any]:
+    """All options of a method in JSON types."""
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
+    return options
+
+
+def cell_id(arm: str, tokens: float | None, seed: int = 0) -> str:
+    """``todre@64``, ``random@64.s1``, ``none``."""
+    name = arm if tokens is None else f"{arm}@{tokens:.6g}"
+    return f"{name}.s{seed}" if seed else name
+
+
+@dataclass(frozen=True)
+class CellMaker:
+    """Makes the cells of a sweep; ``common``: fields that all of them share (dtype, batch size,
+    match)."""
+
+    calibrator: Calibrator
+    common: Mapping[str, Any]
+
+    def none(self, cell: str = "none", noise: bool = False, **changes: Any) -> Cell:
+        """The unpruned model."""
+        tokens = self.calibrator.visual_tokens
+        tokens = int(tokens) if tokens == int(tokens) else round(tokens, 3)
+        return Cell({
+            "cell": cell, "arm": "none", "method": None, "options": {}, "repr": "unpruned",
+            "control": True, "budget": tokens, "budget_asked": tokens, **self.common,
+            "seed": 0, "noise": noise, "status": "ok", "reason": None,
+            "calibrated": {"tokens_last": tokens, "tokens_mean": tokens}, **changes,
+        })  # fmt: skip
+
+    def id_of(self, arm: Arm, budget: Budget, seed: int) -> str:
+        return cell_id(arm.name, budget.tokens(self.calibrator.visual_tokens), seed)
+
+    def make(self, arm: Arm, budget: Budget, seed: int) -> Cell:
+        """An arm at a budget; a method is matched to it by measuring."""
+        tokens = budget.tokens(self.calibrator.visual_tokens)
+        entry: dict[str, Any] = {
+            "cell": self.id_of(arm, budget, seed), "arm": arm.name, "method": arm.method,
+            "options": {}, "repr": arm.name, "control": arm.control,
+            "budget": int(tokens) if tokens == int(tokens) else round(tokens, 6),
+            "budget_asked": budget.asked, **self.common, "seed": seed, "noise": False,
+            "status": "ok", "reason": None, "calibrated": None,
+        }  # fmt: skip
+        if arm.method is None:
+            factor = downsample_factor(self.calibrator.visual_tokens, tokens)
+            shown = self.calibrator.visual_tokens
+            entry |= {
+                "options": {"factor": factor},
+                "repr": f"downsample(factor={factor:.4g})",
+                "calibrated": {"tokens_last": shown, "tokens_mean": shown},
+            }
+            if self.calibrator.subject.facts.tiled:
+                entry["calibrated"] = None  # a smaller picture has fewer tiles
+            return Cell(entry)
+        return self._matched(entry, arm, self.calibrator.match_budget(arm, budget, seed))
+
+    @staticmethod
+    def _matched(entry: dict[str, Any], arm: Arm, matched: Matched) -> Cell:
+        if matched.reason is not None:
+            entry |= {"status": "unreachable", "reason": matched.reason}
+        if matched.method is None:
+            entry["options"] = json.loads(json.dumps(dict(arm.options)))
+            return Cell(entry)
+        entry |= {"options": json_options(matched.method), "repr": repr(matched.method)}
+        assert matched.measured is not None
+        entry["calibrated"] = matched.measured.to_dict()
+        return Cell(entry, matched.method)
+
+
+def build_cells(
+    maker: CellMaker,
+    arms: Sequence[Arm],
+    budgets: Sequence[Budget],
+    seeds: Sequence[int],
+    known: Mapping[str, Cell],
+) -> list[Cell]:
+    """Every arm at every budget; arms that draw once per seed. ``known`` cells are not measured
+    again."""
+    cells = []
+    for arm in arms:
+        if arm.name == "none":
+            cells.append(known.get("none") or maker.none())
+            continue
+        for budget in budgets:
+            for seed in seeds if arm.draws else (0,):
+                name = maker.id_of(arm, budget, seed)
+                cells.append(known.get(name) or maker.make(arm, budget, seed))
+    return list({cell.id: cell for cell in cells}.values())

@@ -1,0 +1,127 @@
+"""Who a row is: a content hash of everything that can change an answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+#: sources of tokprune that can change an answer or a recorded number, beside all of ``evals``
+_ANSWERING = (
+    "engine",
+    "families",
+    "methods",
+    "operators",
+    "flops.py",
+    "patching.py",
+    "trace.py",
+    "sweep/ask.py",
+    "sweep/numbers.py",
+    "sweep/pictures.py",
+    "sweep/prompts.py",
+)
+
+#: files of a checkpoint that decide what it answers
+_CHECKPOINT = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "added_tokens.json",
+    "chat_template*",
+    "config.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab.*",
+)
+
+
+def canonical(value: Any) -> str:
+    """JSON text that is equal for equal values: sorted keys, no spaces, tuples as lists.
+
+    Raises:
+        TypeError, ValueError: something that JSON cannot hold, NaN and infinity included.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON text, hex."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def row_id(run: Mapping[str, Any], cell: Mapping[str, Any], item: str, task: str) -> str:
+    """Identity of one answered question.
+
+    Args:
+        run: the object of ``run.json`` (its model hash, benchmark version and code are used).
+        cell: one of its ``cells`` (arm, all options, dtype, batch size, seed).
+        item: item id.
+        task: question type of the item.
+
+    Returns:
+        32 hex digits.
+    """
+    return digest(
+        {
+            "model": run["model"]["hash"],
+            "arm": cell["arm"],
+            "options": cell["options"],
+            "task": task,
+            "item": item,
+            "dtype": cell["dtype"],
+            "batch_size": cell["batch_size"],
+            "seed": cell["seed"],
+            "benchmark": run["benchmark"]["version"],
+            "code": run["code"],
+        }
+    )[:32]
+
+
+def hash_files(files: Iterable[tuple[str, Path]]) -> str:
+    """sha256 over names and contents, in the order of the names."""
+    total = hashlib.sha256()
+    for name, path in sorted(files):
+        own = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                own.update(block)
+        total.update(f"{name}\0{own.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def code_hash(runtime: Mapping[str, str] | None = None) -> str:
+    """Hash of the sources that can change an answer: engine, families, methods, operators, how
+    questions are asked, and the benchmarks; with ``runtime`` (library versions, kind of device)."""
+    import evals
+
+    files = [
+        (f"tokprune/{path.relative_to(_ROOT).as_posix()}", path)
+        for part in _ANSWERING
+        for path in _sources(_ROOT / part)
+    ]
+    home = Path(evals.__file__).resolve().parent
+    files += [(f"evals/{path.relative_to(home).as_posix()}", path) for path in _sources(home)]
+    return digest({"sources": hash_files(files), "runtime": dict(runtime or {})})
+
+
+def _sources(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Hash of config, weights, tokenizer and processor of a checkpoint folder.
+
+    Raises:
+        OSError: the folder cannot be read, or holds no safetensors.
+    """
+    found = {path.name: path for pattern in _CHECKPOINT for path in folder.glob(pattern)}
+    if not any(name.endswith(".safetensors") for name in found):
+        raise OSError(f"{folder}: holds no .safetensors file")
+    return hash_files(found.items())

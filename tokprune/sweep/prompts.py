@@ -1,0 +1,25 @@
+"""Questions and pictures as a batch of model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def prompt_text(processor: Any, question: str) -> str:
+    """The prompt of one question about one picture: by the processor's chat template, or in
+    LLaVA-1.5's own form where it has none."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text: str = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return text
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Any], device: Any) -> Any:
+    """Model inputs of a batch, one picture a question, padded at the left."""
+    texts = [prompt_text(processor, question) for question in questions]
+    inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+    return inputs.to(device)
