@@ -1,0 +1,135 @@
+"""``tokprune recommend``: the best setting of a sweep under limits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokprune.cli.app import BadInput, app
+
+
+class Minimise(str, Enum):
+    flops, latency, tokens = "flops", "latency", "tokens"
+
+
+@app.command()
+def recommend(
+    run: Annotated[Path, typer.Argument(help="Run folder of 'tokprune sweep'.")],
+    max_drop: Annotated[
+        str | None, typer.Option(help="Largest loss of macro accuracy: 2% or 0.02.")
+    ] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="Longest measured time of one answer: 120ms or 0.12s.")
+    ] = None,
+    max_tokens: Annotated[
+        float | None, typer.Option(help="Most visual tokens per image, mean over layers.")
+    ] = None,
+    min_accuracy: Annotated[
+        str | None, typer.Option(help="Least macro accuracy: 80% or 0.8.")
+    ] = None,
+    minimise: Annotated[
+        Minimise | None, typer.Option(help="Which cost to save (default: flops).")
+    ] = None,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Limits on accuracy hold for the 95 % interval.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the setting to a JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the setting as JSON.")] = False,
+) -> None:
+    """Choose the best setting of a sweep: the cheapest that is accurate enough, or the best that
+    is cheap enough."""
+    limits = {
+        "max_drop": _share(max_drop, "--max-drop", "2% or 0.02"),
+        "max_latency": _seconds(max_latency),
+        "max_tokens": max_tokens,
+        "min_accuracy": _share(min_accuracy, "--min-accuracy", "80% or 0.8"),
+    }
+    if all(value is None for value in limits.values()):
+        raise BadInput(
+            "give at least one limit: --max-drop, --max-latency, --max-tokens or --min-accuracy"
+        )
+    if out is not None and not out.absolute().parent.is_dir():
+        raise BadInput(f"--out {out}: no such folder")
+    from tokprune.recommend import recommend as choose
+    from tokprune.recommend import save_setting
+
+    try:
+        found = choose(
+            run,
+            max_drop=limits["max_drop"],
+            max_latency=limits["max_latency"],
+            max_tokens=max_tokens,
+            min_accuracy=limits["min_accuracy"],
+            minimise=None if minimise is None else minimise.value,
+            confident=confident,
+        )
+    except ImportError as error:
+        raise BadInput(str(error)) from None
+    if out is not None:
+        save_setting(found.setting, out)
+    for line in found.warnings:
+        print(f"Warning: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.setting, indent=1))
+        return
+    _print(found)
+    if out is not None:
+        print(f"\nsetting: {out}")
+
+
+def _print(found: Any) -> None:
+    from tokprune.report.wording import between, milliseconds, number, percent, signed
+
+    r, evidence = found.result, found.setting["evidence"]
+    print(found.setting["repr"])
+    print(
+        f"accuracy {percent(r.accuracy)} % {between(r.interval)}, unpruned "
+        f"{percent(evidence['unpruned'])} %: {signed(-r.drop)} points "
+        f"{between((-r.drop_interval[1], -r.drop_interval[0]), sign=True)}"
+    )
+    print(
+        f"tokens {number(evidence['tokens_mean'])} (mean over layers), "
+        f"{evidence['macs'] / evidence['macs_unpruned']:.0%} of the FLOPs of a prefill"
+        + (
+            f", {milliseconds(evidence['latency'])} ms instead of "
+            f"{milliseconds(evidence['latency_unpruned'])} ms"
+            if evidence["latency"] is not None and evidence["latency_unpruned"] is not None
+            else ""
+        )
+    )
+
+
+def _share(text: str | None, option: str, example: str) -> float | None:
+    if text is None:
+        return None
+    try:
+        if text.strip().endswith("%"):
+            value = float(text.strip()[:-1]) / 100
+        else:
+            value = float(text)
+    except ValueError:
+        raise BadInput(f"{option} {text!r} should be a share: {example}") from None
+    if not 0 <= value <= 1:
+        raise BadInput(f"{option} {text!r} should be between 0 and 100 %: {example}")
+    return value
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    word = text.strip().lower()
+    for unit, scale in (("ms", 1e-3), ("s", 1.0)):
+        if word.endswith(unit):
+            try:
+                value = float(word.removesuffix(unit)) * scale
+            except ValueError:
+                break
+            if value > 0:
+                return value
+            break
+    raise BadInput(f"--max-latency {text!r} should be a time with its unit: 120ms or 0.12s")

@@ -1,0 +1,76 @@
+"""``tokprune report``: tables, plots and a page from a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokprune.cli.app import BadInput, app
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run folder of 'tokprune sweep'.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; default: report/ in the run folder.")
+    ] = None,
+    groups_from: Annotated[
+        Path | None,
+        typer.Option(help="Take the groups A and B from another model's run or group files."),
+    ] = None,
+    at: Annotated[
+        float | None,
+        typer.Option(help="Budget for pairwise comparisons: tokens, or a fraction (default 0.11)."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Make a page with plots, tables and a gallery from a sweep."""
+    if len(run) > 1:
+        raise BadInput(
+            f"report takes one run folder, got {len(run)}; make a report of each, and use "
+            "--groups-from to judge one model on the questions of another"
+        )
+    try:
+        from tokprune.report import build_report
+    except ImportError as error:
+        raise BadInput(str(error)) from None
+    made = build_report(run[0], out, groups_from=groups_from, at=at)
+    _print(made)
+    if show:
+        import webbrowser
+
+        webbrowser.open(made.html.resolve().as_uri())
+
+
+def _print(made: Any) -> None:
+    """The points at the main budget, and where the page is."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from tokprune.report.findings import findings, warnings
+    from tokprune.report.tables import tokens
+    from tokprune.report.wording import percent, probability, signed, with_interval
+
+    analysis = made.analysis
+    table = Table(box=box.SIMPLE_HEAD, title=f"at {analysis.at:g} tokens", title_justify="left")
+    for n, name in enumerate(("arm", "tokens", "accuracy, %", "change", "p (Holm)", "loyalty, %")):
+        table.add_column(name, justify="right" if n else "left", no_wrap=True)
+    for r in [analysis.unpruned, *analysis.at_budget()]:
+        table.add_row(
+            "unpruned" if r.point.arm == "none" else r.point.arm,
+            tokens(r),
+            with_interval(r.accuracy, r.interval),
+            "" if r.flips is None else signed(-r.drop),
+            "" if r.flips is None else probability(r.p),
+            percent(r.loyalty),
+        )
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(width=110, highlight=False)
+    console.print(table)
+    for line in (*findings(analysis, made.differences, made.contest), *warnings(analysis)):
+        console.print(f"- {line}", markup=False)
+    console.print(f"\n{made.html}", markup=False, soft_wrap=True)
