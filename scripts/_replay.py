@@ -1,23 +1,24 @@
-"""The methods section of the benchmark: a method, its replay without scoring, and a bare loop."""
+"""The methods section of the benchmark: a method, its replay without scoring, and its ideal."""
 
 from __future__ import annotations
 
-import gc
 import random
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import demo_model
 import torch
-from _measure import Spread, milliseconds, once
 from torch import Tensor
 
 import tokprune
+from tokprune.bench.clock import Spread, milliseconds, no_garbage_collection, once
+from tokprune.bench.ideal import observe, shortened
+from tokprune.bench.watch import Place, Watched
 from tokprune.engine.stages import (
-    Attention,
-    CachePolicy,
     DecoderRun,
     DecoderStage,
     EncoderOutcome,
@@ -35,9 +36,8 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.families import family_of
 from tokprune.methods import Method, available_methods, make_method
-from tokprune.trace import PrefillTrace
+from tokprune.methods.depth import layer_options
 
 KEEP = 64
 FULL = demo_model.Size(12, 384, 1536, 6, 8, 384, 1024, 6, 6)
@@ -59,7 +59,7 @@ def labels() -> list[str]:
 
 def method_of(label: str, decoder_layers: int) -> Method:
     name, changes = _EXTRA.get(label, (label, {}))
-    return make_method(name, **{**demo_model.comparable(name, decoder_layers, KEEP), **changes})
+    return make_method(name, keep=KEEP, **{**layer_options(name, decoder_layers), **changes})
 
 
 # -------------------------------------------------------------------------------- tape
@@ -67,115 +67,38 @@ def method_of(label: str, decoder_layers: int) -> Method:
 
 @dataclass
 class Tape:
-    """What a method decided in one prefill, by stage number."""
+    """What a method decided in one prefill, by stage number; a watcher for ``Watched``."""
 
     rows: dict[tuple[int, str, int], Reduction] = field(default_factory=dict)
     outcomes: dict[int, EncoderOutcome] = field(default_factory=dict)
     selections: dict[int, list[Selection | None]] = field(default_factory=dict)
     keeps: dict[tuple[int, int], Keep] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Recorder(Method):
-    """Runs a method and writes every choice of rows to a tape."""
-
-    name: ClassVar[str] = "bench-recorder"
-    inner: Method
-    tape: Tape
-
-    def plan(self, facts: ModelFacts) -> Plan:
-        plan = self.inner.plan(facts)
-        return Plan(
-            encoder=tuple(_RecordEncoder(i, s, self.tape) for i, s in enumerate(plan.encoder)),
-            prompt=tuple(_RecordPrompt(i, s, self.tape) for i, s in enumerate(plan.prompt)),
-            decoder=tuple(_RecordDecoder(i, s, self.tape) for i, s in enumerate(plan.decoder)),
-        )
-
-
-class _RecordEncoder(EncoderStage):
-    def __init__(self, number: int, inner: EncoderStage, tape: Tape) -> None:
-        self.number, self.inner, self.tape = number, inner, tape
-        self.taps, self.bias_layers = inner.taps, inner.bias_layers
-        self.between_layers, self.after_layers = inner.between_layers, inner.after_layers
-        self.order, self.positions = inner.order, inner.positions
-
-    def start(self, tower: TowerInput) -> EncoderRun:
-        return _RecordEncoderRun(self.number, self.inner.start(tower), self.tape)
-
-
-class _RecordEncoderRun(EncoderRun):
-    def __init__(self, number: int, inner: EncoderRun, tape: Tape) -> None:
-        self.number, self.inner, self.tape = number, inner, tape
-
-    def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
-        self.inner.attention(layer, attention, tokens)
-
-    def bias(self, layer: int, tokens: TowerTokens) -> Tensor | None:
-        return self.inner.bias(layer, tokens)
-
-    def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        return self._keep("between", layer, self.inner.between(layer, hidden, tokens))
-
-    def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        return self._keep("after", layer, self.inner.after(layer, hidden, tokens))
-
-    def _keep(self, place: str, layer: int, reduction: Reduction | None) -> Reduction | None:
-        if reduction is not None:
-            rows = Reduction(reduction.rows.clone(), counts=reduction.counts)
-            self.tape.rows[self.number, place, layer] = rows
-        return reduction
-
-    def finish(self, tokens: TowerTokens) -> EncoderOutcome:
-        outcome = self.inner.finish(tokens)
-        self.tape.outcomes[self.number] = EncoderOutcome(key=outcome.key, unpad=outcome.unpad)
-        return outcome
-
-
-class _RecordPrompt(PromptStage):
-    def __init__(self, number: int, inner: PromptStage, tape: Tape) -> None:
-        self.number, self.inner, self.tape = number, inner, tape
-        self.positions = inner.positions
-        self.wants_raw = getattr(inner, "wants_raw", False)
-
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        answers = self.inner.select(images)
-        self.tape.selections[self.number] = [
-            None if a is None else Selection(a.index.clone()) for a in answers
-        ]
-        return answers
-
-
-class _RecordDecoder(DecoderStage):
-    def __init__(self, number: int, inner: DecoderStage, tape: Tape) -> None:
-        self.number, self.inner, self.tape = number, inner, tape
-        self.taps, self.transition_layers = inner.taps, inner.transition_layers
-        self.prune_layers, self.has_cache_policy = inner.prune_layers, inner.has_cache_policy
-
-    def start(self) -> DecoderRun:
-        return _RecordDecoderRun(self.number, self.inner.start(), self.tape)
-
-
-class _RecordDecoderRun(DecoderRun):
-    def __init__(self, number: int, inner: DecoderRun, tape: Tape) -> None:
-        self.number, self.inner, self.tape = number, inner, tape
-        self.transition = inner.transition  # type: ignore[method-assign]
-        self.attention = inner.attention  # type: ignore[method-assign]
-        self.dropped = inner.dropped  # type: ignore[method-assign]
-
-    def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
-        keep = self.inner.before_layer(layer, hidden, view, scoring)
-        if keep is not None:
+    def __call__(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Any:
+        answer = function(*arguments)
+        if answer is None:
+            return None
+        if place.call in ("between", "after"):
+            assert place.layer is not None
+            rows = Reduction(answer.rows.clone(), counts=answer.counts)
+            self.rows[place.stage, place.call, place.layer] = rows
+        elif place.call == "finish":
+            self.outcomes[place.stage] = EncoderOutcome(key=answer.key, unpad=answer.unpad)
+        elif place.call == "select":
+            self.selections[place.stage] = [
+                None if a is None else Selection(a.index.clone()) for a in answer
+            ]
+        elif place.call == "before_layer":
+            assert place.layer is not None
+            view: SequenceView = arguments[2]
             counts = [
-                [int((keep.mask[b] & (view.segment[b] == s)).sum()) for s in range(len(row))]
+                [int((answer.mask[b] & (view.segment[b] == s)).sum()) for s in range(len(row))]
                 for b, row in enumerate(view.counts)
             ]
-            self.tape.keeps[self.number, layer] = Keep(keep.mask.clone(), counts, keep.positions)
-        return keep
-
-    def after_prefill(self, views: Sequence[SequenceView]) -> CachePolicy | None:
-        return self.inner.after_prefill(views)
+            self.keeps[place.stage, place.layer] = Keep(
+                answer.mask.clone(), counts, answer.positions
+            )
+        return answer
 
 
 # ------------------------------------------------------------------------------ replay
@@ -264,90 +187,6 @@ class Nothing(Method):
         return Plan()
 
 
-# -------------------------------------------------------------------------------- bare
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Rows per place of one prefill of one image. ``encoder``: (attention, MLP) rows per layer,
-    class token included; ``projected``: rows through the projector; ``visual``: rows that enter
-    the decoder; ``decoder``: all tokens per layer."""
-
-    encoder: tuple[tuple[int, int], ...]
-    projected: int
-    visual: int
-    decoder: tuple[int, ...]
-
-    @classmethod
-    def of(cls, prefill: PrefillTrace) -> Lengths:
-        record = prefill.images[0].record
-        assert record is not None
-        rows = prefill.tower_rows(record)
-        text = prefill.original_lengths[0] - prefill.original_counts[0]
-        decoder = tuple(layer.lengths[0] for layer in prefill.layers)
-        patches = prefill.tower_output(record)[0] - int(prefill.facts.has_cls)
-        return cls(
-            encoder=tuple((attention[0], mlp[0]) for attention, mlp in rows),
-            projected=max(patches, decoder[0] - text),  # VisionZip's class token comes on top
-            visual=decoder[0] - text,
-            decoder=decoder,
-        )
-
-
-class BareForward:
-    """One prefill over the model's own layers, cut to given lengths by slicing (views).
-
-    Which rows survive does not matter for time, so the first ones do; text lies behind them. At
-    full lengths this gives the model's logits.
-    """
-
-    def __init__(self, model: Any, inputs: dict[str, Tensor], lengths: Lengths) -> None:
-        self.model, self.lengths = model, lengths
-        self.pixels, self.ids = inputs["pixel_values"], inputs["input_ids"]
-        family = family_of(model)
-        self.parts = family.parts(model)
-        self.feature = family.facts(model, self.parts).feature_layer
-        visual = (self.ids[0] == self.parts.image_token_id).nonzero()[:, 0]
-        self.begin, self.end = int(visual[0]), int(visual[-1]) + 1
-
-    def __call__(self) -> Tensor:
-        parts, lengths = self.parts, self.lengths
-        vision = getattr(parts.tower, "vision_model", parts.tower)
-        x = vision.pre_layrnorm(vision.embeddings(self.pixels))
-        features = x
-        for number, (layer, (rows, mlp)) in enumerate(zip(parts.encoder_layers, lengths.encoder)):
-            x = x[:, :rows]
-            x = (x + layer.self_attn(layer.layer_norm1(x), attention_mask=None)[0])[:, :mlp]
-            x = x + layer.mlp(layer.layer_norm2(x))
-            if number == self.feature:
-                features = x
-        projected = parts.projector(features[:, -lengths.projected :])
-        text = parts.language_model.embed_tokens(
-            torch.cat([self.ids[:, : self.begin], self.ids[:, self.end :]], dim=1)
-        )
-        seen = projected[:, : lengths.visual]
-        h = torch.cat([text[:, : self.begin], seen, text[:, self.begin :]], dim=1)
-        cache = _new_cache(self.model)
-        position: Any = None
-        for layer, length in zip(parts.decoder_layers, lengths.decoder):
-            h = h[:, -length:]
-            if position is None or position.shape[1] != length:
-                position = torch.arange(length)[None]
-                rotary = parts.rotary(h, position)
-            out = layer(
-                h, attention_mask=None, position_ids=position, past_key_values=cache,
-                use_cache=True, position_embeddings=rotary,
-            )  # fmt: skip
-            h = out[0] if isinstance(out, tuple) else out
-        return self.model.lm_head(parts.language_model.norm(h[:, -1:]))
-
-
-def _new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config())
-
-
 # --------------------------------------------------------------------------- measuring
 
 
@@ -364,37 +203,27 @@ def measure_methods(
         return model(**inputs, use_cache=True, logits_to_keep=1)
 
     rows: list[dict[str, Any]] = []
-    runs: dict[tuple[str, str], tuple[Method | None, Callable[[], Any]]] = {}
+    runs: dict[tuple[str, str], Callable[[], AbstractContextManager[Any]]] = {
+        ("none", "unpruned"): nullcontext,
+        ("none", "engine"): lambda: tokprune.compress(model, Nothing()),
+        ("none", "bare"): lambda: shortened(model, full),
+    }
     with torch.inference_mode():
-        logits = forward().logits
-        with tokprune.compress(model, Nothing()) as trace:
-            forward()
-        assert trace.last is not None
-        whole = BareForward(model, inputs, Lengths.of(trace.last))
-        if not torch.allclose(whole()[:, -1], logits[:, -1], atol=1e-3, rtol=1e-3):
-            raise RuntimeError("the bare loop does not give the model's logits")
-        runs["none", "unpruned"] = (None, forward)
-        runs["none", "engine"] = (Nothing(), forward)
-        runs["none", "bare"] = (None, whole)
+        full = observe(model, inputs)
         for label in wanted:
             method, tape = method_of(label, layers), Tape()
-            with tokprune.compress(model, Recorder(method, tape)) as trace:
+            with tokprune.compress(model, Watched(method, tape)) as trace:
                 forward()
             assert trace.last is not None
-            lengths = Lengths.of(trace.last)
-            replay = Replay(method, tape)
-            with tokprune.compress(model, replay) as again:
-                forward()
-            assert again.last is not None
-            if Lengths.of(again.last) != lengths:
+            lengths, replay = observe(model, inputs, method), Replay(method, tape)
+            if (again := observe(model, inputs, replay)) != lengths:
                 raise RuntimeError(
-                    f"{label}: the replay's lengths {Lengths.of(again.last)} are not the method's "
-                    f"{lengths}"
+                    f"{label}: the replay's lengths {again} are not the method's {lengths}"
                 )
             visual = [sum(layer.counts[0]) for layer in trace.last.layers]
-            runs[label, "method"] = (method, forward)
-            runs[label, "replay"] = (replay, forward)
-            runs[label, "bare"] = (None, BareForward(model, inputs, lengths))
+            runs[label, "method"] = partial(tokprune.compress, model, method)
+            runs[label, "replay"] = partial(tokprune.compress, model, replay)
+            runs[label, "bare"] = partial(shortened, model, lengths)
             rows.append(
                 {
                     "label": label,
@@ -405,7 +234,7 @@ def measure_methods(
                     "mean_visual_tokens": sum(visual) / len(visual),
                 }
             )
-        times = _rounds(model, runs, repeats, clock)
+        times = _rounds(forward, runs, repeats, clock)
     unpruned = times["none", "unpruned"]
     for row in rows:
         whole_s, replay_s, bare_s = (times[row["label"], k] for k in ("method", "replay", "bare"))
@@ -453,8 +282,8 @@ def example_inputs() -> dict[str, Tensor]:
 
 
 def _rounds(
-    model: Any,
-    runs: dict[tuple[str, str], tuple[Method | None, Callable[[], Any]]],
+    forward: Callable[[], Any],
+    runs: dict[tuple[str, str], Callable[[], AbstractContextManager[Any]]],
     repeats: int,
     clock: str,
 ) -> dict[tuple[str, str], list[float]]:
@@ -470,17 +299,8 @@ def _rounds(
         rng.shuffle(blocks)
         order = [key for label in blocks for key in rng.sample(own[label], len(own[label]))]
         for key in order:
-            method, function = runs[key]
-            gc.collect()
-            gc.disable()
-            try:
-                if method is None:
-                    seconds = once(function, clock=clock)
-                else:
-                    with tokprune.compress(model, method):
-                        seconds = once(function, clock=clock)
-            finally:
-                gc.enable()
+            with no_garbage_collection(), runs[key]():
+                seconds = once(forward, clock=clock)
             if number:
                 times[key].append(seconds)
         print(f"  round {number} of {repeats}", file=sys.stderr, flush=True)
@@ -524,10 +344,11 @@ def method_tables(report: dict[str, Any]) -> list[Any]:
         f"{size['text_layers']}×{size['text_width']}, {million:.0f} M parameters; "
         f"{model['prompt_tokens']} tokens, {model['rounds']} rounds.\n"
         f"Unpruned {milliseconds(base['median'])} ms. The engine, patched in without a method, "
-        f"adds {_signed(report['engine_added_s'])}. Bare loop at full length: "
+        f"adds {_signed(report['engine_added_s'])}. Bare at full length: "
         f"{milliseconds(bare['median'])}.\n"
         "Replay: the same drops from recorded indices, no scoring. Bare: the model's layers on "
-        "sequences of\nthat length, no hooks. ~: within noise, the quartiles enclose zero."
+        "sequences of\nthat length (tokprune.bench.ideal), no method work. "
+        "~: within noise, the quartiles enclose zero."
     )
     return [table, lines]
 

@@ -16,8 +16,8 @@ what is measured.
 - *method*: patched, with everything the method does;
 - *replay*: the same drops at the same places, from indices that were recorded before, so without
   any scoring: what the method would cost if choosing were free;
-- *bare*: a hand-written loop over the model's own layers on sequences that are already as short
-  as the method makes them: no hooks, no gathers, no book-keeping.
+- *bare*: the model's own forward on sequences cut to the method's lengths by slicing: no scores, no
+  gathers, no book-keeping (the "ideal" of ``tokprune bench``, which measures any model).
 
 Everything is interleaved in one process, in changing order; medians and quartiles over rounds, and
 differences taken inside a round, so that drift of the machine cancels. A difference whose quartiles
@@ -40,10 +40,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _measure import CLOCKS, Spread, environment, interleaved, milliseconds
 from torch import Tensor
 
 from tokprune import operators as ops
+from tokprune.bench.clock import CLOCKS, Spread, interleaved, milliseconds
+from tokprune.bench.environment import environment
 
 N, D = 576, 1024
 SIDE = 24

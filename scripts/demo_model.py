@@ -180,30 +180,6 @@ def save(folder: Path, size: Size = SMALL, seed: int = 0) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------ options
-
-
-def comparable(name: str, decoder_layers: int, keep: int = 64) -> dict[str, Any]:
-    """Options that leave ``keep`` visual tokens after the last pruning, published layers scaled
-    from 32 decoder layers to this model's where the published ones mean the full depth."""
-    if name == "transprune":
-        prune = scaled((7, 9, 12), decoder_layers)
-        layers = tuple(range(prune[0], prune[-1] + 1))
-        return {"keep": keep, "prune_layers": prune, "accumulate_layers": layers}
-    if name == "mustdrop":
-        return {"keep": keep, "pruning_layers": scaled((2, 6, 10, 14), decoder_layers)}
-    return {"keep": keep}
-
-
-def scaled(layers: tuple[int, ...], depth: int, published: int = 32) -> tuple[int, ...]:
-    """Layer numbers at the same relative depth, at least 1 and ascending."""
-    result: list[int] = []
-    for layer in layers:
-        at = max(1, round(layer * depth / published))
-        result.append(max(at, result[-1] + 1) if result else at)
-    return tuple(result)
-
-
 # ------------------------------------------------------------------------------ picture
 
 

@@ -2,7 +2,8 @@
 
 The supervision of patches goes on beside the answers. No token is ever dropped for the sake of
 compression: the first part of the phase leaves out ground that no question asks about (at true
-positions, to save time), the second and longer part sees every patch.
+positions, to save time), the second and longer part sees every patch. Every step also takes a batch
+of symbols (phase 1), which teach the language model more per second.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 from evals.mini.scene import make_scene, random_state
 from mini_training.hints import HintHeads
 from mini_training.labels import patch_labels, patch_texture
-from mini_training.language import answer_loss
+from mini_training.language import answer_loss, symbolic_batch
 from mini_training.loop import Phase, per_task
 from mini_training.optimizer import Optimizer
 from mini_training.symbols import Symbols
-from mini_training.turns import PATCHES, draw_turns, pack
+from mini_training.turns import PATCHES, draw_squeeze, draw_turns, pack
 from mini_training.vision import Heads, choose_patches, losses, pixels_of, tower_features
 
 #: other scenes than in the phases before; the benchmark's splits use further seeds
@@ -56,7 +57,7 @@ def restore(model: Any, heads: Heads, hints: HintHeads, *folders: Path) -> None:
 
 def train_joint(
     model: Any, symbols: Symbols, out: Path, total: int, lr: float, device: Any,
-    size: int = 8, number: int = 14, part: int = 240, full_from: float = 0.4,
+    size: int = 8, number: int = 14, part: int = 240, full_from: float = 0.35,
 ) -> None:  # fmt: skip
     """Train everything on ``total`` scenes; all patches from ``full_from`` on."""
     heads = Heads(model.config.vision_config.hidden_size)
@@ -71,10 +72,12 @@ def train_joint(
     tower = getattr(model.model.vision_tower, "vision_model", model.model.vision_tower)
     for module in (tower.encoder.layers[-1], tower.post_layernorm, heads.last):
         module.requires_grad_(False)
-    phase = Phase(out / "joint", Optimizer(named_parameters(model, heads, hints), lr), total)
+    # a low rate that only falls: both halves have been polished already
+    optimizer = Optimizer(named_parameters(model, heads, hints), lr)
+    phase = Phase(out / "joint", optimizer, total, cooldown=0.95)
 
     def forward(
-        seed: int, first: int, visible: int | None
+        seed: int, first: int, visible: int | None, vary: bool = True
     ) -> tuple[Tensor, dict[str, float], list[bool], list[str]]:
         scenes = [make_scene(seed, i) for i in range(first, first + size)]
         pixels, raw = pixels_of(scenes)
@@ -96,7 +99,8 @@ def train_joint(
             model.model, heads, symbols, hidden, None, torch.from_numpy(label).to(device),
             torch.from_numpy(texture).to(device), scenes,
         )  # fmt: skip
-        batch = pack(seen, turns)
+        squeeze = [draw_squeeze(random_state(s.key, "squeeze")) if vary else 1.0 for s in scenes]
+        batch = pack(seen, turns, squeeze)
         loss, told, right = answer_loss(model, hints, visual, batch)
         told |= {"all": seen_right["all"], "fit": seen_right["fit"]}
         return loss + 0.3 * aux, told, right, batch.tasks
@@ -104,15 +108,24 @@ def train_joint(
     def step(seen: int) -> tuple[int, dict[str, float]]:
         loss, told, _, _ = forward(TRAIN_SEED, seen, part if seen < full_from * total else None)
         loss.backward()
+        label, texture, batch = symbolic_batch(TRAIN_SEED, seen, size, 1.0)
+        symbolic, _, right = answer_loss(
+            model, hints, symbols(label.to(device), texture.to(device)), batch
+        )
+        symbolic.backward()
+        told["symbols right"] = sum(right) / len(right)
         return size, told
 
     def evaluate() -> dict[str, Any]:
-        rights, tasks = [], []
-        with torch.no_grad():
-            for first in range(0, 6 * size, size):
-                _, _, right, own = forward(CHECK_SEED, first, None)
-                rights += right
-                tasks += own
-        return {"check": per_task(rights, tasks)}
+        out = {}
+        for name, vary in (("check", False), ("squeezed", True)):
+            rights, tasks = [], []
+            with torch.no_grad():
+                for first in range(0, 4 * size, size):
+                    _, _, right, own = forward(CHECK_SEED, first, None, vary)
+                    rights += right
+                    tasks += own
+            out[name] = per_task(rights, tasks)
+        return out
 
     phase.run(step, evaluate)

@@ -23,7 +23,7 @@ from mini_training.labels import FIELDS, TEXTURE, patch_labels
 from mini_training.loop import Phase, per_task
 from mini_training.optimizer import Optimizer
 from mini_training.symbols import Symbols
-from mini_training.turns import HEAD, Sequences, draw_turns, pack
+from mini_training.turns import HEAD, Sequences, draw_squeeze, draw_turns, pack
 
 #: seeds of the scene streams; the benchmark's splits use others (see evals/mini)
 TRAIN_SEED, CHECK_SEED = 1, 2
@@ -86,7 +86,7 @@ def symbolic_batch(
     seed: int, first: int, size: int, level: float
 ) -> tuple[Tensor, Tensor, Sequences]:
     """Labels [B, V, fields], textures [B, V, TEXTURE] and turns of scenes ``first`` on."""
-    labels, patches, turns, textures = [], [], [], []
+    labels, patches, turns, textures, squeeze = [], [], [], [], []
     for number in range(first, first + size):
         scene = easier(make_scene(seed, number), level)
         rng = random_state(scene.key, "symbols")
@@ -96,7 +96,8 @@ def symbolic_batch(
         textures.append(rng.normal(size=(len(own), TEXTURE)))
         patches.append(own)
         turns.append(draw_turns(scene, rng, TURNS, level))
-    batch = pack(patches, turns)
+        squeeze.append(draw_squeeze(rng))
+    batch = pack(patches, turns, squeeze)
     label = np.zeros((size, batch.patch.shape[1], len(FIELDS)), dtype=np.int64)
     texture = np.zeros((size, batch.patch.shape[1], TEXTURE), dtype=np.float32)
     for b, (own, noise) in enumerate(zip(labels, textures)):

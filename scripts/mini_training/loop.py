@@ -23,8 +23,11 @@ def schedule(done: float, warmup: float = 0.02, cooldown: float = 0.35) -> float
 class Phase:
     """One phase of training in a folder of its own: ``log.jsonl`` and ``state.safetensors``."""
 
-    def __init__(self, folder: Path, optimizer: Optimizer, total: int) -> None:
+    def __init__(
+        self, folder: Path, optimizer: Optimizer, total: int, cooldown: float = 0.35
+    ) -> None:
         self.folder, self.optimizer, self.total = folder, optimizer, total
+        self.cooldown = cooldown
         self.seen, self.seconds = 0, 0.0
         self.level = 0.0  #: difficulty of a curriculum, for phases that have one
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +43,7 @@ class Phase:
         self,
         step: Callable[[int], tuple[int, dict[str, float]]],
         evaluate: Callable[[], dict[str, Any]],
-        every: float = 90.0,
+        every: float = 120.0,
     ) -> None:
         """Until ``total`` scenes: ``step(seen)`` computes gradients of one batch and returns the
         number of its scenes and what to log. Evaluates and saves every ``every`` seconds."""
@@ -48,7 +51,9 @@ class Phase:
         saved, sums, steps = last, {}, 0
         while self.seen < self.total:
             batch, told = step(self.seen)
-            told["norm"] = self.optimizer.step(schedule(self.seen / self.total))
+            told["norm"] = self.optimizer.step(
+                schedule(self.seen / self.total, cooldown=self.cooldown)
+            )
             self.seen += batch
             steps += 1
             for key, value in told.items():

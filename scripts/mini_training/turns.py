@@ -85,8 +85,24 @@ class Sequences:
     tasks: list[str]
 
 
-def pack(patches: list[np.ndarray], turns: list[list[Turn]]) -> Sequences:
-    """Pack turns behind the given patches (in raster order) of each picture."""
+def draw_squeeze(rng: np.random.RandomState) -> float:
+    """A factor for the positions of patches, 1 for two pictures in five; see :func:`pack`."""
+    return 1.0 if rng.rand() < 0.4 else float(np.exp(rng.uniform(np.log(1 / 36), 0)))
+
+
+def pack(
+    patches: list[np.ndarray], turns: list[list[Turn]], squeeze: list[float] | None = None
+) -> Sequences:
+    """Pack turns behind the given patches (in raster order) of each picture.
+
+    Args:
+        patches: numbers of the patches, per picture.
+        turns: what is asked, per picture.
+        squeeze: factor per picture for the rotary positions of its patches, so that they fill
+            fewer places than there are patches; the text follows right behind. No patch is left
+            out: it keeps the model from depending on the length of the sequence, as language
+            models that were trained on texts of all lengths do not.
+    """
     batch, head = len(patches), len(HEAD)
     visual = max(len(p) for p in patches)
     lengths = [sum(len(t.question) + len(t.answer) - 1 for t in row) for row in turns]
@@ -98,11 +114,13 @@ def pack(patches: list[np.ndarray], turns: list[list[Turn]]) -> Sequences:
     position = np.zeros_like(segment)
     row, column, target, turn_of, tasks = [], [], [], [], []
     hint_at, hint = [], []
-    for b, (own, dialogue) in enumerate(zip(patches, turns)):
+    factors = [1.0] * batch if squeeze is None else squeeze
+    for b, (own, dialogue, factor) in enumerate(zip(patches, turns, factors)):
+        text_at = head + int(np.ceil(PATCHES * factor))
         patch[b, : len(own)] = own
         segment[b, : head + len(own)] = -1
         position[b, :head] = np.arange(head)
-        position[b, head : head + len(own)] = head + own
+        position[b, head : head + len(own)] = head + (own * factor).astype(np.int64)
         at = 0
         for turn in dialogue:
             question, answer = turn.question, turn.answer
@@ -110,7 +128,7 @@ def pack(patches: list[np.ndarray], turns: list[list[Turn]]) -> Sequences:
             start = head + visual + at
             text[b, at : at + len(ids)] = ids
             segment[b, start : start + len(ids)] = len(tasks)
-            position[b, start : start + len(ids)] = head + PATCHES + np.arange(len(ids))
+            position[b, start : start + len(ids)] = text_at + np.arange(len(ids))
             first = start + len(question) - 1
             row += [b] * len(answer)
             column += range(first, first + len(answer))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+import torch
+
+#: "wall", or "cpu": what this process spent, for machines that others use at the same time
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,51 @@ class Spread:
         return asdict(self)
 
 
-#: "wall", or "cpu": what this process spent, for machines that others use at the same time
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has done everything it was given; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
 
 
-def once(function: Callable[[], Any], number: int = 1, clock: str = "wall") -> float:
-    """Seconds per call, over ``number`` calls."""
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect now, and not again inside the block."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def once(
+    function: Callable[[], Any],
+    number: int = 1,
+    clock: str = "wall",
+    device: torch.device | None = None,
+) -> float:
+    """Seconds per call, over ``number`` calls. ``device``: synchronised before the clock is read,
+    at the start and at the end (never between the calls)."""
     now = CLOCKS[clock]
+    if device is not None:
+        synchronise(device)
     start = now()
     for _ in range(number):
         function()
+    if device is not None:
+        synchronise(device)
     return (now() - start) / number
+
+
+def turns(names: Sequence[str], number: int) -> list[str]:
+    """Order of a round: as given in even rounds, reversed in odd ones."""
+    return list(names) if number % 2 == 0 else list(reversed(names))
 
 
 def interleaved(
@@ -75,48 +112,14 @@ def interleaved(
         functions[name]()
         numbers[name] = max(1, min(500, round(0.002 / max(once(functions[name]), 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in names}
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with no_garbage_collection():
         start = time.perf_counter()
         for number in range(repeats):
             if number >= least and time.perf_counter() - start > cap:
                 break
-            for name in names if number % 2 == 0 else reversed(names):
+            for name in turns(names, number):
                 times[name].append(once(functions[name], numbers[name], clock))
-    finally:
-        if enabled:
-            gc.enable()
     return times
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on: processor, versions, threads, load when the run started."""
-    import torch
-    import transformers
-
-    import tokprune
-
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokprune": tokprune.__version__,
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,0 +1,240 @@
+"""Where the time of an answer goes: encoder, selection, prefill, decoding, total.
+
+Every part is measured in a pass of its own, arms in turns: a round times the encoder of every arm,
+then the prefill and decoding of every arm, and so on, in alternating order. So the measurements
+that are compared lie next to each other, and drift of the machine hits all of them alike.
+
+- ``encoder``: ``get_image_features``, that is vision tower, projector, and what a method does in
+  there (selection inside the encoder included);
+- ``selection``: time inside the method's own code (scores, choices, merges), from timers around
+  every call of its stages in a separate, instrumented prefill. It is a share of ``encoder`` and
+  ``prefill``, not on top of them; gathers, masks and book-keeping of the engine are not in it.
+  Absent for arms without a method;
+- ``prefill``: the whole forward with its images until the first token is chosen;
+- ``decode_per_token``: greedy steps after that prefill on its cache, divided by their number;
+- ``total``: ``generate`` of exactly ``max_new_tokens`` tokens.
+
+Accelerators are synchronised at both ends of a measurement and never inside (``selection`` apart).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, turns
+from tokprune.bench.watch import Stopwatch, Watched
+from tokprune.engine.cache import cache_argument
+from tokprune.families import family_of
+from tokprune.methods.base import Method
+from tokprune.patching import compress, is_patched
+
+#: seconds by part, see above
+PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Something to time. ``context()`` puts the model into its state and takes it back out;
+    ``method``: whose own code ``selection`` times (None: nothing to time)."""
+
+    context: Callable[[], AbstractContextManager[Any]]
+    method: Method | None = None
+
+    @classmethod
+    def of(cls, model: Any, method: Method | None) -> Arm:
+        """The model with a method at work, or as it is."""
+        if method is None:
+            return cls(nullcontext)
+        return cls(lambda: compress(model, method), method)
+
+
+def measure_cells(
+    model: Any,
+    inputs: Mapping[str, Any],
+    arms: Mapping[str, Method | None],
+    rounds: int,
+    max_new_tokens: int,
+    *,
+    clock: str = "wall",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every part of every arm, one entry a round; see the module for the parts.
+
+    Args:
+        model: a supported model, not patched.
+        inputs: what its processor made of one batch: ``input_ids`` [B, L], ``pixel_values``, …
+        arms: methods by cell id; None is the unpruned model.
+        rounds: measurements of each part; one more round warms up and is thrown away.
+        max_new_tokens: tokens that ``generate`` makes, the first of them at the end of the
+            prefill; with 1 there is nothing to decode and ``decode_per_token`` is absent.
+        clock: "wall", or "cpu" for the time this process spent.
+        progress: called with (rounds done, rounds), the warm-up being round 0.
+
+    Returns:
+        ``{cell id: {part: [seconds, …]}}``. The model is unpatched, also after an exception.
+
+    Raises:
+        ValueError, TypeError: see the arguments.
+        Exception: whatever a method raises on this model.
+    """
+    if not arms:
+        raise ValueError("arms is empty; it should name at least one method, or None for unpruned")
+    for name, method in arms.items():
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(f"arms[{name!r}]={method!r} should be a tokprune method object or None")
+    made = {name: Arm.of(model, method) for name, method in arms.items()}
+    return measure(model, inputs, made, rounds, max_new_tokens, clock=clock, progress=progress)
+
+
+def measure(
+    model: Any,
+    inputs: Mapping[str, Any],
+    arms: Mapping[str, Arm],
+    rounds: int,
+    max_new_tokens: int,
+    *,
+    parts: tuple[str, ...] = PARTS,
+    warmup: int = 1,
+    clock: str = "wall",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, list[float]]]:
+    """As :func:`measure_cells`, for arms of any kind and a choice of ``parts``."""
+    _check(model, inputs, rounds, max_new_tokens, clock)
+    bench = _Passes(model, on_device(inputs, model.device), max_new_tokens, clock)
+    passes: list[Callable[[Arm], dict[str, float]]] = [
+        work
+        for wanted, work in (
+            ({"encoder"}, bench.encoder),
+            ({"prefill", "decode_per_token"}, bench.prefill_and_decode),
+            ({"total"}, bench.total),
+            ({"selection"}, bench.selection),
+        )
+        if wanted & set(parts)
+    ]
+    names = list(arms)
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    with torch.inference_mode():
+        for number in range(-warmup, rounds):
+            with no_garbage_collection():
+                for work in passes:
+                    for name in turns(names, number):
+                        for part, seconds in work(arms[name]).items():
+                            if number >= 0 and part in parts:
+                                times[name].setdefault(part, []).append(seconds)
+            if progress is not None:
+                progress(max(number + 1, 0), rounds)
+    return {name: {p: own[p] for p in PARTS if p in own} for name, own in times.items()}
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a processor's output on a device."""
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def _check(
+    model: Any, inputs: Mapping[str, Any], rounds: int, max_new_tokens: int, clock: str
+) -> None:
+    multimodal = family_of(model).parts(model).multimodal
+    if is_patched(model):
+        raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
+    if "get_image_features" in multimodal.__dict__:
+        raise ValueError(
+            "the model's get_image_features is replaced (by a SharedEncoder?); close that before "
+            "measuring, or the encoder would not run"
+        )
+    for name, value in (("rounds", rounds), ("max_new_tokens", max_new_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
+    if clock not in CLOCKS:
+        raise ValueError(f"clock={clock!r} should be one of {', '.join(map(repr, CLOCKS))}")
+    for name in ("input_ids", "pixel_values"):
+        if inputs.get(name) is None:
+            raise ValueError(
+                f"inputs has no {name!r}; it should be the processor's output for a batch of "
+                "prompts with images"
+            )
+
+
+class _Passes:
+    """The measurements, each of one arm: a dictionary of seconds by part."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
+        self.model, self.inputs, self.tokens, self.clock = model, inputs, tokens, clock
+        self.device = model.device
+        self.multimodal = family_of(model).parts(model).multimodal
+        self.cache_name = cache_argument(model)
+
+    def _now(self) -> float:
+        synchronise(self.device)
+        return CLOCKS[self.clock]()
+
+    def encoder(self, arm: Arm) -> dict[str, float]:
+        pictures = {n: self.inputs[n] for n in ("pixel_values", "image_sizes") if n in self.inputs}
+        with arm.context():
+            start = self._now()
+            self.multimodal.get_image_features(**pictures)
+            return {"encoder": self._now() - start}
+
+    def _prefill(self, cache: Any) -> Tensor:
+        """Ids [B, 1] of the first new tokens."""
+        given = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+        logits: Tensor = self.model(**self.inputs, **given).logits
+        return logits[:, -1:].argmax(-1)
+
+    def prefill_and_decode(self, arm: Arm) -> dict[str, float]:
+        mask = self.inputs.get("attention_mask")
+        steps = self.tokens - 1
+        with arm.context():
+            start = self._now()
+            cache = new_cache(self.model)
+            token = self._prefill(cache)
+            middle = self._now()
+            for _ in range(steps):
+                given = {self.cache_name: cache, "use_cache": True}
+                if mask is not None:
+                    mask = given["attention_mask"] = torch.cat(
+                        [mask, mask.new_ones(len(mask), 1)], dim=1
+                    )
+                token = self.model(input_ids=token, **given).logits[:, -1:].argmax(-1)
+            end = self._now()
+        result = {"prefill": middle - start}
+        if steps:
+            result["decode_per_token"] = (end - middle) / steps
+        return result
+
+    def total(self, arm: Arm) -> dict[str, float]:
+        with arm.context():
+            start = self._now()
+            made = self.model.generate(
+                **self.inputs,
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=self.tokens,  # or an end-of-sequence token would end it early
+                max_new_tokens=self.tokens,
+                pad_token_id=0,
+            )
+            seconds = self._now() - start
+        new = made.shape[1] - self.inputs["input_ids"].shape[1]
+        if new != self.tokens:
+            raise RuntimeError(f"generate made {new} tokens instead of {self.tokens}")
+        return {"total": seconds}
+
+    def selection(self, arm: Arm) -> dict[str, float]:
+        if arm.method is None:
+            return {}
+        watch = Stopwatch(self.device, self.clock)
+        with compress(self.model, Watched(arm.method, watch)):
+            self._prefill(new_cache(self.model))
+        return {"selection": watch.seconds}

@@ -1,0 +1,365 @@
+"""The bench: methods at budgets on one model, against no compression and against the ideal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokprune.bench.break_even import Load, break_even
+from tokprune.bench.clock import Spread
+from tokprune.bench.environment import environment
+from tokprune.bench.gate import Interval, Verdict, judge, noise_floor
+from tokprune.bench.ideal import Lengths, observe, shortened
+from tokprune.bench.measure import PARTS, Arm, measure
+from tokprune.bench.memory import peak_memory
+from tokprune.bench.prompts import Picture, encode, prompt
+from tokprune.families import family_of
+from tokprune.flops import prefill_macs, unpruned_macs
+from tokprune.methods import Method, make_method
+from tokprune.methods.depth import layer_options
+from tokprune.patching import compress, is_patched
+from tokprune.summary import visual_per_layer
+
+SCHEMA = 1
+#: the unpruned model, and once more as a control
+NONE, AGAIN = "none", "none again"
+#: parts that are compared; selection has no counterpart in the unpruned model
+COMPARED = ("encoder", "prefill", "decode_per_token", "total")
+#: told of progress: what is going on, rounds done, rounds
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a budget. ``id``: its name in the result; ``keep``: as asked, None for a method
+    object that brought its own."""
+
+    id: str
+    method: Method
+    keep: Any = None
+
+
+def cells_of(
+    methods: Sequence[str | Method], keeps: Sequence[Any], decoder_layers: int
+) -> list[Cell]:
+    """Cells of every method name at every budget, and of every method object as it is.
+
+    Layer numbers that were published for 32 decoder layers are placed in decoders of another depth
+    as :mod:`tokprune.methods.depth` says.
+
+    Raises:
+        ValueError, TypeError: no method, no budget for a name, an unknown method, a bad budget.
+    """
+    if not methods:
+        raise ValueError("methods is empty; it should name at least one, see 'tokprune methods'")
+    cells: list[Cell] = []
+    for method in methods:
+        if isinstance(method, Method):
+            same = sum(cell.id.partition("#")[0] == method.name for cell in cells)
+            cells.append(Cell(f"{method.name}#{same + 1}" if same else method.name, method))
+            continue
+        if not keeps:
+            raise ValueError(f"keep is empty; {method!r} needs at least one budget (64, or 0.11)")
+        for keep in keeps:
+            made = make_method(method, keep=keep)  # the name is checked before its layers are
+            made = make_method(made, **layer_options(made.name, decoder_layers))
+            cells.append(Cell(f"{made.name}@{keep}", made, keep))
+    ids = [cell.id for cell in cells]
+    twice = sorted({i for i in ids if ids.count(i) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]} is asked for twice; every method and budget should differ")
+    return cells
+
+
+def bench(
+    model: Any,
+    methods: Sequence[str | Method],
+    keeps: Sequence[Any] = (),
+    *,
+    processor: Any = None,
+    image: Any = None,
+    rounds: int = 20,
+    new_tokens: int = 16,
+    batch_sizes: Sequence[int] = (1, 4),
+    text_tokens: Sequence[int] = (32, 256),
+    clock: str = "wall",
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure methods against no compression and against the ideal, and find where they pay.
+
+    At the first batch size and the first text length everything is measured (see
+    :mod:`tokprune.bench.measure` for the parts, :mod:`tokprune.bench.ideal` for the ideal,
+    :mod:`tokprune.bench.memory` for peak memory); at the other points of the grid prefill and
+    total. In each round every arm runs once, in alternating order: the unpruned model, all
+    methods, their ideals, and the unpruned model again, which gives the noise floor.
+
+    Args:
+        model: a supported model, not patched.
+        methods: names, each run at every one of ``keeps``; or method objects.
+        keeps: visual tokens per image, as the methods' option ``keep`` (counts or fractions).
+        processor: the model's own (None: random text, CLIP's image processing).
+        image: a PIL picture (None: one made in code).
+        rounds: measurements of everything; below 6 no speed-up is ever claimed.
+        new_tokens: length of an answer.
+        batch_sizes, text_tokens: the grid; tokens of text besides the picture's.
+        clock: "wall", or "cpu" for the time of this process.
+        name: what the model is called in the result.
+        progress: told what is going on.
+
+    Returns:
+        JSON types: ``environment``, ``settings``, ``model``; ``unpruned`` and ``cells`` (tokens,
+        FLOPs, KV bytes, peak memory, break-even point); ``points`` of the grid, each with
+        ``noise_floor``, ``unpruned`` and, per cell, ``seconds``, ``ideal_seconds``, ``speedup``,
+        ``ideal_speedup`` and ``achieved`` (÷ ideal) by part, and the ``seconds`` of every round.
+        A speed-up within noise is ``{"speedup": null, "reason": "within noise (…)", …}``.
+
+    Raises:
+        ValueError, TypeError: an argument, an option that does not fit the model; before any
+            measurement, and naming what would be right.
+    """
+    _check_counts(rounds=[rounds], new_tokens=[new_tokens])
+    _check_counts(batch_sizes=batch_sizes, text_tokens=text_tokens)
+    family = family_of(model)
+    parts = family.parts(model)
+    facts = family.facts(model, parts)
+    if is_patched(model):
+        raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
+    if clock == "cpu" and model.device.type != "cpu":
+        raise ValueError(f"clock='cpu' sees no work of {model.device}; it should be 'wall'")
+    cells = cells_of(methods, keeps, facts.decoder_layers)
+    for cell in cells:
+        cell.method.plan(facts)
+    picture = encode(model, image, processor)
+    tokenizer = getattr(processor, "tokenizer", None)
+    grid = [(b, t) for b in batch_sizes for t in text_tokens]
+    batches = [prompt(model, picture, t, b, tokenizer) for b, t in grid]
+
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "environment": environment(model.device),
+        "settings": {
+            "rounds": rounds, "new_tokens": new_tokens, "batch_sizes": list(batch_sizes),
+            "text_tokens": list(text_tokens), "clock": clock,
+            "confidence": 0.95, "break_even_by": "total",
+        },
+        "model": _model(model, name, picture, facts.decoder_layers),
+    }  # fmt: skip
+    sizes = _sizes(model, batches[0], cells, new_tokens, progress)
+    result["unpruned"] = sizes.pop(NONE)
+    points = []
+    for number, ((batch, text), inputs) in enumerate(zip(grid, batches)):
+        load = Load.of(batch, inputs["input_ids"].shape[1])
+        label = f"{load} (point {number + 1} of {len(grid)})"
+        wanted = PARTS if number == 0 else ("prefill", "total")
+        try:
+            point = _point(
+                model, inputs, cells, rounds, new_tokens, wanted, clock, _told(progress, label)
+            )
+        except torch.OutOfMemoryError as error:
+            if number == 0:
+                raise
+            point = {"error": f"out of memory: {str(error).splitlines()[0]}"}
+        points.append({**load.to_dict(), "text_tokens": text, **point})
+    result["points"] = points
+    result["cells"] = [
+        {
+            "cell": cell.id, "method": cell.method.name, "keep": cell.keep,
+            "repr": repr(cell.method), **sizes[cell.id],
+            "break_even": _break_even(points, cell.id).to_dict(),
+        }
+        for cell in cells
+    ]  # fmt: skip
+    return result
+
+
+def _told(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, rounds: progress(what, done, rounds)
+
+
+def _check_counts(**named: Sequence[int]) -> None:
+    for name, values in named.items():
+        if not values:
+            raise ValueError(f"{name} is empty; it should hold at least one number")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{name}={list(values)} names a number twice")
+
+
+def _model(model: Any, name: str | None, picture: Picture, layers: int) -> dict[str, Any]:
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "visual_tokens": picture.tokens,
+        "decoder_layers": layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config.get_text_config()._attn_implementation,
+    }
+
+
+# ------------------------------------------------------------------- tokens, FLOPs, memory
+
+
+def _sizes(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    new_tokens: int,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Everything about a cell that is no time; per prompt, but peak memory of the batch."""
+    work = {n: v.to(model.device) for n, v in inputs.items()}
+    rows = len(work["input_ids"])
+
+    def answer() -> None:
+        with torch.inference_mode():
+            model.generate(
+                **work, do_sample=False, num_beams=1, min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens, pad_token_id=0,
+            )  # fmt: skip
+
+    answer()  # buffers that the libraries keep belong to nobody
+    sizes: dict[str, dict[str, Any]] = {}
+    for number, cell in enumerate(cells):
+        if progress is not None:
+            progress(f"tokens and memory of {cell.id}", number, len(cells))
+        lengths = observe(model, inputs, cell.method)
+        with compress(model, cell.method) as trace:
+            peak = peak_memory(answer, model.device)
+        assert trace.last is not None
+        prefill = trace.last
+        with shortened(model, lengths):
+            ideal_peak = peak_memory(answer, model.device)
+        visual = visual_per_layer(prefill)
+        macs, unpruned = prefill_macs(prefill), unpruned_macs(prefill)
+        sizes[cell.id] = {
+            "tokens_last": sum(visual[-1]) / rows,
+            "tokens_mean": sum(map(sum, visual)) / len(visual) / rows,
+            "flops_prefill": 2 * macs.total // rows,
+            "flops_decode_step": 2 * macs.decode_step // rows,
+            "kv_bytes": sum(prefill.kv_bytes()) // rows,
+            "peak_memory": peak.to_dict(),
+            "ideal_peak_memory": ideal_peak.to_dict(),
+        }
+        sizes.setdefault(
+            NONE,
+            {
+                "tokens_last": sum(prefill.original_counts) / rows,
+                "tokens_mean": sum(prefill.original_counts) / rows,
+                "flops_prefill": 2 * unpruned.total // rows,
+                "flops_decode_step": 2 * unpruned.decode_step // rows,
+                "kv_bytes": prefill.kv_bytes_unpruned() // rows,
+                "peak_memory": peak_memory(answer, model.device).to_dict(),
+            },
+        )
+    return sizes
+
+
+# ------------------------------------------------------------------- times
+
+
+def ideal_name(cell: str) -> str:
+    return f"{cell} ideal"
+
+
+def _point(
+    model: Any,
+    inputs: Mapping[str, Any],
+    cells: Sequence[Cell],
+    rounds: int,
+    new_tokens: int,
+    parts: tuple[str, ...],
+    clock: str,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Times of one batch, and what they say."""
+    arms = {NONE: Arm.of(model, None)}
+    for cell in cells:
+        lengths = checked_lengths(model, inputs, cell)
+        arms[cell.id] = Arm.of(model, cell.method)
+        arms[ideal_name(cell.id)] = Arm(lambda own=lengths: shortened(model, own))  # type: ignore[misc]
+    # the two equal arms at the two ends of a round: no pair of arms is farther apart
+    arms[AGAIN] = Arm.of(model, None)
+    times = measure(
+        model, inputs, arms, rounds, new_tokens, parts=parts, clock=clock, progress=progress
+    )
+    plain = times[NONE]
+    compared = [part for part in COMPARED if part in plain]
+    floors = {part: noise_floor(plain[part], times[AGAIN][part]) for part in compared}
+    return {
+        "noise_floor": {p: _finite(floor) for p, floor in floors.items()},
+        "seconds": times,
+        "unpruned": _spreads(plain),
+        "cells": {
+            cell.id: _compare(plain, times[cell.id], times[ideal_name(cell.id)], floors)
+            for cell in cells
+        },
+    }
+
+
+def checked_lengths(model: Any, inputs: Mapping[str, Any], cell: Cell) -> Lengths:
+    """Lengths under a method, after a look at whether the ideal has them in every layer.
+
+    Raises:
+        RuntimeError: it has not.
+    """
+    lengths = observe(model, inputs, cell.method)
+    with shortened(model, lengths):
+        seen = observe(model, inputs)
+    if seen != lengths:
+        raise RuntimeError(f"{cell.id}: the ideal's lengths {seen} are not the method's {lengths}")
+    return lengths
+
+
+def _compare(
+    plain: Mapping[str, list[float]],
+    own: Mapping[str, list[float]],
+    ideal: Mapping[str, list[float]],
+    floors: Mapping[str, float],
+) -> dict[str, Any]:
+    """One cell at one point: its times and its ideal's, speed-ups of both, achieved ÷ ideal."""
+
+    def verdicts(times: Mapping[str, list[float]]) -> dict[str, Any]:
+        return {p: judge(plain[p], times[p], floor).to_dict() for p, floor in floors.items()}
+
+    achieved = {
+        # (unpruned ÷ method) ÷ (unpruned ÷ ideal), within rounds
+        p: Interval.of([i / m for i, m in zip(ideal[p], own[p])]).to_dict()
+        for p in floors
+    }
+    return {
+        "seconds": _spreads(own),
+        "ideal_seconds": _spreads(ideal),
+        "speedup": verdicts(own),
+        "ideal_speedup": verdicts(ideal),
+        "achieved": achieved,
+    }
+
+
+def _spreads(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {part: Spread.of(values).to_dict() for part, values in times.items()}
+
+
+def _finite(value: float) -> float | None:
+    return None if value == float("inf") else value
+
+
+def _break_even(points: Sequence[Mapping[str, Any]], cell: str) -> Any:
+    return break_even(
+        [
+            (
+                Load.of(point["batch_size"], point["prompt_tokens"]),
+                Verdict.from_dict(point["cells"][cell]["speedup"]["total"]),
+            )
+            for point in points
+            if "cells" in point
+        ]
+    )

@@ -1,0 +1,193 @@
+"""A bench result as tables for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tokprune.bench.clock import milliseconds
+from tokprune.bench.gate import Interval, Verdict
+
+_PARTS = {
+    "encoder": "encoder", "selection": "selection", "prefill": "prefill",
+    "decode_per_token": "per token", "total": "total",
+}  # fmt: skip
+#: points of the grid side by side
+_ACROSS = 4
+
+
+def tables(result: Mapping[str, Any]) -> list[Any]:
+    """What rich can print, in order: a heading, times, speed-ups, sizes, the grid.
+
+    Args:
+        result: of :func:`tokprune.bench.run.bench`.
+    """
+    parts: list[Any] = [_heading(result), _times(result), _speedups(result), _sizes(result)]
+    rest = result["points"][1:]
+    for start in range(0, len(rest), _ACROSS):
+        parts.append(_grid(result, rest[start : start + _ACROSS]))
+    parts.append(_legend(result))
+    return parts
+
+
+def _table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(
+            name, justify="left" if number < left else "right", no_wrap=number == 0,
+            overflow="fold",
+        )  # fmt: skip
+    return table
+
+
+def _heading(result: Mapping[str, Any]) -> str:
+    model, env, settings = result["model"], result["environment"], result["settings"]
+    name = "" if model["name"] is None else f"{model['name']}: "
+    threads = f"{env['threads']} thread{'s' * (env['threads'] != 1)}"
+    place = env["device"] if env["device"] != "cpu" else f"{env['cpu']}, {threads}"
+    return (
+        f"{name}{model['class']}, {_count(model['parameters'])} parameters,\n"
+        f"{model['dtype']}, {model['attention']}, {model['visual_tokens']} visual tokens; "
+        f"{place};\ntorch {env['torch']}, transformers {env['transformers']}; "
+        f"{settings['rounds']} rounds, {settings['new_tokens']} new tokens, "
+        f"{settings['clock']} clock\n"
+    )
+
+
+def _load(point: Mapping[str, Any]) -> str:
+    return f"batch {point['batch_size']} × {point['prompt_tokens']} tokens"
+
+
+def _times(result: Mapping[str, Any]) -> Table:
+    point = result["points"][0]
+    table = _table(f"Milliseconds, median of rounds ({_load(point)})", ["", *_PARTS.values()])
+
+    def add(name: str, seconds: Mapping[str, Any]) -> None:
+        table.add_row(
+            name, *(milliseconds(seconds[p]["median"]) if p in seconds else "–" for p in _PARTS)
+        )
+
+    add("unpruned", point["unpruned"])
+    for cell in result["cells"]:
+        own = point["cells"][cell["cell"]]
+        add(cell["cell"], own["seconds"])
+        add("  its ideal", own["ideal_seconds"])
+    return table
+
+
+def _speedups(result: Mapping[str, Any]) -> Table:
+    point = result["points"][0]
+    table = _table(
+        f"Speed-up over unpruned ({_load(point)})",
+        ["", "of", "method", "ideal", "achieved ÷ ideal"],
+        left=2,
+    )
+    for cell in result["cells"]:
+        own = point["cells"][cell["cell"]]
+        for number, part in enumerate(p for p in _PARTS if p in own["speedup"]):
+            table.add_row(
+                "" if number else cell["cell"],
+                _PARTS[part],
+                verdict(own["speedup"][part]),
+                verdict(own["ideal_speedup"][part]),
+                _achieved(own["achieved"][part]),
+            )
+        table.add_section()
+    return table
+
+
+def verdict(data: Mapping[str, Any]) -> str:
+    """A finding with its interval, or why there is none."""
+    seen = Verdict.from_dict(dict(data))
+    if seen.speedup is None:
+        return str(seen).replace(" (", "\n(")
+    return f"{seen} ({seen.ratio.low:.2f}–{seen.ratio.high:.2f})"
+
+
+def _achieved(data: Mapping[str, Any]) -> str:
+    seen = Interval.from_dict(dict(data))
+    text = f"{100 * seen.median:.0f} %"
+    if data["low"] is None:
+        return text
+    mark = " ~" if seen.low <= 1 <= seen.high else ""
+    return f"{text} ({100 * seen.low:.0f}–{100 * seen.high:.0f}){mark}"
+
+
+def _sizes(result: Mapping[str, Any]) -> Table:
+    table = _table(
+        "Size and break-even",
+        ["", "tokens\nlast/mean", "TFLOPs" if _tera(result) else "GFLOPs", "KV cache",
+         "peak memory\n(ideal)", "pays (total)"],
+    )  # fmt: skip
+    table.columns[-1].justify = "left"
+    scale = 1e12 if _tera(result) else 1e9
+    for name, cell in [("unpruned", result["unpruned"])] + [
+        (cell["cell"], cell) for cell in result["cells"]
+    ]:
+        ideal = cell.get("ideal_peak_memory")
+        memory = data_size(cell["peak_memory"]["bytes"])
+        table.add_row(
+            name,
+            f"{cell['tokens_last']:.0f}/{cell['tokens_mean']:.0f}",
+            f"{cell['flops_prefill'] / scale:.3g}",
+            data_size(cell["kv_bytes"]),
+            memory if ideal is None else f"{memory} ({data_size(ideal['bytes'])})",
+            cell["break_even"]["text"] if "break_even" in cell else "",
+        )
+    return table
+
+
+def _grid(result: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("Speed-up of total, method / ideal", ["", *map(_load, points)])
+    for cell in result["cells"]:
+        texts = []
+        for point in points:
+            if "error" in point:
+                texts.append(point["error"])
+                continue
+            own = point["cells"][cell["cell"]]
+            texts.append(f"{_short(own['speedup'])} / {_short(own['ideal_speedup'])}")
+        table.add_row(cell["cell"], *texts)
+    return table
+
+
+def _short(verdicts: Mapping[str, Any]) -> str:
+    seen = Verdict.from_dict(verdicts["total"])
+    return "noise" if seen.speedup is None else str(seen)
+
+
+def _legend(result: Mapping[str, Any]) -> str:
+    floors = result["points"][0]["noise_floor"]
+    known = [f"{_PARTS[p]} {f:.3f}×" for p, f in floors.items() if f is not None]
+    source = result["unpruned"]["peak_memory"]["source"]
+    return (
+        f"Noise floor, unpruned against itself: {', '.join(known) or 'too few rounds'}.\n"
+        "Ideal: the same model on as many tokens per layer, with no method work.\n"
+        "Ratios are taken within rounds; in brackets the 95 % interval of their median. A speed-up "
+        "is\nprinted where that interval lies beyond the noise floor. ~: it holds 100 %.\n"
+        "Selection: time in the method's own code, a share of encoder and prefill.\n"
+        "FLOPs (2 × MACs) and KV cache: one prefill, per prompt. Peak memory: whole batch, beyond "
+        f"weights\nand inputs ({source})."
+    )
+
+
+def _tera(result: Mapping[str, Any]) -> bool:
+    return bool(result["unpruned"]["flops_prefill"] >= 1e12)
+
+
+def data_size(count: float) -> str:
+    """Bytes in binary units, three digits."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def _count(number: int) -> str:
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} B"
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,}"
