@@ -49,8 +49,8 @@ def make_benchmark(folder: Path, items: int = 7, name: str = "small") -> Path:
 def settings(model: Path, benchmark: Path, out: Path, **changes: Any) -> Settings:
     """A sweep without timing and noise floor, unless ``changes`` say otherwise."""
     small: dict[str, Any] = {
-        "methods": ("fastv", "todre"), "keep": (18, 9), "batch_size": 3, "max_new_tokens": 3, "noise": False,
-        "latency": False, "controls": False, "device": "cpu", "calibrate": 4,
+        "methods": ("fastv", "todre"), "keep": (18, 9), "batch_size": 3, "max_new_tokens": 3,
+        "noise": False, "latency": False, "controls": False, "device": "cpu", "calibrate": 4,
     }  # fmt: skip
     return Settings(
         model=str(model), out=str(out), benchmark=str(benchmark), **{**small, **changes}

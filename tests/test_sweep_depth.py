@@ -33,7 +33,8 @@ def test_six_layers() -> None:
         "prune_layers": (1, 2, 3), "accumulate_layers": (1, 2, 3),
     }  # fmt: skip
     assert layer_options("mustdrop", 6) == {"pruning_layers": (0, 1, 2, 3)}
-    assert layer_options("fastv", 6) == {}  # the first two layers see all tokens, as published
+    assert layer_options("fastv", 6) == {"layer": 1}
+    assert layer_options("fastv", 8) == {}  # the first two layers see all tokens, as published
 
 
 @given(

@@ -97,7 +97,7 @@ def test_every_cell_has_every_question_once(whole: Any) -> None:
         info["benchmark"]["tasks"] == info["benchmark"]["headline"] == ["count", "place", "thing"]
     )
     arms = {cell["arm"] for cell in whole.cells.values()}
-    assert arms == {*tokprune.methods.available_methods(), "none", "downsample"}
+    assert arms == {*tokprune.methods.available_methods(), "none", "blind", "downsample"}
     for name, cell in whole.cells.items():
         rows = whole.rows_of(name)
         assert len(rows) == (5 if cell["status"] == "ok" else 0), name
@@ -114,7 +114,7 @@ def test_every_cell_has_every_question_once(whole: Any) -> None:
 def test_budgets_are_matched_on_measured_means(whole: Any) -> None:
     reached = set()
     for name, cell in whole.cells.items():
-        if cell["arm"] in ("none", "downsample"):
+        if cell["arm"] in ("none", "blind", "downsample"):
             continue
         told = cell["calibrated"]["tokens_mean"]
         off = abs(told - cell["budget"])
@@ -183,7 +183,9 @@ def test_overlays_and_timing(whole: Any) -> None:
     assert sum(map(len, by_cell["pool@9"]["sources"])) == 36
     assert whole.latency is not None
     timed = {n for n, c in whole.cells.items() if c["status"] == "ok" and not c["noise"]}
-    assert set(whole.latency["cells"]) == {n for n in timed if not n.startswith("downsample")}
+    assert set(whole.latency["cells"]) == {
+        n for n in timed if not n.startswith(("downsample", "blind"))
+    }
     assert whole.latency["cells"]["none"]["selection"] is None
     assert whole.latency["cells"]["grid@9"]["total"]["n"] == 2
 

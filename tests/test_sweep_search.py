@@ -119,7 +119,7 @@ def test_everything_that_can_change_an_answer_changes_the_identity(change: Any) 
 
 def test_checkpoint_hash_reads_weights_config_and_processor(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OSError, match="no .safetensors"):
+    with pytest.raises(OSError, match=r"no \.safetensors"):
         checkpoint_hash(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"1")
     seen = {checkpoint_hash(tmp_path)}

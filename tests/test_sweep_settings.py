@@ -138,7 +138,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_all_methods_and_controls_by_default() -> None:
     arms = build_arms([], controls=True, variants=False)
-    assert [arm.name for arm in arms][:5] == list(CONTROLS)
+    assert [arm.name for arm in arms][:6] == list(CONTROLS)
     assert {arm.method for arm in arms if arm.method} == set(available_methods())
     assert {arm.name for arm in arms if arm.control} == set(CONTROLS)
     assert len(arms) == len(available_methods()) + 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 from transformers import (
@@ -21,6 +24,8 @@ from transformers import (
 from evals.mini.world import CHARACTERS, PATCH, SIDE, WORDS
 
 PAD, BOS, EOS, UNK, IMAGE = range(5)
+ROPE_BASE = 1e6
+_TOWER = "vision_tower.vision_model."
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 #: a character at the start of a word, and inside one
 VOCABULARY = tuple(dict.fromkeys([*SPECIAL, *WORDS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]))
@@ -105,7 +110,7 @@ def build_config() -> LlavaConfig:
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=2048,
-        rope_theta=1e6,
+        rope_theta=ROPE_BASE,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -156,6 +161,34 @@ def build_model(seed: int = 0) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Everything that ``from_pretrained`` wants: weights in half precision, config, processor."""
+    """Everything that ``from_pretrained`` wants, under transformers 4.57 and 5.x: weights in half
+    precision, config, processor."""
     model.to(torch.float16).save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    processor = build_processor()
+    processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # 5.x puts it into the processor's file
+    # names and places that both ends of the supported range know
+    weights = {
+        name if "vision_model." in name else name.replace("vision_tower.", _TOWER): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _edit(folder / "config.json", lambda c: c["text_config"].update(rope_theta=ROPE_BASE))
+    _edit(
+        folder / "tokenizer_config.json",
+        lambda c: c.update(
+            tokenizer_class="PreTrainedTokenizerFast",
+            extra_special_tokens={},
+            additional_special_tokens=["<image>"],
+        ),
+    )
+    _edit(
+        folder / "preprocessor_config.json",
+        lambda c: c.update(image_processor_type="CLIPImageProcessor"),
+    )
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -74,7 +74,7 @@ def sweep(
     ] = False,
     no_controls: Annotated[
         bool,
-        typer.Option("--no-controls", help="Without random, grid, pool, downsample."),
+        typer.Option("--no-controls", help="Without blind, random, grid, pool, downsample."),
     ] = False,
     no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the noise floor.")] = False,
     no_latency: Annotated[

@@ -8,8 +8,10 @@ Papers name decoder layers of LLaVA-1.5-7B, which has 32. The rule, for every me
   l of 32 becomes l · depth / 32, rounded, moved up where two would coincide and down where the
   last would not leave the layers behind it that the method needs; where there is no room for
   all steps, MustDrop takes its last ones and TransPrune a single one;
-- a *single early* layer (FastV's K = 2, FlowCut's 1) means the first layers, not a depth: it
-  stays while at least as many layers follow as precede it, and moves to the middle otherwise;
+- FastV's K = 2 means the first layers, not a depth: it stays in decoders of at least 8 layers, and
+  is 1 in shorter ones, where two layers would be more than a quarter of the model;
+- FlowCut's layer 1 stays while at least as many layers follow as precede it, and moves to the
+  middle otherwise;
 - ToDRE's check after ⌊7L/8⌋ of L layers is a relative depth by definition.
 """
 
@@ -54,8 +56,8 @@ def layer_options(name: str, decoder_layers: int) -> dict[str, Any]:
         steps = _MUSTDROP[-max(1, decoder_layers - 1) :]
         layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
         return {"pruning_layers": layers}
-    if name == "fastv" and decoder_layers < 2 * _FASTV:
-        return {"layer": max(1, decoder_layers // 2)}
+    if name == "fastv" and decoder_layers < 4 * _FASTV:
+        return {"layer": 1}
     if name == "flowcut" and decoder_layers < 2 * (_FLOWCUT + 1):
         return {"prune_layer": max(0, decoder_layers // 2 - 1)}
     return {}

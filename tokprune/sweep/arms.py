@@ -15,10 +15,13 @@ from tokprune.methods.base import option_names
 from tokprune.methods.depth import layer_options
 from tokprune.sweep.identity import canonical
 
-#: in this order; ``none`` is the unpruned model, ``downsample`` a smaller picture
-CONTROLS = ("none", "random", "grid", "pool", "downsample")
+#: in this order; ``none`` is the unpruned model, ``blind`` the same on an empty picture, and
+#: ``downsample`` on a smaller one
+CONTROLS = ("none", "blind", "random", "grid", "pool", "downsample")
 #: controls that leave the model as it is
-UNPATCHED = ("none", "downsample")
+UNPATCHED = ("none", "blind", "downsample")
+#: controls without a budget
+UNBUDGETED = ("none", "blind")
 #: options that are budgets of their own, which a sweep sets through ``keep``
 _BUDGETS = frozenset({"keep", "r", "ratio", "dominant", "contextual", "window"})
 
@@ -172,8 +175,8 @@ def build_arms(
 
     Args:
         methods: names with options; empty means every method there is.
-        controls: include ``random``, ``grid``, ``pool`` and ``downsample``. ``none`` is always
-            included: everything is compared with it.
+        controls: include ``blind``, ``random``, ``grid``, ``pool`` and ``downsample``. ``none`` is
+            always included: everything is compared with it.
         variants: include the published variants of the methods as well.
     """
     wanted = list(methods) or [(name, {}) for name in available_methods() if name not in CONTROLS]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokprune.methods import Method, make_method
-from tokprune.sweep.arms import Arm
+from tokprune.sweep.arms import UNBUDGETED, Arm
 from tokprune.sweep.budgets import Budget
 from tokprune.sweep.calibrate import Calibrator, Matched
 from tokprune.sweep.pictures import downsample_factor
@@ -36,6 +36,11 @@ class Cell:
     def factor(self) -> float | None:
         """Linear factor by which the picture shrinks, for ``downsample``."""
         return self.entry["options"].get("factor") if self.entry["arm"] == "downsample" else None
+
+    @property
+    def blind(self) -> bool:
+        """Whether the picture is replaced by an empty one."""
+        return bool(self.entry["arm"] == "blind")
 
     @classmethod
     def stored(cls, entry: dict[str, Any]) -> Cell:
@@ -82,6 +87,10 @@ class CellMaker:
             "seed": 0, "noise": noise, "status": "ok", "reason": None,
             "calibrated": {"tokens_last": tokens, "tokens_mean": tokens}, **changes,
         })  # fmt: skip
+
+    def blind(self) -> Cell:
+        """The unpruned model on an empty picture: what the questions alone give away."""
+        return self.none("blind", arm="blind", repr="blind: a uniform grey picture")
 
     def id_of(self, arm: Arm, budget: Budget, seed: int) -> str:
         return cell_id(arm.name, budget.tokens(self.calibrator.visual_tokens), seed)
@@ -133,8 +142,9 @@ def build_cells(
     again."""
     cells = []
     for arm in arms:
-        if arm.name == "none":
-            cells.append(known.get("none") or maker.none())
+        if arm.name in UNBUDGETED:
+            made = maker.blind if arm.name == "blind" else maker.none
+            cells.append(known.get(arm.name) or made())
             continue
         for budget in budgets:
             for seed in seeds if arm.draws else (0,):

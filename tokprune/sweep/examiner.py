@@ -16,7 +16,7 @@ from tokprune.sweep.ask import Answer, ask
 from tokprune.sweep.cells import Cell
 from tokprune.sweep.numbers import Numbers, traced_numbers, unpruned_numbers
 from tokprune.sweep.overlays import overlay_record
-from tokprune.sweep.pictures import downsample
+from tokprune.sweep.pictures import blank, downsample
 from tokprune.sweep.prompts import encode
 from tokprune.sweep.subject import Subject
 from tokprune.trace import Trace
@@ -51,6 +51,10 @@ class Batch:
         return self._encode(self.pictures)
 
     @cached_property
+    def blind_inputs(self) -> Any:
+        return self._encode([blank(picture) for picture in self.pictures])
+
+    @cached_property
     def unpruned(self) -> list[Numbers]:
         return unpruned_numbers(self.subject, self.inputs)
 
@@ -59,7 +63,9 @@ class Batch:
         return [Batch(self.subject, self.benchmark, [item]) for item in self.items]
 
     def inputs_for(self, cell: Cell) -> Any:
-        """Model inputs, with smaller pictures where the cell wants them."""
+        """Model inputs, with smaller or empty pictures where the cell wants them."""
+        if cell.blind:
+            return self.blind_inputs
         if cell.factor is None:
             return self.inputs
         if cell.factor not in self._shrunk:

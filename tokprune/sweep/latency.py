@@ -18,7 +18,9 @@ def timed_cells(cells: Sequence[Cell]) -> list[Cell]:
     return [
         cell
         for cell in cells
-        if cell.runs and not cell.entry["noise"] and cell.entry["arm"] != "downsample"
+        if cell.runs
+        and not cell.entry["noise"]
+        and cell.entry["arm"] not in ("blind", "downsample")
     ]
 
 

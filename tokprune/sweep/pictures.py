@@ -1,4 +1,4 @@
-"""The down-sampling control: the same question on a smaller picture."""
+"""What controls do to a picture: make it smaller, or empty."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def downsample(picture: Any, factor: float) -> Any:
     if min(width, height) < _TINY:
         small = small.resize((_TINY * width, _TINY * height), Image.Resampling.NEAREST)
     return small
+
+
+def blank(picture: Any) -> Any:
+    """A grey picture of the same size: with the prompt's form unchanged, it shows nothing."""
+    from PIL import Image
+
+    return Image.new("RGB", picture.size, (128, 128, 128))

@@ -37,7 +37,7 @@ class Settings:
         device: "auto" takes CUDA where there is some.
         batch_size: questions that are answered together.
         max_new_tokens: longest answer; None: as the benchmark says.
-        controls: run ``random``, ``grid``, ``pool`` and ``downsample`` as well.
+        controls: run ``blind``, ``random``, ``grid``, ``pool`` and ``downsample`` as well.
         variants: run the published variants of the methods as well.
         noise: run the unpruned model at another batch size and another dtype first.
         latency: time every cell at the end.
