@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The main job on the embedded model: sweep every method, report, choose a setting, use it.
 
-    python3 scripts/dev.py demo [--out DIR] [--limit 300] [--keep 1/2,1/4,1/9,1/16,1/36]
+    python3 scripts/dev.py demo [--out DIR] [--limit 300] [--keep 1/2,1/4,1/9,1/36]
 
 Runs the commands that a user would (they are printed), on the model and the benchmark that ship
 with the package; nothing is downloaded:
@@ -31,7 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import evals
 import tokprune
-from tokprune.methods import available_methods, make_method
+from tokprune.families import family_of
+from tokprune.methods import Method, available_methods, make_method
 from tokprune.methods.depth import layer_options
 
 PANEL = 288  # a multiple of the 24 patches
@@ -58,18 +59,31 @@ def what_is_left(picture: Image.Image, question: str, keep: int) -> Image.Image:
     )
     inputs = processor(images=[picture], text=text, return_tensors="pt")
     seen = picture.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
-    cells = [(seen, "the picture", f"{question} → {answer(model, processor, inputs)}")]
-    layers = model.config.text_config.num_hidden_layers
+    cells = [(seen, "the picture", f"{question} {answer(model, processor, inputs)}")]
     for name in available_methods():
-        method = make_method(name, keep=keep, **layer_options(name, layers))
+        method = reachable(model, name, keep)
         with tokprune.compress(model, method) as trace:
             given = answer(model, processor, inputs)
             told = trace.to_dict()
             strip = tokprune.overlay(trace, picture, processor=processor, size=PANEL)
         last, mean = told["visual_tokens_out"][0], told["mean_visual_tokens"]
         tokens = f"{last} tokens" if mean == last else f"{last} tokens, mean {mean:.0f}"
-        cells.append((last_panel(strip), name, f"{tokens} → {given}"))
+        cells.append((last_panel(strip), name, f"{tokens}: {given}"))
     return contact_sheet(cells, f"What is left of 576 visual tokens (keep = {keep})")
+
+
+def reachable(model: Any, name: str, keep: int) -> Method:
+    """The method at ``keep`` tokens, or at the least it can do on a tower of this depth."""
+    family = family_of(model)
+    facts = family.facts(model, family.parts(model))
+    for least in range(keep, facts.max_visual_tokens + 1):
+        method = make_method(name, keep=least, **layer_options(name, facts.decoder_layers))
+        try:
+            method.plan(facts)
+        except ValueError:
+            continue
+        return method
+    raise ValueError(f"{name} leaves all {facts.max_visual_tokens} tokens of this model")
 
 
 def answer(model: Any, processor: Any, inputs: Any) -> str:
@@ -108,7 +122,7 @@ def contact_sheet(
     note = (
         "Clear patches with a frame stay; grey ones are dropped. Patches of one colour are merged "
         "into one token. Mean: over the decoder's layers, for methods that prune inside it. After "
-        "the arrow: the model's answer."
+        "the colon: the model's answer."
     )
     wrapped = textwrap.wrap(note, width=round(width / 7.4))
     draw.multiline_text((gap, sheet.height - foot + 6), "\n".join(wrapped), FAINT, small, spacing=5)
@@ -122,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
     parser.add_argument("--limit", type=int, default=300, help="questions (300)")
-    parser.add_argument("--keep", default="1/2,1/4,1/9,1/16,1/36", help="budgets")
+    parser.add_argument("--keep", default="1/2,1/4,1/9,1/36", help="budgets")
     parser.add_argument("--methods", help="names, separated by commas (default: all)")
     options = parser.parse_args()
     start = time.perf_counter()

@@ -76,33 +76,18 @@ def test_bench_names_what_it_does_not_know(
     assert "max_summ" in capsys.readouterr().err
 
 
-def test_demo_writes_report_and_pictures(tmp_path: Path) -> None:
+def test_demo_goes_from_sweep_to_setting(tmp_path: Path) -> None:
     done = script(
-        "demo.py",
-        "--out",
-        str(tmp_path),
-        "--methods",
-        "random,fastv",
-        "--keep",
-        "49",
-        "--rounds",
-        "1",
-    )
+        "demo.py", "--out", str(tmp_path), "--limit", "12", "--keep", "1/4",
+        "--methods", "divprune",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "tokprune run --model" in done.stdout
-    assert "no accuracy is shown" in done.stdout
-    report = (tmp_path / "report.md").read_text()
-    assert "weights are random" in report
-    cells = {
-        parts[1]: parts[2:-1]
-        for line in report.splitlines()
-        if len(parts := [p.strip() for p in line.split("|")]) > 7
-    }
-    assert cells["unpruned"][:3] == ["576", "576", "100 %"]
-    assert cells["random"][:2] == ["49", "49"]
-    assert cells["fastv"][:2] == ["49", "114.9"]  # (2·576 + 14·49) / 16
-    for name in ("overlays.png", "photo.png", "kept.png", "stages/random.png", "stages/fastv.png"):
+    for command in ("sweep --model mini", "report", "recommend", "run --model mini --setting"):
+        assert f"$ tokprune {command}" in done.stdout
+    setting = json.loads((tmp_path / "setting.json").read_text())
+    assert setting["method"] in ("divprune", "random", "grid", "pool")
+    assert "<svg" in (tmp_path / "sweep" / "report" / "report.html").read_text()
+    for name in ("overlays.png", "scene.png", "kept.png"):
         with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 250
+            assert min(picture.size) >= 192
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 100
-    assert (tmp_path / "model" / "model.safetensors").exists()

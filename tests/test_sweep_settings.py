@@ -141,7 +141,9 @@ def test_all_methods_and_controls_by_default() -> None:
     assert [arm.name for arm in arms][:6] == list(CONTROLS)
     assert {arm.method for arm in arms if arm.method} == set(available_methods())
     assert {arm.name for arm in arms if arm.control} == set(CONTROLS)
-    assert len(arms) == len(available_methods()) + 2
+    unpatched = [arm.name for arm in arms if arm.method is None]
+    assert unpatched == ["none", "blind", "downsample"]
+    assert len(arms) == len(available_methods()) + len(unpatched)
 
 
 def test_the_unpruned_model_is_always_there() -> None:

@@ -152,6 +152,9 @@ def build_model(seed: int = 0) -> Any:
                     weight.mul_((2 * depth["text"]) ** -0.5)
                 if name.endswith(("out_proj.weight", "fc2.weight")):
                     weight.mul_((2 * depth["vision"]) ** -0.5)
+        # never trained, so in no checkpoint: the same whatever transformers has drawn before
+        table = model.get_input_embeddings().weight
+        table.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
         for layer in model.model.language_model.layers:
             # heads start by looking for what resembles the query, and by copying what they find
             attention = layer.self_attn
