@@ -8,6 +8,7 @@ its true places; the end of the phase runs on full pictures.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,18 @@ def tower_features(
     hidden = tower.pre_layrnorm(hidden)
     layers = tower.encoder.layers
     for layer in layers[:-1]:
-        hidden = _first(layer(hidden, attention_mask=None))
+        hidden = _run(layer, hidden)
     if not last:
         return hidden, None
-    final = _first(layers[-1](hidden, attention_mask=None))
+    final = _run(layers[-1], hidden)
     return hidden, tower.post_layernorm(final[:, 0])
 
 
-def _first(output: Any) -> Tensor:
+def _run(layer: Any, hidden: Tensor) -> Tensor:
+    """One block of the tower; transformers 4.57 wants a second mask and answers with a tuple."""
+    names = inspect.signature(type(layer).forward).parameters
+    masks = {name: None for name in ("attention_mask", "causal_attention_mask") if name in names}
+    output = layer(hidden, **masks)
     return output[0] if isinstance(output, tuple) else output
 
 
