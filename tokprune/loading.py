@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def load(
     if setting is not None:
         if method is not None:
             raise ValueError("give method or setting, not both: a setting names its method")
-        method = load_setting(setting)
+        method = load_setting(setting if isinstance(setting, Mapping) else Path(setting))
     path = resolve(path)
     made, options = _split(method, options)
     hub = {name: options[name] for name in options if name in _HUB}

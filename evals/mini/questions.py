@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ MOST = 4
 
 #: a question and its answer
 Pair = tuple[str, str]
+T = TypeVar("T")
 
 
 def ask(scene: Scene, task: str, rng: np.random.RandomState) -> Pair | None:
@@ -37,7 +39,7 @@ def _a(name: object) -> str:
     return f"{'an' if str(name)[0] in 'aeiou' else 'a'} {name}"
 
 
-def _pick(rng: np.random.RandomState, choices: list) -> object:
+def _pick(rng: np.random.RandomState, choices: list[T]) -> T:
     return choices[rng.randint(len(choices))]
 
 

@@ -43,7 +43,8 @@ def ground(rng: np.random.RandomState) -> Image.Image:
         noise *= rng.uniform(0.5, 1.2) * strength
         for channel in range(3):
             level = Image.fromarray(np.ascontiguousarray(noise[:, :, channel]))
-            pixels[:, :, channel] += level.resize((small, small), Image.Resampling.BILINEAR)
+            level = level.resize((small, small), Image.Resampling.BILINEAR)
+            pixels[:, :, channel] += np.asarray(level)
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture, "RGBA")

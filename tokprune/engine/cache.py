@@ -31,6 +31,7 @@ class CompressedLayer(DynamicLayer):
 
     keys: Any
     values: Any
+    dtype: Any  # of layers before transformers 5.24
 
     def __init__(self) -> None:
         super().__init__()
