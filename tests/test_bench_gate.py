@@ -178,3 +178,13 @@ def test_break_even(ratios: list[float], said: str) -> None:
     assert [m["prompt_tokens"] for m in found.to_dict()["measured"]] == [100, 300, 100, 300]
     with pytest.raises(ValueError, match="empty"):
         break_even([])
+
+
+def test_the_package_offers_its_functions_by_name() -> None:
+    import tokprune.bench
+    from tokprune.bench import measure, run
+
+    assert tokprune.bench.bench is run.bench
+    assert tokprune.bench.measure_cells is measure.measure_cells
+    with pytest.raises(AttributeError, match="benhc"):
+        _ = tokprune.bench.benhc  # type: ignore[attr-defined]
