@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
-import demo_model
 import torch
 from torch import Tensor
 
 import tokprune
 from tokprune.bench.clock import Spread, milliseconds, no_garbage_collection, once
 from tokprune.bench.ideal import observe, shortened
+from tokprune.bench.models import PRESETS, Shape, random_model
+from tokprune.bench.prompts import encode, prompt
 from tokprune.bench.watch import Place, Watched
 from tokprune.engine.stages import (
     DecoderRun,
@@ -40,9 +41,10 @@ from tokprune.methods import Method, available_methods, make_method
 from tokprune.methods.depth import layer_options
 
 KEEP = 64
-FULL = demo_model.Size(12, 384, 1536, 6, 8, 384, 1024, 6, 6)
-QUICK = demo_model.Size(12, 96, 256, 4, 8, 96, 256, 4, 4)
-PREFIX, SUFFIX = 35, 29
+FULL = PRESETS["small"]
+QUICK = Shape(12, 96, 256, 4, 8, 96, 256, 4, 4, vocabulary=256)
+#: tokens around the picture
+TEXT = 64
 
 #: further settings worth a row of their own: label → (method, options beside the budget)
 _EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -195,8 +197,8 @@ def measure_methods(
 ) -> dict[str, Any]:
     """Interleaved prefill times of every method, its replay, its bare loop, and no method."""
     size = QUICK if quick else FULL
-    model = demo_model.build(size)
-    inputs = example_inputs()
+    model = random_model(size)
+    inputs = prompt(model, encode(model), TEXT, batch_size=1)
     layers = size.text_layers
 
     def forward() -> Any:
@@ -261,24 +263,6 @@ def measure_methods(
         "engine_added_s": _difference(times["none", "engine"], unpruned),
         "rows": rows,
     }
-
-
-def example_inputs() -> dict[str, Tensor]:
-    """A prompt of 35 + 576 + 29 tokens and one random image."""
-    generator = torch.Generator().manual_seed(1)
-    vocab = demo_model.vocabulary()
-    image = vocab["<image>"]
-
-    def text(count: int) -> Tensor:
-        return torch.randint(image + 1, len(vocab), (1, count), generator=generator)
-
-    block = torch.full((1, demo_model.GRID**2), image)
-    ids = torch.cat([text(PREFIX), block, text(SUFFIX)], dim=1)
-    coarse = torch.randn(1, 3, 12, 12, generator=generator)
-    side = demo_model.SIDE
-    pixels = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear")
-    pixels = pixels + 0.2 * torch.randn(pixels.shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
 def _rounds(

@@ -7,9 +7,6 @@ Answers the embedded benchmark's quick split with every method and control at tw
 with one pass of the vision encoder for all cells that leave it alone, once with a pass for every
 cell, in alternating order; compares every answer and every count; prints seconds per round and
 the ratio. Loading, matching of budgets and timing are not counted, only the answering.
-
-Without ``--model`` and without a shipped model, one of the same shape with random weights is
-built, which talks until its longest answer: the encoder's share is then an underestimate.
 """
 
 from __future__ import annotations
@@ -23,15 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import demo_model
 import transformers
 
-from tokprune.models import shipped_models
 from tokprune.sweep import Run, Settings, run_sweep
 from tokprune.sweep.progress import Silent
-
-#: the shape of the embedded model: 576 patches, seven and four layers
-SHAPE = demo_model.Size(7, 128, 512, 4, 4, 192, 512, 4, 4)
 
 
 class Stopwatch(Silent):
@@ -67,7 +59,7 @@ def told(run: Run) -> dict[tuple[str, str], Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or name (default: mini, or random weights)")
+    parser.add_argument("--model", default="mini", help="folder or name")
     parser.add_argument("--questions", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,9 +70,6 @@ def main() -> int:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.model is None:
-            random = not shipped_models()
-            options.model = str(demo_model.save(folder / "m", SHAPE)) if random else "mini"
         for number in range(options.rounds):
             runs = {}
             for share in (True, False) if number % 2 == 0 else (False, True):

@@ -34,6 +34,7 @@ import tokprune
 from tokprune.families import family_of
 from tokprune.methods import Method, available_methods, make_method
 from tokprune.methods.depth import layer_options
+from tokprune.prompts import encode
 
 PANEL = 288  # a multiple of the 24 patches
 INK, FAINT, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
@@ -53,11 +54,7 @@ def command(*arguments: str) -> None:
 def what_is_left(picture: Image.Image, question: str, keep: int) -> Image.Image:
     """One picture: the scene, and what every method leaves of it at ``keep`` tokens."""
     model, processor = tokprune.load("mini", processor=True, dtype="float32")
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    inputs = processor(images=[picture], text=text, return_tensors="pt")
+    inputs = encode(processor, [question], [picture], model.device)
     seen = picture.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
     cells = [(seen, "the picture", f"{question} {answer(model, processor, inputs)}")]
     for name in available_methods():

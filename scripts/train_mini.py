@@ -39,7 +39,6 @@ def main() -> int:
     parser.add_argument("--joint-scenes", type=int, default=6_800)
     parser.add_argument("--joint-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--adam", action="store_true")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -49,7 +48,7 @@ def main() -> int:
     symbols = Symbols(model.get_input_embeddings().weight)
     if options.phase in (None, "language"):
         train_language(model, symbols, options.out / "language", options.language_scenes,
-                       options.lr, device, muon=not options.adam)  # fmt: skip
+                       options.lr, device)  # fmt: skip
     if options.phase in (None, "vision"):
         train_vision(model, symbols, options.out / "vision", options.vision_scenes,
                      options.vision_lr, device)  # fmt: skip

@@ -107,7 +107,7 @@ def symbolic_batch(
 
 def train_language(
     model: Any, symbols: Symbols, folder: Path, total: int, lr: float, device: Any,
-    size: int = 8, muon: bool = True,
+    size: int = 8,
 ) -> None:  # fmt: skip
     """Train the decoder on ``total`` scenes."""
     hints = HintHeads(model.config.text_config.hidden_size).to(device, torch.bfloat16)
@@ -118,7 +118,7 @@ def train_language(
     language.embed_tokens.weight.requires_grad_(False)
     named = [(f"language.{n}", p) for n, p in language.named_parameters()]
     named += [(f"hints.{n}", p) for n, p in hints.named_parameters()]
-    phase = Phase(folder, Optimizer(named, lr, muon=muon), total)
+    phase = Phase(folder, Optimizer(named, lr), total)
 
     def forward(
         seed: int, first: int, level: float

@@ -14,14 +14,13 @@ class Optimizer:
 
     def __init__(
         self, named: Iterable[tuple[str, nn.Parameter]], lr: float, decay: float = 0.02,
-        muon: bool = True,
     ) -> None:  # fmt: skip
         self.named = [(n, p) for n, p in named if p.requires_grad]
         self.master = [p.detach().float().clone().requires_grad_() for _, p in self.named]
         matrices, rest = [], []
         for (name, p), m in zip(self.named, self.master):
             hidden = p.dim() == 2 and "embed" not in name and "head" not in name
-            (matrices if hidden and muon else rest).append(m)
+            (matrices if hidden else rest).append(m)
         self.parts: list[torch.optim.Optimizer] = []
         if matrices:
             self.parts.append(

@@ -18,7 +18,7 @@ def environment(device: Any = None) -> dict[str, Any]:
     place = torch.device("cpu") if device is None else torch.device(device)
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -30,10 +30,11 @@ def environment(device: Any = None) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

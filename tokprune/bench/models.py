@@ -143,7 +143,7 @@ def parameters_of(shape: Shape) -> int:
 
 
 def random_model(
-    name: str,
+    shape: str | Shape,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -153,7 +153,7 @@ def random_model(
     """A model of a preset's shape in evaluation mode, made on ``device`` in ``dtype`` at once.
 
     Args:
-        name: a key of :data:`PRESETS`.
+        shape: a key of :data:`PRESETS`, or a shape of your own.
         dtype: of all weights.
         device: where they are made; no copy exists anywhere else.
         attention: attention backend, "eager" or "sdpa" ("flash_attention_2" on CUDA).
@@ -163,7 +163,8 @@ def random_model(
         ValueError: unknown name, or an attention backend that transformers refuses.
         MemoryError: weights and headroom need more than is free on ``device``; says how much.
     """
-    shape, device = shape_of(name), torch.device(device)
+    name = shape if isinstance(shape, str) else "of a given shape"
+    shape, device = shape_of(shape) if isinstance(shape, str) else shape, torch.device(device)
     check_memory(name, shape, dtype, device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -11,6 +11,7 @@ import typer
 
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.values import Device, Dtype, parse_keep, parse_options
+from tokprune.prompts import prompt_text
 
 
 @app.command()
@@ -133,14 +134,8 @@ def _load(path: str, method: Any, device: Device, dtype: Dtype) -> tuple[Any, An
 
 
 def _inputs(processor: Any, prompt: str, pictures: list[Any]) -> Any:
-    """Tokens and pixels; the chat template where the processor has one."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    else:
-        text = f"USER: {'<image>' * len(pictures)}{chr(10) * bool(pictures)}{prompt} ASSISTANT:"
+    """Tokens and pixels of one prompt about all the pictures."""
+    text = prompt_text(processor, prompt, len(pictures))
     return processor(images=pictures or None, text=text, return_tensors="pt")
 
 

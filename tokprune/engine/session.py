@@ -328,9 +328,9 @@ class Session:
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length() if cache is not None else 0
         if cache is None and _uses_cache(module, kwargs):
-            cache = kwargs[cache_argument(module)] = DynamicCache(config=module.config)
-            if cache_argument(module) == "cache":
-                kwargs.pop("past_key_values", None)
+            cache = DynamicCache(config=module.config)
+            kwargs.pop("past_key_values", None)  # may be there as None
+            kwargs[cache_argument(module)] = cache
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]

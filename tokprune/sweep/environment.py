@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 from typing import Any
+
+from tokprune.bench.environment import cpu_name
 
 
 def environment(device: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def environment(device: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tokprune": tokprune.__version__,
         "device": name,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -39,12 +40,3 @@ def runtime(device: Any) -> dict[str, str]:
         "transformers": transformers.__version__,
         "device": str(getattr(device, "type", device)),
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -12,12 +12,12 @@ import torch
 
 from evals.base import Benchmark, Item
 from tokprune.patching import compress
+from tokprune.prompts import encode
 from tokprune.sweep.ask import Answer, ask
 from tokprune.sweep.cells import Cell
 from tokprune.sweep.numbers import Numbers, traced_numbers, unpruned_numbers
 from tokprune.sweep.overlays import overlay_record
 from tokprune.sweep.pictures import blank, downsample
-from tokprune.sweep.prompts import encode
 from tokprune.sweep.subject import Subject
 from tokprune.trace import Trace
 

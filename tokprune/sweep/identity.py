@@ -22,7 +22,7 @@ _ANSWERING = (
     "sweep/ask.py",
     "sweep/numbers.py",
     "sweep/pictures.py",
-    "sweep/prompts.py",
+    "prompts.py",
 )
 
 #: files of a checkpoint that decide what it answers

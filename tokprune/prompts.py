@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def prompt_text(processor: Any, question: str) -> str:
-    """The prompt of one question about one picture: by the processor's chat template, or in
-    LLaVA-1.5's own form where it has none."""
+def prompt_text(processor: Any, question: str, pictures: int = 1) -> str:
+    """The prompt of one question about some pictures, which come first: by the processor's chat
+    template, or in LLaVA-1.5's own form where it has none."""
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [
+            *({"type": "image"} for _ in range(pictures)),
+            {"type": "text", "text": question},
+        ]
         text: str = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         return text
-    return f"USER: <image>\n{question} ASSISTANT:"
+    return f"USER: {'<image>' * pictures}{chr(10) * bool(pictures)}{question} ASSISTANT:"
 
 
 def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Any], device: Any) -> Any:
