@@ -17,7 +17,7 @@ from methods_table import ALL
 from tiny import BUILDERS, make_inputs
 
 import tokprune
-from tokprune.engine import session
+from tokprune.engine import entry, session
 
 #: methods whose numbers depend on the data: what they read back, and when
 ADAPTIVE = {
@@ -38,10 +38,10 @@ def run_on_meta(
 ) -> None:
     model = BUILDERS[family]()
     inputs = make_inputs(model, [[4, "image", 6], [4, "image", 6]], [(20, 40), (20, 40)])
-    real = session.read_layout
+    real = entry.read_layout
     ids = inputs["input_ids"] == model.config.image_token_id
     monkeypatch.setattr(
-        session, "read_layout", lambda visual, mask, past, counts: real(ids, None, past, counts)
+        entry, "read_layout", lambda visual, mask, past, counts: real(ids, None, past, counts)
     )
     monkeypatch.setattr(session, "_check_finite", lambda finite: None)
     package = "llava" if family == "llava" else "llava_next"

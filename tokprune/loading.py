@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import family_of, supported_models
+from tokprune.families.llava_original import LlavaOriginal
 from tokprune.methods.base import Method, available_methods, make_method, option_names
 from tokprune.models import resolve
 from tokprune.patching import patch
@@ -37,6 +38,7 @@ def load(
     path: str | PathLike[str],
     method: str | Method | None = None,
     *,
+    package: str = "transformers",
     setting: str | PathLike[str] | Mapping[str, Any] | None = None,
     processor: bool = False,
     trust_remote_code: bool = False,
@@ -49,16 +51,25 @@ def load(
     Args:
         path: folder, hub name, or the name of a shipped model (``"mini"``).
         method: name or object; None loads the model unpatched.
+        package: whose model classes: ``"transformers"``, or ``"llava"`` for a checkpoint of the
+            original ``llava`` package, loaded by that package's own
+            ``llava.model.builder.load_pretrained_model`` (in an environment of its own, with
+            transformers 4.37).
         setting: instead of a method, the JSON file (or its content) that ``tokprune recommend``
             wrote.
-        processor: return ``(model, processor)``.
+        processor: return ``(model, processor)``; with ``package="llava"``, which has no processor,
+            the second is the named tuple ``(tokenizer, image_processor)``.
         trust_remote_code: passed on to transformers.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
-            ``attn_implementation``, …) to ``from_pretrained``.
+            ``attn_implementation``, …) to ``from_pretrained``. With ``package="llava"``: to
+            ``load_pretrained_model`` (``device_map``, ``device``, ``load_4bit``, …; ``model_base``
+            is refused, since it is unpickled); it loads float16, and another ``dtype`` is
+            converted from that.
 
     Raises:
         UnsupportedModelError: the checkpoint is of no supported class; lists those.
         ValueError, TypeError: bad method or option.
+        ImportError: ``package="llava"`` where that package is not installed; says how to.
         OSError: no such checkpoint, or one without safetensors.
 
     Example::
@@ -70,8 +81,16 @@ def load(
         if method is not None:
             raise ValueError("give method or setting, not both: a setting names its method")
         method = load_setting(setting if isinstance(setting, Mapping) else Path(setting))
+    if package not in ("transformers", "llava"):
+        raise ValueError(f"package={package!r} should be 'transformers' or 'llava'")
+    if package == "llava":
+        from tokprune.loading_llava import load_llava, loader_options
+
+        made, options = _split(method, options, loader_options())
+        return load_llava(path, made, options, processor)
     path = resolve(path)
-    made, options = _split(method, options)
+    own = _HUB | _LOADER | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    made, options = _split(method, options, own)
     hub = {name: options[name] for name in options if name in _HUB}
     if trust_remote_code:
         hub["trust_remote_code"] = options["trust_remote_code"] = True
@@ -91,12 +110,12 @@ def load(
 
 
 def _split(
-    method: str | Method | None, options: dict[str, Any]
+    method: str | Method | None, options: dict[str, Any], loader: frozenset[str]
 ) -> tuple[Method | None, dict[str, Any]]:
-    """The method with its own options, and the options that are left."""
+    """The method with its own options, and the options that are left; ``loader``: names of those
+    that the model's loader takes."""
     if "use_safetensors" in options:
         raise ValueError("option 'use_safetensors' cannot be set: load reads safetensors only")
-    loader = _HUB | _LOADER | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
     if method is None:
         known = {name for cls in available_methods().values() for name in option_names(cls)}
         for name in options:
@@ -136,8 +155,10 @@ def _model_class(config: Any) -> Any:
         if kind is not None and kind == config.model_type and not config.architectures:
             return cls
     found = ", ".join(getattr(config, "architectures", None) or []) or config.model_type
+    hint = "; it belongs to the original llava package: package='llava'"
     raise UnsupportedModelError(
         f"checkpoint of class {found} is not supported; known model classes: {', '.join(names)}"
+        + (hint if found in LlavaOriginal.model_classes else "")
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache
 
+from tokprune.engine.compat import OLD, DynamicCache, DynamicLayer
 from tokprune.errors import UnsupportedModelError
 
 
@@ -98,14 +98,22 @@ class CompressedLayer(DynamicLayer):
             self.columns = columns
             self.padded = self.padded or padded
             self.missing += original - key_states.shape[-2]
-        elif self._step:
-            self._step = False
         else:
+            self._check_announced()
+            self._step = False
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _check_announced(self) -> None:
+        if self._pending is None and not self._step:
             raise RuntimeError(
                 "past_key_values was compressed by tokprune, but the model that continues on it "
                 "is not patched; patch it with the same method, or start with a new cache"
             )
-        return super().update(key_states, value_states, *args, **kwargs)
+
+    def usable(self) -> int:
+        """Entries that the next call of the layer attends to (asked by transformers 4.37 only)."""
+        self._check_announced()
+        return self.entries
 
     def all_columns(self) -> Tensor:
         """Original columns of every cached entry, [B, entries]."""
@@ -219,6 +227,12 @@ def check_cache(cache: Any) -> None:
         return
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         kind = type(cache).__name__
+        if OLD:
+            raise UnsupportedModelError(
+                f"past_key_values={kind} was not made by a patched model: its layers cannot hold "
+                "different numbers of tokens; patch the model before the first turn, or start with "
+                "past_key_values=None"
+            )
         if isinstance(cache, Cache) and getattr(cache, "offloading", False):
             kind += "(offloading=True)"
         raise UnsupportedModelError(

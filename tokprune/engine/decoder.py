@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache
+from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer, compressed_layer
+from tokprune.engine.compat import DynamicCache
 from tokprune.engine.masks import decoder_mask
 from tokprune.engine.prompt import take
 from tokprune.engine.stages import (
@@ -35,8 +35,10 @@ class LayerCalls:
     """What prefill and step passes share: one layer call's mask and positions, computed once
     per distinct sequence and reused by all layers that see it."""
 
-    def __init__(self, rotary: nn.Module, backend: str, window: int | None) -> None:
+    def __init__(self, rotary: Any, backend: str, window: int | None, old: bool = False) -> None:
         self.rotary, self.backend, self.window = rotary, backend, window
+        #: layers of transformers 4.37: masks of full shape, and no rotary embeddings from outside
+        self.old = old
         self._embeddings: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         self._masks: dict[tuple[int, ...], tuple[Any, Tensor | None]] = {}
 
@@ -69,9 +71,17 @@ class LayerCalls:
                 self.backend, hidden.shape[1], keys, valid(), hidden.dtype, hidden.device,
                 positions, self.window,
             )  # fmt: skip
+            if self.old and mask is not None and mask.dim() == 4:
+                mask = mask.expand(hidden.shape[0], -1, -1, -1)
             self._masks[key] = (name, mask)
         mask = self._masks[key][1]
         return mask if mask is None or mask.device == hidden.device else mask.to(hidden.device)
+
+    def place(self, kwargs: dict[str, Any], position: Tensor, embeddings: Any) -> None:
+        """Hand positions to a layer's call."""
+        kwargs["position_ids"] = position
+        if not self.old:
+            kwargs["position_embeddings"] = embeddings
 
 
 class PrefillPass:
@@ -105,6 +115,11 @@ class PrefillPass:
     @property
     def compressed(self) -> bool:
         return self.view is not self.native
+
+    @property
+    def total(self) -> int:
+        """Tokens of the conversation up to the end of this forward, before any compression."""
+        return self.past + self.original_length
 
     def to(self, device: torch.device) -> None:
         if self.view.column.device != device:
@@ -215,8 +230,7 @@ class PrefillPass:
             hidden, entries + hidden.shape[1], valid,
             (view, past_columns if past_padded else None, window and position), window,
         )  # fmt: skip
-        kwargs["position_ids"] = position
-        kwargs["position_embeddings"] = embeddings
+        self.calls.place(kwargs, position, embeddings)
 
     def _columns(self) -> Tensor:
         """Columns of this view counted from the start of the conversation; one object per view,
@@ -345,7 +359,8 @@ class _Scoring(ScoringLayer):
             k = torch.cat([cached.keys, k], dim=2)
         valid, window = self.prefill.visible_keys(self.number, past, view, position)
         allowed = visible_rows(rows + past, past + length, valid, window)
-        return attention_rows(q, k, attn.scaling, allowed)[..., past:]
+        scaling = getattr(attn, "scaling", None)  # modules of transformers 4.37: 1/√d
+        return attention_rows(q, k, scaling, allowed)[..., past:]
 
 
 class StepPass:
@@ -356,6 +371,8 @@ class StepPass:
     ) -> None:
         self.calls, self.cache, self.attention_mask = calls, cache, attention_mask
         self._new_valid: tuple[Tensor, bool] | None = None
+        #: tokens of the conversation up to the end of this forward, before any compression
+        self.total = 0
 
     def prepare(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         cached = self.cache.layers[number] if len(self.cache.layers) > number else None
@@ -363,6 +380,7 @@ class StepPass:
             return hidden
         batch, q = hidden.shape[:2]
         start = cached.get_seq_length()
+        self.total = start + q
         new = self._new(q, hidden.device)
         padded = cached.padded or new is not None
 
@@ -375,7 +393,7 @@ class StepPass:
         position = kwargs["position_ids"]
         if cached.shift is not None:
             position, embeddings = self.calls.embeddings(hidden, position, cached.shift)
-            kwargs["position_ids"], kwargs["position_embeddings"] = position, embeddings
+            self.calls.place(kwargs, position, embeddings)
         window = None
         if self.calls.window is not None:
             window = cached.window_positions(position.expand(batch, q))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tokprune.engine.masks import backend_of, check_backend, encoder_mask
 from tokprune.engine.stages import (
@@ -19,7 +18,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.tap import Tap, install_tap
+from tokprune.engine.tap import install_tap
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -112,14 +111,18 @@ class EncoderHooks:
         layers: list[Any],
         stages: tuple[EncoderStage, ...],
         current: Callable[[], TowerPass | None],
+        tap: Callable[..., Any] = install_tap,
+        old: bool = False,
     ) -> None:
-        self.layers, self.stages, self.current = layers, stages, current
+        self.layers, self.stages, self.current, self.tap = layers, stages, current, tap
+        #: attention of transformers 4.37, which takes masks of full shape only
+        self.old = old
         self.backend = "eager"
         if stages:
             self.backend = check_backend(backend_of(layers[0].self_attn), "vision tower")
 
-    def install(self) -> list[RemovableHandle | Tap]:
-        handles: list[RemovableHandle | Tap] = []
+    def install(self) -> list[Any]:
+        handles: list[Any] = []
         ragged = any(stage.reduces for stage in self.stages)
         for number, layer in enumerate(self.layers):
             taps = self._stages("taps", number)
@@ -134,7 +137,7 @@ class EncoderHooks:
                 )
             if taps:
                 handles.append(
-                    install_tap(
+                    self.tap(
                         layer.self_attn,
                         self._tap(number, taps),
                         lambda: self.current() is not None,
@@ -184,6 +187,8 @@ class EncoderHooks:
             mask = encoder_mask(self.backend, current.tokens.valid, bias, hidden.dtype)
             if mask is None:
                 return None
+            if self.old:
+                mask = mask.expand(-1, 1, hidden.shape[1], -1)
             kwargs["attention_mask"] = mask
             return args, kwargs
 

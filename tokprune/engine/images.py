@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.stages import ImageTokens, ModelFacts
-from tokprune.families.base import ImageLayout
+
+if TYPE_CHECKING:
+    from tokprune.families.base import ImageLayout
 
 _ATTRIBUTE = "_tokprune_image"
 

@@ -37,6 +37,17 @@ class PromptLayout:
     def padded(self) -> bool:
         return not bool(self.valid.all())
 
+    def repeated(self, times: int) -> PromptLayout:
+        """Every row ``times`` times in a row, with the same images (samples, beams)."""
+        if times == 1:
+            return self
+        return PromptLayout(
+            [row for row in self.columns for _ in range(times)],
+            [row for row in self.image_of for _ in range(times)],
+            self.segment.repeat_interleave(times, 0),
+            self.valid.repeat_interleave(times, 0),
+        )
+
 
 def read_layout(
     visual: Tensor, attention_mask: Tensor | None, past: int, token_counts: list[int]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokprune.engine.stages import EncoderOutcome, EncoderStage
-from tokprune.errors import AlreadyPatchedError
+from tokprune.errors import AlreadyPatchedError, UnsupportedModelError
 from tokprune.families import family_of
 
 
@@ -43,11 +43,18 @@ class SharedEncoder:
                 pruned = model.generate(**inputs)  # the encoder does not run
 
     Raises:
+        UnsupportedModelError: a model of the original ``llava`` package.
         AlreadyPatchedError: on entry, if the model is patched.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        parts = family_of(model).parts(model)
+        family = family_of(model)
+        parts = family.parts(model)
+        if family.old:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: one encoder pass for several methods is for models of "
+                "transformers ≥ 4.57; models of the original llava package encode every time"
+            )
         self.multimodal, self.projector = parts.multimodal, parts.projector
         self.pixels: Tensor | None = None
         #: passes of the tower that ran, and that were spared

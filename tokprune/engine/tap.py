@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+
+from tokprune.engine.compat import AttentionInterface
 
 NAME = "tokprune_tap"
 _ATTRIBUTE = "_tokprune_tap"

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from tokprune.engine.stages import ModelFacts
+from tokprune.engine.tap import TapFunction, install_tap
 from tokprune.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from tokprune.engine.entry import Entry
+    from tokprune.engine.session import Session
 
 
 @dataclass(frozen=True)
 class Parts:
     """The modules of one model that the engine hooks.
 
-    ``multimodal`` owns ``get_image_features`` and calls ``language_model`` with the embedded
-    prompt; ``encoder_layers`` have ``self_attn``, ``layer_norm2`` and ``mlp``; ``decoder_layers``
-    have ``self_attn`` (``q_proj``, ``k_proj``), ``input_layernorm`` and ``mlp``.
+    ``multimodal`` is the module whose forward calls ``language_model`` with the embedded prompt
+    (in transformers it owns ``get_image_features``); ``rotary``: (hidden, positions [B, L]) → cos,
+    sin [B, L, d]; ``encoder_layers`` have ``self_attn``, ``layer_norm2`` and ``mlp``;
+    ``decoder_layers`` have ``self_attn`` (``q_proj``, ``k_proj``), ``input_layernorm``, ``mlp``.
     """
 
     multimodal: Any
@@ -56,6 +63,9 @@ class Family(ABC):
     model_classes: tuple[str, ...]
     #: tiles and newline tokens (anyres)
     tiled: bool = False
+    #: attention modules as in transformers 4.36/4.37: rotary tables of their own, masks of full
+    #: shape [B, 1, queries, keys]
+    old: bool = False
 
     @abstractmethod
     def parts(self, model: nn.Module) -> Parts: ...
@@ -68,6 +78,23 @@ class Family(ABC):
 
     @abstractmethod
     def max_tiles(self, model: nn.Module) -> int: ...
+
+    def entry(self, session: Session) -> Entry:
+        """How pictures and prompts get into a model of this family."""
+        from tokprune.engine.entry import TransformersEntry
+
+        return TransformersEntry(session)
+
+    def tap(self, module: Any, function: TapFunction, wanted: Callable[[], bool]) -> Any:
+        """Tap an attention module (:func:`tokprune.engine.tap.install_tap`)."""
+        return install_tap(module, function, wanted)
+
+    def window(self, parts: Parts, backend: str) -> int | None:
+        """Width of the decoder's sliding window in tokens, or None."""
+        config = parts.language_model.config
+        if not getattr(config, "use_sliding_window", True):
+            return None
+        return getattr(config, "sliding_window", None)
 
     def newline(self, parts: Parts) -> Tensor | None:
         """The learned newline embedding, where the family has one."""
@@ -178,12 +205,19 @@ def llava_parts(model: Any) -> Parts:
 
 
 _FAMILIES: dict[str, Family] = {}
+_REFUSED: dict[str, str] = {}
 
 
 def register_family(family: Family) -> None:
     """Make a family known; later registrations of the same model class win."""
     for name in family.model_classes:
         _FAMILIES[name] = family
+
+
+def refuse_model(name: str, reason: str) -> None:
+    """Say why models of this class cannot be patched, where there is more to say than that they
+    are unknown."""
+    _REFUSED[name] = reason
 
 
 def supported_models() -> list[str]:
@@ -195,11 +229,16 @@ def family_of(model: nn.Module) -> Family:
     """Family of a model.
 
     Raises:
-        UnsupportedModelError: the model's class is not known; lists those that are.
+        UnsupportedModelError: the model's class is refused (says why) or not known (lists those
+            that are).
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__]
+        if cls.__name__ in _REFUSED:
+            raise UnsupportedModelError(
+                f"model {cls.__name__} is not supported: {_REFUSED[cls.__name__]}"
+            )
     raise UnsupportedModelError(
         f"model {type(model).__name__} is not supported; known model classes: "
         + ", ".join(supported_models())

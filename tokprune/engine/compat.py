@@ -1,0 +1,39 @@
+"""The one place that asks which transformers is installed.
+
+Supported are transformers ≥ 4.57 with its own LLaVA classes, and 4.36/4.37 with the classes of the
+original ``llava`` package, which cannot run on anything newer. What the older release lacks is
+made up for in :mod:`tokprune.engine.old_cache` and :mod:`tokprune.engine.old_attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import transformers
+
+#: (major, minor) of the installed transformers
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+#: transformers of the original ``llava`` package: tuples as cache, rotary tables in each layer
+OLD = (4, 36) <= RELEASE <= (4, 37)
+
+if not OLD and RELEASE < (4, 57):
+    raise ImportError(
+        f"transformers {transformers.__version__} is not supported: it should be 4.57 or newer, or "
+        "4.37 for models of the original llava package"
+    )
+
+if TYPE_CHECKING or not OLD:
+    from transformers import AttentionInterface, DynamicCache
+    from transformers.cache_utils import DynamicLayer
+else:
+    from tokprune.engine.old_cache import GrowingLayer as DynamicLayer
+    from tokprune.engine.old_cache import LayeredCache as DynamicCache
+
+    AttentionInterface = None
+
+__all__ = ["OLD", "RELEASE", "AttentionInterface", "DynamicCache", "DynamicLayer", "new_cache"]
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache whose layers may come to hold different numbers of tokens."""
+    return DynamicCache() if OLD else DynamicCache(config=config)
