@@ -24,6 +24,17 @@ def report(
         float | None,
         typer.Option(help="Budget for pairwise comparisons: tokens, or a fraction (default 0.11)."),
     ] = None,
+    published: Annotated[
+        str | None,
+        typer.Option(
+            help="Papers of the ledger, separated by commas, or 'all': their figures beside ours "
+            "(see 'tokprune reproduce')."
+        ),
+    ] = None,
+    as_model: Annotated[
+        str | None,
+        typer.Option("--as", help="The published model it is, where its name does not tell."),
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Make a page with plots, tables and a gallery from a sweep."""
@@ -36,7 +47,18 @@ def report(
         from tokprune.report import build_report
     except ImportError as error:
         raise BadInput(str(error)) from None
-    made = build_report(run[0], out, groups_from=groups_from, at=at)
+    if as_model is not None:
+        from evals.published import MODELS, model_key
+
+        if published is None:
+            raise BadInput("--as is for --published")
+        as_model = model_key(as_model)
+        if as_model not in MODELS:
+            raise BadInput(f"--as {as_model} is not in the ledger; it has {', '.join(MODELS)}")
+    papers = [] if published is None else [part.strip() for part in published.split(",")]
+    made = build_report(
+        run[0], out, groups_from=groups_from, at=at, published=papers, published_model=as_model
+    )
     _print(made)
     if show:
         import webbrowser

@@ -17,6 +17,11 @@ class Dtype(str, Enum):
     auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
 
 
+class Harness(str, Enum):
+    own = "own"
+    lmms_eval = "lmms-eval"
+
+
 def parse_keep(text: str) -> Any:
     """``64`` → 64, ``0.11`` → 0.11, ``0.875,0.625,0.125`` → a tuple of these."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ def build_report(
     *,
     groups_from: str | Path | None = None,
     at: float | None = None,
+    published: Sequence[str] = (),
+    published_model: str | None = None,
     benchmark: Benchmark | None = None,
     draws: int = 4000,
     seed: int = 0,
@@ -54,12 +57,14 @@ def build_report(
             report or run folder.
         at: budget for pairwise comparisons, heat map and gallery: a count, or a fraction of the
             visual tokens; default 11 %.
+        published: papers of the ledger whose figures stand beside the run's, or ``("all",)``.
+        published_model: the ledger's name of the run's model, where its own name does not tell.
         benchmark: for the pictures of the gallery; default: by the name in run.json.
         draws, seed: of the bootstrap.
 
     Raises:
         RunFolderError: the run folder or the groups cannot be used; says why.
-        ValueError: ``at`` is no positive number.
+        ValueError: ``at`` is no positive number, or a paper is not in the ledger.
         OSError: the report cannot be written.
         ImportError: an optional library is missing.
     """
@@ -76,12 +81,17 @@ def build_report(
     tables = group_tables(analysis, groups)
     found, against = differences(analysis), contest(analysis)
     gallery, notes = _gallery(analysis, data, benchmark)
+    others = None
+    if published:
+        from tokprune.report.published import find_published
+
+        others = find_published(analysis, published, published_model)
 
     from tokprune.report.html import write_html
     from tokprune.report.markdown import write_markdown
     from tokprune.report.sections import document
 
-    pages = document(analysis, found, against, tables, whose, gallery, notes)
+    pages = document(analysis, found, against, tables, whose, gallery, notes, others)
     target = Path(out) if out is not None else Path(folder) / "report"
     target.mkdir(parents=True, exist_ok=True)
     write_groups(own, target / "groups")

@@ -66,17 +66,17 @@ def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
     series = _series(analysis, axis)
     if sum(map(len, series.values())) < 2:
         return None
-    look = _looks(analysis)
+    look = arm_looks(analysis)
 
     def draw(narrow: bool) -> str:
-        handles = [_handle(arm, look[arm]) for arm in _ranked(series)] + _extra_handles(analysis)
+        handles = [arm_handle(arm, look[arm]) for arm in _ranked(series)] + _extra_handles(analysis)
         if narrow:
             legend = 0.15 + 0.225 * math.ceil(len(handles) / 2)
             height = 4.1 + legend
-            figure = _figure(4.3, height)
+            figure = figure_of(4.3, height)
             area = figure.add_axes((0.14, (legend + 0.55) / height, 0.84, 3.45 / height))
         else:
-            figure = _figure(9, 5.2)
+            figure = figure_of(9, 5.2)
             area = figure.add_axes((0.075, 0.115, 0.67, 0.865))
         _background(area, analysis, axis)
         for arm, results in series.items():
@@ -85,12 +85,12 @@ def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
         _error_size(area, series)
         if narrow:
             area.set_xlabel(axis.label.replace(", mean", ",\nmean"))
-            figure.legend(handles=handles, loc="lower center", ncols=2, **_legend())
+            figure.legend(handles=handles, loc="lower center", ncols=2, **legend_style())
         else:
             figure.legend(
-                handles=handles, loc="center left", bbox_to_anchor=(0.755, 0.54), **_legend()
+                handles=handles, loc="center left", bbox_to_anchor=(0.755, 0.54), **legend_style()
             )
-        return _svg(figure, f"{axis.kind}-{'narrow' if narrow else 'wide'}")
+        return svg_text(figure, f"{axis.kind}-{'narrow' if narrow else 'wide'}")
 
     best = max((r for rs in series.values() for r in rs), key=lambda r: _known(r.accuracy))
     return Plot(
@@ -110,12 +110,12 @@ def panels(analysis: Analysis) -> Plot | None:
     series = _series(analysis, axis)
     if not series:
         return None
-    look = _looks(analysis)
+    look = arm_looks(analysis)
 
     def draw(narrow: bool) -> str:
         across = 2 if narrow else min(5, max(3, math.ceil(math.sqrt(1.5 * len(series)))))
         down = math.ceil(len(series) / across)
-        figure = _figure(4.3 if narrow else 9, (1.55 if narrow else 1.75) * down + 0.45)
+        figure = figure_of(4.3 if narrow else 9, (1.55 if narrow else 1.75) * down + 0.45)
         grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
         size = figure.get_size_inches()
         figure.subplots_adjust(
@@ -141,7 +141,7 @@ def panels(analysis: Analysis) -> Plot | None:
                 area.tick_params(labelbottom=True)
         figure.supxlabel("visual tokens, mean over layers", fontsize=10, y=0.08 / size[1])
         figure.supylabel("macro accuracy, %", fontsize=10, x=0.06 / size[0])
-        return _svg(figure, f"panels-{'narrow' if narrow else 'wide'}")
+        return svg_text(figure, f"panels-{'narrow' if narrow else 'wide'}")
 
     return Plot(
         "accuracy-per-arm",
@@ -170,13 +170,13 @@ def retention(analysis: Analysis, results: Sequence[Result]) -> Plot | None:
             6.0, left + cell[0] * len(columns) + 0.5
         )  # fmt: skip
         height = top + cell[1] * len(rows) + 0.15
-        figure = _figure(width, height)
+        figure = figure_of(width, height)
         area = figure.add_axes(
             (left / width, 0.1 / height, cell[0] * len(columns) / width,
              cell[1] * len(rows) / height)
         )  # fmt: skip
         _heat(area, table, rows, columns, upright=narrow)
-        return _svg(figure, f"retention-{'narrow' if narrow else 'wide'}")
+        return svg_text(figure, f"retention-{'narrow' if narrow else 'wide'}")
 
     return Plot(
         "retention",
@@ -235,7 +235,7 @@ def _series(analysis: Analysis, axis: Axis) -> dict[str, list[Result]]:
     return found
 
 
-def _looks(analysis: Analysis) -> Mapping[str, Look]:
+def arm_looks(analysis: Analysis) -> Mapping[str, Look]:
     arms = analysis.series()
     return looks(arms, [arm for arm, results in arms.items() if results[0].point.control])
 
@@ -283,8 +283,7 @@ def _scales(
     area.set_xscale("log")
     area.set_xlim(low / (high / low) ** 0.04 / 1.02, high * (high / low) ** 0.04 * 1.02)
     wanted = analysis.budgets if axis.kind == "tokens" else None
-    ticks = _ticks(low, high, 3 if small else 6, wanted)
-    area.set_xticks(ticks)
+    area.set_xticks(axis_ticks(low, high, 3 if small else 6, wanted))
     area.xaxis.set_minor_locator(NullLocator())
     area.xaxis.set_minor_formatter(NullFormatter())
     area.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
@@ -301,7 +300,7 @@ def _scales(
     area.tick_params(labelsize=8.5 if small else 10, length=3)
 
 
-def _ticks(low: float, high: float, most: int, wanted: Sequence[float] | None) -> list[float]:
+def axis_ticks(low: float, high: float, most: int, wanted: Sequence[float] | None) -> list[float]:
     """Round numbers on a log axis: the budgets where they fit, else 1, 2, 5 × 10ⁿ."""
     if wanted:
         ticks = [b for b in wanted if low * 0.98 <= b <= high * 1.02]
@@ -348,7 +347,7 @@ def _ranked(series: Mapping[str, list[Result]]) -> list[str]:
     return sorted(series, key=lambda arm: (series[arm][0].point.control, -lead[arm], arm))
 
 
-def _handle(arm: str, look: Look) -> Any:
+def arm_handle(arm: str, look: Look) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D(
@@ -370,20 +369,20 @@ def _extra_handles(analysis: Analysis) -> list[Any]:
     return handles
 
 
-def _legend() -> dict[str, Any]:
+def legend_style() -> dict[str, Any]:
     return {
         "frameon": False, "fontsize": 10, "handlelength": 2.8, "labelspacing": 0.45,
         "columnspacing": 1.2, "borderaxespad": 0.3,
     }  # fmt: skip
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
 
 
-def _svg(figure: Any, salt: str) -> str:
+def svg_text(figure: Any, salt: str) -> str:
     """The figure as an SVG element that scales with its container. ``salt`` keeps the ids of
     several plots on one page apart, and the same from run to run."""
     target = io.StringIO()

@@ -20,6 +20,7 @@ from tokprune.report.document import (
 )
 from tokprune.report.findings import findings, versus_random, warnings
 from tokprune.report.groups import GroupTable
+from tokprune.report.published import Published
 from tokprune.report.wording import number, percent
 
 _WHERE = {
@@ -40,12 +41,14 @@ def document(
     groups_of: str,
     gallery: Gallery | None,
     notes: Sequence[str],
+    published: Published | None = None,
 ) -> Document:
     """Everything that goes into the page.
 
     Args:
         groups_of: whose answers made the groups, in words.
         notes: on parts that were left out.
+        published: figures of papers to stand beside the run's.
     """
     run, data = analysis.data.run, analysis.data
     model, benchmark = run["model"], run["benchmark"]
@@ -54,6 +57,7 @@ def document(
         _plots(analysis),
         _results(analysis),
         _tasks(analysis),
+        None if published is None else _published(analysis, published),
         _differences(analysis, found, against),
         _groups(groups, groups_of),
         _noise(analysis),
@@ -132,6 +136,27 @@ def _tasks(analysis: Analysis) -> Section:
                 tables.task_table(analysis, analysis.at_budget(budget), title, folded=True)
             )
     return Section("tasks", "Tasks", blocks)
+
+
+def _published(analysis: Analysis, published: Published) -> Section:
+    from tokprune.report.published_plot import published_plot
+
+    blocks: list[Block] = []
+    plot = plots.styled(published_plot, analysis, published.marks)
+    if plot is not None:
+        blocks.append(
+            Figure(
+                plot,
+                f"Lines: this run. Hollow markers: figures of papers on {published.model}, at the "
+                "mean of tokens over the layers, or at the printed budget where a paper does not "
+                "say what it counts; rows that only tell the tokens after the last cut are in the "
+                "table alone. Black line: this run unpruned.",
+            )
+        )
+    if published.comparisons:
+        blocks.append(tables.published_table(published))
+    blocks += [Text(f"{note[0].upper()}{note[1:]}.") for note in published.notes]
+    return Section("published", "Published figures", blocks, "Published")
 
 
 def _differences(analysis: Analysis, found: Differences, against: Contest | None) -> Section:

@@ -9,6 +9,7 @@ from tokprune.report.analysis import Analysis, Result
 from tokprune.report.compare import Differences
 from tokprune.report.document import Table
 from tokprune.report.groups import GroupTable, Share
+from tokprune.report.published import Published
 from tokprune.report.wording import (
     NOTHING,
     between,
@@ -166,6 +167,24 @@ def group_averages(analysis: Analysis, results: Sequence[Result]) -> Table:
     )  # fmt: skip
 
 
+def published_table(published: Published) -> Table:
+    """Published, ours, gap and tolerance; rows that were not run are there and say so."""
+    from tokprune.reproduce import show
+
+    # one model, so its column says nothing
+    columns = [n for n, name in enumerate(show.HEADER) if name != "model"]
+    return Table(
+        header=[show.HEADER[n] for n in columns],
+        rows=[
+            [cells[n] or NOTHING for n in columns] for cells in show.table(published.comparisons)
+        ],
+        title=f"Published and ours, {published.model}",
+        note=f"{show.summary(published.comparisons)}. {show.NOTES}",
+        words=frozenset(i for i, n in enumerate(columns) if n in show.WORDS),
+        strong=frozenset(i for i, c in enumerate(published.comparisons) if c.ours is not None),
+    )
+
+
 def differences_table(found: Differences) -> Table:
     """Per task, how many pairs of methods differ, and the clearest of them."""
     rows = []
@@ -286,6 +305,7 @@ def latency_table(analysis: Analysis) -> Table | None:
         cells = [_timing(r, part) for part in parts]
         rows.append([r.point.name, *cells, significant(base / r.cost("latency"))])
     latency = analysis.data.latency or {}
+    how = latency.get("how") or "all points in turns in one process"
     told = (
         f"batch {latency.get('batch_size')}, {latency.get('prompt_tokens')} prompt tokens, "
         f"{latency.get('new_tokens')} new tokens"
@@ -302,7 +322,7 @@ def latency_table(analysis: Analysis) -> Table | None:
         ),
         rows=rows,
         title="Measured time",
-        note=f"Milliseconds, median [quartiles], all points in turns in one process: {told}.",
+        note=f"Milliseconds, median [quartiles], {how}: {told}.",
         folded=True,
     )
 

@@ -24,6 +24,8 @@ UNPATCHED = ("none", "blind", "downsample")
 UNBUDGETED = ("none", "blind")
 #: options that are budgets of their own, which a sweep sets through ``keep``
 _BUDGETS = frozenset({"keep", "r", "ratio", "dominant", "contextual", "window"})
+#: set to true among an arm's options: run the method with exactly these, matched to no budget
+EXACT = "exact"
 
 #: published variants worth an arm of their own, for ``--variants``
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -39,7 +41,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 @dataclass(frozen=True)
 class Arm:
     """One line of a plot. ``method`` None: an unpatched control; ``options``: those given, beside
-    the budget."""
+    the budget; with ``exact`` among them, all there are (a published setting): a single point."""
 
     method: str | None
     control: bool
@@ -56,8 +58,24 @@ class Arm:
         return "+".join([self.method, *parts])
 
     @property
+    def exact(self) -> bool:
+        """Whether the options are the whole setting, budget included."""
+        return bool(self.options.get(EXACT))
+
+    def as_given(self) -> Method:
+        """The method object of an exact arm.
+
+        Raises:
+            ValueError: options do not fit.
+        """
+        assert self.method is not None
+        return make_method(self.method, **_without(self.options, EXACT))
+
+    @property
     def draws(self) -> bool:
         """Whether the answers depend on a seed."""
+        if self.exact:
+            return False
         if self.method is None or "seed" not in option_names(available_methods()[self.method]):
             return False
         return self.method != "todre" or self.options.get("pivot") == "random"
@@ -156,6 +174,15 @@ def check_arm(name: str, options: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"method {name!r} is unknown; known: {', '.join(sorted(known))}.{hint}")
+    if EXACT in options:
+        if options[EXACT] is not True:
+            raise ValueError(f"option {EXACT!r} of {name} should be true, is {options[EXACT]!r}")
+        given = _without(options, EXACT)
+        try:
+            make_method(name, **given)
+        except TypeError as error:
+            raise ValueError(f"method {name} with {given!r}: {error}") from None
+        return
     own = option_names(available_methods()[name])
     for option in options:
         if option in _BUDGETS & set(own) and not (name == "mustdrop" and option == "window"):
@@ -189,6 +216,10 @@ def build_arms(
     first = list(CONTROLS) if controls else ["none"]
     arms = [_arm(name, {}) for name in first] + [_arm(name, options) for name, options in wanted]
     return list({arm.name: arm for arm in arms}.values())
+
+
+def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {option: value for option, value in options.items() if option != name}
 
 
 def _arm(name: str, options: Mapping[str, Any]) -> Arm:

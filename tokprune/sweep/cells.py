@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokprune.errors import UnsupportedModelError
 from tokprune.methods import Method, make_method
 from tokprune.sweep.arms import UNBUDGETED, Arm
 from tokprune.sweep.budgets import Budget
@@ -118,6 +119,23 @@ class CellMaker:
             return Cell(entry)
         return self._matched(entry, arm, self.calibrator.match_budget(arm, budget, seed))
 
+    def exact(self, arm: Arm) -> Cell:
+        """An arm with exactly the options given; its budget is what they are measured to leave."""
+        try:
+            method = arm.as_given()
+            method.plan(self.calibrator.subject.facts)
+            matched = Matched(method, self.calibrator.measure(method))
+        except (ValueError, UnsupportedModelError) as error:
+            matched = Matched(None, None, str(error))
+        seen, match = matched.measured, self.common["match"]
+        tokens = self.calibrator.visual_tokens if seen is None else getattr(seen, match)
+        return self._matched({
+            "cell": arm.name, "arm": arm.name, "method": arm.method, "options": {},
+            "repr": arm.name, "control": arm.control, "budget": round(tokens, 6),
+            "budget_asked": "exact", **self.common, "seed": 0, "noise": False, "status": "ok",
+            "reason": None, "calibrated": None,
+        }, arm, matched)  # fmt: skip
+
     @staticmethod
     def _matched(entry: dict[str, Any], arm: Arm, matched: Matched) -> Cell:
         if matched.reason is not None:
@@ -145,6 +163,9 @@ def build_cells(
         if arm.name in UNBUDGETED:
             made = maker.blind if arm.name == "blind" else maker.none
             cells.append(known.get(arm.name) or made())
+            continue
+        if arm.exact:
+            cells.append(known.get(arm.name) or maker.exact(arm))
             continue
         for budget in budgets:
             for seed in seeds if arm.draws else (0,):
