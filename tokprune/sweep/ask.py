@@ -24,7 +24,7 @@ class Answer:
 def ask(subject: Subject, inputs: Any, max_new_tokens: int) -> list[Answer]:
     """Answers to the prompts of ``inputs``, by the model in whatever state it is."""
     model, tokenizer = subject.model, subject.processor.tokenizer
-    start = _now(subject.device)
+    start = now(subject.device)
     with torch.inference_mode():
         tokens = model.generate(
             **inputs,
@@ -33,26 +33,32 @@ def ask(subject: Subject, inputs: Any, max_new_tokens: int) -> list[Answer]:
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
         )
-    seconds = (_now(subject.device) - start) / len(tokens)
+    seconds = (now(subject.device) - start) / len(tokens)
     new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = _end_tokens(model)
+    ends = end_tokens(model.generation_config.eos_token_id)
     answers = []
     for row in new:
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
-        own = row[: stop + 1]
+        own = until_end(row, ends)
         text = tokenizer.decode(own, skip_special_tokens=True)
         answers.append(Answer(str(text).strip(), len(own), seconds))
     return answers
 
 
-def _end_tokens(model: Any) -> set[int]:
-    end = model.generation_config.eos_token_id
-    if end is None:
+def end_tokens(setting: Any) -> set[int]:
+    """The ids of an ``eos_token_id``: a number, several, or None."""
+    if setting is None:
         return set()
-    return set(end) if isinstance(end, (list, tuple)) else {int(end)}
+    return set(setting) if isinstance(setting, (list, tuple)) else {int(setting)}
 
 
-def _now(device: torch.device) -> float:
+def until_end(row: list[int], ends: set[int]) -> list[int]:
+    """The tokens of one answer up to and with its end; without one, all of them."""
+    stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+    return row[: stop + 1]
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

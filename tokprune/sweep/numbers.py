@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokprune.families.base import ImageLayout
 from tokprune.flops import model_macs, row_macs
-from tokprune.sweep.subject import Subject
+from tokprune.sweep.known import Known
 from tokprune.trace import PrefillTrace
 
 
@@ -22,24 +24,44 @@ class Numbers:
     prompt_tokens: int
 
 
-def unpruned_numbers(subject: Subject, inputs: Any) -> list[Numbers]:
-    """The model as it is, for every row of a batch with one picture each. Nothing runs."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    visual = (ids == subject.parts.image_token_id).sum(1).tolist()
-    lengths = mask.sum(1).tolist()
-    layouts = subject.family.layouts(
-        subject.parts, inputs["pixel_values"], inputs.get("image_sizes"), subject.facts
-    )
-    size = subject.model.dtype.itemsize
+def pictures_of_rows(known: Known, inputs: Mapping[str, Any]) -> list[list[ImageLayout]]:
+    """The pictures of every row of a batch, in the order of the prompt.
+
+    Args:
+        inputs: ``input_ids`` [B, L]; where there are pictures, their ``pixel_values`` in the order
+            of the placeholders, and what else the processor gives (``image_sizes``).
+    """
+    pixels = inputs.get("pixel_values")
+    layouts = []
+    if pixels is not None:
+        sizes = inputs.get("image_sizes")
+        layouts = known.family.layouts(known.parts, pixels, sizes, known.facts)
+    waiting = iter(layouts)
+    rows = []
+    for tokens in (inputs["input_ids"] == known.parts.image_token_id).sum(1).tolist():
+        own: list[ImageLayout] = []
+        while tokens > 0 and (layout := next(waiting, None)) is not None:
+            own.append(layout)
+            tokens -= len(layout.packed)
+        rows.append(own)
+    return rows
+
+
+def unpruned_numbers(known: Known, inputs: Mapping[str, Any]) -> list[Numbers]:
+    """The model as it is, for every row of a batch (see :func:`pictures_of_rows`). Nothing runs."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    visual = (ids == known.parts.image_token_id).sum(1).tolist()
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    size = known.model.dtype.itemsize
     return [
         Numbers(
             tokens_last=float(tokens),
             tokens_mean=float(tokens),
-            macs=model_macs(subject.shape, subject.facts, layout.tiles, [length]).total,
-            kv_bytes=length * subject.shape.kv_numbers * size,
+            macs=model_macs(known.shape, known.facts, sum(p.tiles for p in own), [length]).total,
+            kv_bytes=length * known.shape.kv_numbers * size,
             prompt_tokens=length,
         )
-        for tokens, length, layout in zip(visual, lengths, layouts, strict=True)
+        for tokens, length, own in zip(visual, lengths, pictures_of_rows(known, inputs))
     ]
 
 
@@ -58,3 +80,23 @@ def traced_numbers(prefill: PrefillTrace) -> list[Numbers]:
         )
         for b, macs in enumerate(row_macs(prefill))
     ]
+
+
+def unpruned_of(prefill: PrefillTrace) -> list[Numbers]:
+    """The same prefill as it would be without compression, for every row."""
+    size = prefill.kv_itemsize
+    rows = []
+    for b, length in enumerate(prefill.original_lengths):
+        records = {id(i.record): i.record for i in prefill.images if i.row == b}
+        tiles = sum(record.layout.tiles for record in records.values() if record is not None)
+        tokens = float(prefill.original_counts[b])
+        rows.append(
+            Numbers(
+                tokens_last=tokens,
+                tokens_mean=tokens,
+                macs=model_macs(prefill.shape, prefill.facts, tiles, [length]).total,
+                kv_bytes=length * prefill.shape.kv_numbers * size,
+                prompt_tokens=length,
+            )
+        )
+    return rows

@@ -9,25 +9,17 @@ from typing import Any
 
 import torch
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families import family_of
-from tokprune.families.base import Family, Parts
-from tokprune.flops import ModelShape
 from tokprune.loading import load
 from tokprune.sweep.identity import checkpoint_hash
+from tokprune.sweep.known import Known
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Known):
     """A loaded model and its processor. ``name``: as given; ``dtype``: "float32", …"""
 
     name: str
-    model: Any
     processor: Any
-    family: Family
-    parts: Parts
-    facts: ModelFacts
-    shape: ModelShape
     device: torch.device
     dtype: str
 
@@ -52,16 +44,10 @@ class Subject:
             model = model.float()  # CPUs have no fast half precision
         model = model.to(place).eval()
         processor.tokenizer.padding_side = "left"
-        family = family_of(model)
-        parts = family.parts(model)
         return cls(
+            **vars(Known.of(model)),
             name=name,
-            model=model,
             processor=processor,
-            family=family,
-            parts=parts,
-            facts=family.facts(model, parts),
-            shape=ModelShape.of(model, parts),
             device=model.device,
             dtype=str(model.dtype).removeprefix("torch."),
         )
