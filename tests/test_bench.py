@@ -109,6 +109,30 @@ def test_arms_take_turns(model: Any) -> None:
     assert "".join(order) == "abccba"
 
 
+def test_an_arm_with_inputs_of_its_own_gets_them_in_every_part(model: Any) -> None:
+    inputs = tiny.make_inputs(model, [[4, "image", 6]])
+    other = tiny.make_inputs(model, [[4, "image", 2]])
+    seen: set[int] = set()  # lengths of the prompts
+    watch = model.model.register_forward_pre_hook(
+        lambda m, args, call: seen.add(call["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        times = measure_cells(
+            model, inputs, {"none": None, "small": None}, 1, 1, own_inputs={"small": other}
+        )
+        assert list(times["small"]) == ["encoder", "prefill", "total"]
+        assert seen == {inputs["input_ids"].shape[1], other["input_ids"].shape[1]}
+        with pytest.raises(ValueError, match=r"own_inputs names \['b'\]"):
+            measure_cells(model, inputs, {"none": None}, 1, 1, own_inputs={"b": other})
+        with pytest.raises(ValueError, match="pixel_values"):
+            measure_cells(
+                model, inputs, {"none": None}, 1, 1,
+                own_inputs={"none": {"input_ids": other["input_ids"]}},
+            )  # fmt: skip
+    finally:
+        watch.remove()
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
 def test_model_is_unpatched_after_an_exception_inside(model: Any, kind: type) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6]])

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,10 +41,12 @@ PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
 @dataclass(frozen=True)
 class Arm:
     """Something to time. ``context()`` puts the model into its state and takes it back out;
-    ``method``: whose own code ``selection`` times (None: nothing to time)."""
+    ``method``: whose own code ``selection`` times (None: nothing to time); ``inputs``: a batch of
+    its own, for controls that change the pictures (None: the batch of all arms)."""
 
     context: Callable[[], AbstractContextManager[Any]]
     method: Method | None = None
+    inputs: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, model: Any, method: Method | None) -> Arm:
@@ -63,6 +65,7 @@ def measure_cells(
     *,
     clock: str = "wall",
     progress: Callable[[int, int], None] | None = None,
+    own_inputs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of every part of every arm, one entry a round; see the module for the parts.
 
@@ -75,6 +78,7 @@ def measure_cells(
             prefill; with 1 there is nothing to decode and ``decode_per_token`` is absent.
         clock: "wall", or "cpu" for the time this process spent.
         progress: called with (rounds done, rounds), the warm-up being round 0.
+        own_inputs: batches of the same questions for arms that see other pictures, by cell id.
 
     Returns:
         ``{cell id: {part: [seconds, …]}}``. The model is unpatched, also after an exception.
@@ -88,7 +92,13 @@ def measure_cells(
     for name, method in arms.items():
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"arms[{name!r}]={method!r} should be a tokprune method object or None")
-    made = {name: Arm.of(model, method) for name, method in arms.items()}
+    others = own_inputs or {}
+    if strangers := sorted(set(others) - set(arms)):
+        raise ValueError(f"own_inputs names {strangers}, which are not among the arms")
+    made = {
+        name: replace(Arm.of(model, method), inputs=others.get(name))
+        for name, method in arms.items()
+    }
     return measure(model, inputs, made, rounds, max_new_tokens, clock=clock, progress=progress)
 
 
@@ -105,7 +115,8 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """As :func:`measure_cells`, for arms of any kind and a choice of ``parts``."""
-    _check(model, inputs, rounds, max_new_tokens, clock)
+    for batch in (inputs, *(arm.inputs for arm in arms.values() if arm.inputs is not None)):
+        _check(model, batch, rounds, max_new_tokens, clock)
     bench = _Passes(model, on_device(inputs, model.device), max_new_tokens, clock)
     passes: list[Callable[[Arm], dict[str, float]]] = [
         work
@@ -171,35 +182,40 @@ class _Passes:
     """The measurements, each of one arm: a dictionary of seconds by part."""
 
     def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
-        self.model, self.inputs, self.tokens, self.clock = model, inputs, tokens, clock
+        self.model, self.shared, self.tokens, self.clock = model, inputs, tokens, clock
         self.device = model.device
         self.multimodal = family_of(model).parts(model).multimodal
         self.cache_name = cache_argument(model)
+
+    def _inputs(self, arm: Arm) -> dict[str, Any]:
+        return self.shared if arm.inputs is None else on_device(arm.inputs, self.device)
 
     def _now(self) -> float:
         synchronise(self.device)
         return CLOCKS[self.clock]()
 
     def encoder(self, arm: Arm) -> dict[str, float]:
-        pictures = {n: self.inputs[n] for n in ("pixel_values", "image_sizes") if n in self.inputs}
+        inputs = self._inputs(arm)
+        pictures = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
         with arm.context():
             start = self._now()
             self.multimodal.get_image_features(**pictures)
             return {"encoder": self._now() - start}
 
-    def _prefill(self, cache: Any) -> Tensor:
+    def _prefill(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
         """Ids [B, 1] of the first new tokens."""
         given = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        logits: Tensor = self.model(**self.inputs, **given).logits
+        logits: Tensor = self.model(**inputs, **given).logits
         return logits[:, -1:].argmax(-1)
 
     def prefill_and_decode(self, arm: Arm) -> dict[str, float]:
-        mask = self.inputs.get("attention_mask")
+        inputs = self._inputs(arm)
+        mask = inputs.get("attention_mask")
         steps = self.tokens - 1
         with arm.context():
             start = self._now()
             cache = new_cache(self.model)
-            token = self._prefill(cache)
+            token = self._prefill(inputs, cache)
             middle = self._now()
             for _ in range(steps):
                 given = {self.cache_name: cache, "use_cache": True}
@@ -215,10 +231,11 @@ class _Passes:
         return result
 
     def total(self, arm: Arm) -> dict[str, float]:
+        inputs = self._inputs(arm)
         with arm.context():
             start = self._now()
             made = self.model.generate(
-                **self.inputs,
+                **inputs,
                 do_sample=False,
                 num_beams=1,
                 min_new_tokens=self.tokens,  # or an end-of-sequence token would end it early
@@ -226,7 +243,7 @@ class _Passes:
                 pad_token_id=0,
             )
             seconds = self._now() - start
-        new = made.shape[1] - self.inputs["input_ids"].shape[1]
+        new = made.shape[1] - inputs["input_ids"].shape[1]
         if new != self.tokens:
             raise RuntimeError(f"generate made {new} tokens instead of {self.tokens}")
         return {"total": seconds}
@@ -234,7 +251,7 @@ class _Passes:
     def selection(self, arm: Arm) -> dict[str, float]:
         if arm.method is None:
             return {}
-        watch = Stopwatch(self.device, self.clock)
+        watch, inputs = Stopwatch(self.device, self.clock), self._inputs(arm)
         with compress(self.model, Watched(arm.method, watch)):
-            self._prefill(new_cache(self.model))
+            self._prefill(inputs, new_cache(self.model))
         return {"selection": watch.seconds}
