@@ -485,8 +485,37 @@ def test_tiled_models_match_counts_and_shares(sweep: Any) -> None:
             rows = run.rows_of(name)
             mean = sum(row["tokens_mean"] for row in rows) / len(rows)
             assert abs(mean - cell["budget"]) <= max(0.5, 0.01 * cell["budget"]), name
-    small = run.rows_of(next(n for n, c in run.cells.items() if c["arm"] == "downsample"))
-    assert any(row["tokens_mean"] < row["tokens_in"] for row in small)  # fewer tiles
+
+
+def test_smaller_pictures_are_matched_on_their_measured_tokens(sweep: Any) -> None:
+    run = run_sweep(
+        sweep(
+            model="tiled", methods=("downsample",), keep=("3/4", "1/2", 9), limit=6, calibrate=6,
+            latency=True, latency_rounds=2,
+        )
+    )  # fmt: skip
+    full = run.cells["none"]["budget"]
+    matched, timed = 0, {"none"}
+    for name, cell in run.cells.items():
+        if cell["arm"] != "downsample":
+            continue
+        rows = run.rows_of(name)
+        mean = sum(row["tokens_mean"] for row in rows) / len(rows)
+        assert cell["calibrated"]["tokens_mean"] == pytest.approx(mean, abs=1e-2)
+        nominal = (full / cell["budget"]) ** 0.5
+        if cell["reason"] is None:
+            matched += 1
+            assert 0.9 * cell["budget"] <= mean <= 1.01 * cell["budget"] + 0.5
+        else:
+            assert cell["options"]["factor"] == pytest.approx(nominal, rel=1e-4)
+            assert "pixels are matched" in cell["reason"]
+        if mean < full:
+            timed.add(name)
+            assert sum(r["macs"] for r in rows) < sum(r["macs_unpruned"] for r in rows)
+    assert matched
+    assert run.cells["downsample@9"]["reason"] is not None  # one tile alone has 36
+    assert run.latency is not None
+    assert set(run.latency["cells"]) == timed
 
 
 def test_pictures_never_shrink_to_nothing() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import Device, Dtype
+from tokprune.cli.values import Device, Dtype, Harness
 
 _Many = list[str] | None
 
@@ -39,11 +39,19 @@ def sweep(
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Question types separated by commas. Default: all.")
+        str | None,
+        typer.Option(
+            help="Question types separated by commas. Default: all. With --harness lmms-eval: its "
+            "tasks, groups or tags, which have to be named."
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the benchmark.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most questions, balanced over the tasks.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most questions, balanced over the tasks; with --harness lmms-eval: of each task.",
+        ),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="For methods that draw, separated by commas. Default: 0.")
@@ -64,7 +72,10 @@ def sweep(
     dtype: Annotated[Dtype | None, typer.Option(help="auto: as the checkpoint says.")] = None,
     device: Annotated[Device | None, typer.Option(help="Where to run.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Questions answered together. Default: 16.")
+        int | None,
+        typer.Option(
+            min=1, help="Questions answered together. Default: 16, with --harness lmms-eval 1."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer. Default: as the benchmark says.")
@@ -89,6 +100,37 @@ def sweep(
     parquet: Annotated[
         Path | None, typer.Option(help="Write the rows to this file as well.")
     ] = None,
+    harness: Annotated[
+        Harness | None,
+        typer.Option(help="Who asks: tokprune itself (own), or lmms-eval with its tasks."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="lmms-eval: id of its model to prune in. Default: by the model's class."),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="lmms-eval: data-parallel processes, by accelerate launch. Default: 1."
+        ),
+    ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(help="lmms-eval: further arguments of accelerate launch, in one text."),
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="lmms-eval: words before accelerate launch that start it on every node, in one "
+            "text: 'srun --nodes 2 --ntasks-per-node 1'."
+        ),
+    ] = None,
+    include_path: Annotated[
+        _Many, typer.Option(help="lmms-eval: folder with further tasks; repeatable.")
+    ] = None,
+    model_args: Annotated[
+        _Many, typer.Option(help="lmms-eval: argument of its model, name=value; repeatable.")
+    ] = None,
 ) -> None:
     """Answer a benchmark with every method at every budget, next to the unpruned model and simple
     controls. Results go to a run folder; a run that was stopped goes on where it was."""
@@ -102,6 +144,9 @@ def sweep(
         "controls": False if no_controls else None,
         "noise": False if no_noise else None, "latency": False if no_latency else None,
         "share": False if no_share else None, "fresh": fresh or None,
+        "harness": None if harness is None else harness.value, "base": base,
+        "processes": processes, "launch": launch, "launcher": launcher,
+        "include_path": include_path or None, "model_args": model_args or None,
     }  # fmt: skip
     from tokprune.sweep.settings import make_settings, read_table, with_options
 
@@ -116,7 +161,13 @@ def sweep(
     settings = make_settings(table, "options" if config is None else str(config))
     if parquet is not None and not parquet.absolute().parent.is_dir():
         raise BadInput(f"--parquet {parquet}: no such folder")
-    run = _run(settings)
+    from tokprune.sweep.harness import CellsFailedError
+
+    try:
+        run = _run(settings)
+    except CellsFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     if parquet is not None:
         run.to_parquet(parquet)
     failed = sum(row["status"] == "failed" for row in run.rows)

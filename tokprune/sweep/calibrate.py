@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,12 @@ from tokprune.methods import Method
 from tokprune.patching import compress
 from tokprune.sweep.arms import Arm
 from tokprune.sweep.budgets import Budget, tolerance
+from tokprune.sweep.pictures import downsample_factor
 from tokprune.sweep.search import nearest
 from tokprune.sweep.subject import Subject
+
+#: steps of the pixels that a smaller picture keeps, and the share of a budget that it may miss
+_SIZES, _MISS = 512, 0.1
 
 #: steps of a share per patch of a tile, where images differ in their number of tokens
 _STEPS = 4
@@ -41,6 +46,16 @@ class Matched:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """Pictures at a budget: linear ``factor``, visual tokens ``measured``, and why they are not
+    those of the budget (None: they are)."""
+
+    factor: float
+    measured: Measured
+    reason: str | None = None
+
+
 class Calibrator:
     """Runs prefills over a few items and remembers what it measured.
 
@@ -48,10 +63,13 @@ class Calibrator:
         subject: the model, not patched.
         inputs: a batch of prompts with one picture each.
         match: "mean" or "last".
+        shrunk: mean visual tokens of the same pictures with sides divided by a factor.
     """
 
-    def __init__(self, subject: Subject, inputs: Any, match: str) -> None:
-        self.subject, self.inputs, self.match = subject, inputs, match
+    def __init__(
+        self, subject: Subject, inputs: Any, match: str, shrunk: Callable[[float], float]
+    ) -> None:
+        self.subject, self.inputs, self.match, self.shrunk = subject, inputs, match, shrunk
         visual = (inputs["input_ids"] == subject.parts.image_token_id).sum(1)
         #: mean visual tokens of the unpruned images
         self.visual_tokens = float(visual.float().mean())
@@ -111,6 +129,36 @@ class Calibrator:
         if abs(value - target) <= tolerance(target) + 1e-9:
             return Matched(method, seen)
         return Matched(method, seen, self._reason(keep_of(found[0]), value, target))
+
+    def match_pictures(self, budget: Budget) -> Shrunk:
+        """The largest pictures whose own tokens stay within a budget.
+
+        Where no smaller picture has about that many tokens (a tower of fixed resolution, tiles that
+        come in few sizes), pixels are matched instead: the factor is √(N / budget).
+        """
+        target = budget.tokens(self.visual_tokens)
+        nominal = downsample_factor(self.visual_tokens, target)
+        if not self.subject.facts.tiled:
+            return Shrunk(nominal, Measured(self.visual_tokens, self.visual_tokens))
+
+        def factor(size: int) -> float:
+            return math.sqrt(_SIZES / size)
+
+        low, high = 0, _SIZES  # the largest size that fits: not found yet, and all there is
+        while high > low:
+            middle = (low + high + 1) // 2
+            fits = self.shrunk(factor(middle)) <= target + tolerance(target)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        tokens = self.shrunk(factor(low)) if low else math.inf
+        if tokens >= (1 - _MISS) * target and low:
+            return Shrunk(factor(low), Measured(tokens, tokens))
+        seen = self.shrunk(nominal)
+        near = f"the nearest have {tokens:.4g}" if low else "all have more"
+        return Shrunk(
+            nominal, Measured(seen, seen),
+            f"no smaller pictures have about {target:.4g} tokens ({near}): pixels are matched, and "
+            f"{seen:.4g} tokens are left",
+        )  # fmt: skip
 
     def _value(self, seen: Measured) -> float:
         return seen.mean if self.match == "mean" else seen.last

@@ -13,7 +13,6 @@ from tokprune.methods import Method, make_method
 from tokprune.sweep.arms import UNBUDGETED, Arm
 from tokprune.sweep.budgets import Budget
 from tokprune.sweep.calibrate import Calibrator, Matched
-from tokprune.sweep.pictures import downsample_factor
 
 
 @dataclass(frozen=True)
@@ -107,15 +106,13 @@ class CellMaker:
             "status": "ok", "reason": None, "calibrated": None,
         }  # fmt: skip
         if arm.method is None:
-            factor = downsample_factor(self.calibrator.visual_tokens, tokens)
-            shown = self.calibrator.visual_tokens
+            shrunk = self.calibrator.match_pictures(budget)
             entry |= {
-                "options": {"factor": factor},
-                "repr": f"downsample(factor={factor:.4g})",
-                "calibrated": {"tokens_last": shown, "tokens_mean": shown},
+                "options": {"factor": shrunk.factor},
+                "repr": f"downsample(factor={shrunk.factor:.4g})",
+                "calibrated": shrunk.measured.to_dict(),
+                "reason": shrunk.reason,
             }
-            if self.calibrator.subject.facts.tiled:
-                entry["calibrated"] = None  # a smaller picture has fewer tiles
             return Cell(entry)
         return self._matched(entry, arm, self.calibrator.match_budget(arm, budget, seed))
 

@@ -50,6 +50,14 @@ class Batch:
     def inputs(self) -> Any:
         return self._encode(self.pictures)
 
+    @property
+    def pixels(self) -> Any:
+        """Pixels, None where they cannot be made (the questions then run one by one)."""
+        try:
+            return self.inputs["pixel_values"]
+        except Exception:
+            return None
+
     @cached_property
     def blind_inputs(self) -> Any:
         return self._encode([blank(picture) for picture in self.pictures])
@@ -69,9 +77,16 @@ class Batch:
         if cell.factor is None:
             return self.inputs
         if cell.factor not in self._shrunk:
-            small = [downsample(picture, cell.factor) for picture in self.pictures]
-            self._shrunk[cell.factor] = self._encode(small)
+            self._shrunk[cell.factor] = self._smaller(cell.factor)
         return self._shrunk[cell.factor]
+
+    def tokens_at(self, factor: float) -> float:
+        """Mean visual tokens of the pictures with sides divided by a factor."""
+        ids = self._smaller(factor)["input_ids"]
+        return float((ids == self.subject.parts.image_token_id).sum()) / len(ids)
+
+    def _smaller(self, factor: float) -> Any:
+        return self._encode([downsample(picture, factor) for picture in self.pictures])
 
     def _encode(self, pictures: list[Any]) -> Any:
         questions = [item.question + self.benchmark.prompt_suffix for item in self.items]

@@ -20,10 +20,13 @@ _ANSWERING = (
     "patching.py",
     "trace.py",
     "sweep/ask.py",
+    "sweep/known.py",
     "sweep/numbers.py",
     "sweep/pictures.py",
     "prompts.py",
 )
+#: in answers that come through lmms-eval, these as well
+_LMMS = ("lmms",)
 
 #: files of a checkpoint that decide what it answers
 _CHECKPOINT = (
@@ -60,7 +63,8 @@ def row_id(run: Mapping[str, Any], cell: Mapping[str, Any], item: str, task: str
     """Identity of one answered question.
 
     Args:
-        run: the object of ``run.json`` (its model hash, benchmark version and code are used).
+        run: the object of ``run.json`` (its model hash, benchmark version and code are used, and
+            its harness where that is not the own one).
         cell: one of its ``cells`` (arm, all options, dtype, batch size, seed).
         item: item id.
         task: question type of the item.
@@ -68,20 +72,21 @@ def row_id(run: Mapping[str, Any], cell: Mapping[str, Any], item: str, task: str
     Returns:
         32 hex digits.
     """
-    return digest(
-        {
-            "model": run["model"]["hash"],
-            "arm": cell["arm"],
-            "options": cell["options"],
-            "task": task,
-            "item": item,
-            "dtype": cell["dtype"],
-            "batch_size": cell["batch_size"],
-            "seed": cell["seed"],
-            "benchmark": run["benchmark"]["version"],
-            "code": run["code"],
-        }
-    )[:32]
+    parts = {
+        "model": run["model"]["hash"],
+        "arm": cell["arm"],
+        "options": cell["options"],
+        "task": task,
+        "item": item,
+        "dtype": cell["dtype"],
+        "batch_size": cell["batch_size"],
+        "seed": cell["seed"],
+        "benchmark": run["benchmark"]["version"],
+        "code": run["code"],
+    }
+    if "harness" in run:
+        parts["harness"] = run["harness"]
+    return digest(parts)[:32]
 
 
 def hash_files(files: Iterable[tuple[str, Path]]) -> str:
@@ -98,16 +103,23 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
 
 def code_hash(runtime: Mapping[str, str] | None = None) -> str:
     """Hash of the sources that can change an answer: engine, families, methods, operators, how
-    questions are asked, and the benchmarks; with ``runtime`` (library versions, kind of device)."""
+    questions are asked, and the benchmarks; with ``runtime`` (library versions, kind of device).
+    What only lmms-eval uses is in it where ``runtime`` names ``lmms_eval``."""
     import evals
 
+    lmms = "lmms_eval" in (runtime or {})
     files = [
         (f"tokprune/{path.relative_to(_ROOT).as_posix()}", path)
-        for part in _ANSWERING
+        for part in (*_ANSWERING, *(_LMMS if lmms else ()))
         for path in _sources(_ROOT / part)
     ]
     home = Path(evals.__file__).resolve().parent
-    files += [(f"evals/{path.relative_to(home).as_posix()}", path) for path in _sources(home)]
+    files += [
+        (f"evals/{path.relative_to(home).as_posix()}", path)
+        for path in _sources(home)
+        if path.parent.name != "published"  # what others measured changes no answer of ours
+        and (lmms or "lmms" not in path.relative_to(home).parts)
+    ]
     return digest({"sources": hash_files(files), "runtime": dict(runtime or {})})
 
 

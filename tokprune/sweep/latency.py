@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokprune.sweep.cells import Cell
@@ -14,13 +15,16 @@ PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
 
 
 def timed_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells that have a time of their own: ``none`` and those with a method."""
+    """Cells that have a time of their own: ``none``, those with a method, and smaller pictures
+    where they have fewer tokens."""
+    full = next((c.entry["calibrated"]["tokens_mean"] for c in cells if c.id == "none"), math.inf)
     return [
         cell
         for cell in cells
         if cell.runs
         and not cell.entry["noise"]
-        and cell.entry["arm"] not in ("blind", "downsample")
+        and cell.entry["arm"] != "blind"
+        and (cell.factor is None or cell.entry["calibrated"]["tokens_mean"] < full)
     ]
 
 
@@ -31,6 +35,7 @@ def measure_latency(
     rounds: int,
     max_new_tokens: int,
     progress: Callable[[int, int], None] | None = None,
+    own_inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The object of latency.json, all cells interleaved.
 
@@ -39,13 +44,14 @@ def measure_latency(
         cells: those of :func:`timed_cells`.
         rounds: measurements of each part.
         progress: called with (rounds done, rounds).
+        own_inputs: the same question with other pictures, by cell id.
     """
     from tokprune.bench.measure import measure_cells
 
     arms = {cell.id: cell.method for cell in cells}
     times = measure_cells(
         subject.model, inputs, arms, rounds=rounds, max_new_tokens=max_new_tokens,
-        progress=progress,
+        progress=progress, own_inputs=own_inputs,
     )  # fmt: skip
     return {
         "environment": environment(subject.device),
@@ -54,13 +60,13 @@ def measure_latency(
         "prompt_tokens": int(inputs["attention_mask"].sum()) // len(inputs["input_ids"]),
         "new_tokens": max_new_tokens,
         "cells": {
-            name: {part: _spread(own[part]) if own.get(part) else None for part in PARTS}
+            name: {part: spread(own[part]) if own.get(part) else None for part in PARTS}
             for name, own in times.items()
         },
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     if len(values) < 2:
         return {"median": values[0], "q1": values[0], "q3": values[0], "n": len(values)}

@@ -12,6 +12,8 @@ from tokprune.sweep.identity import canonical, row_id
 from tokprune.sweep.schema import check_row, check_run
 
 RUN_FILE, ROWS_FILE, LATENCY_FILE, OVERLAYS = "run.json", "rows.jsonl", "latency.json", "overlays"
+#: of sweeps through lmms-eval: its own metrics, and what its processes wrote
+METRICS_FILE, LMMS = "metrics.json", "lmms"
 
 #: what a parquet row tells of its cell, beside the row's own fields
 _OF_CELL = ("arm", "method", "control", "budget", "seed", "dtype", "batch_size", "noise")
@@ -58,6 +60,11 @@ class Run:
             if record.get("cell") in self.cells:
                 found.append(record)
         return found
+
+    def metrics(self) -> dict[str, dict[str, dict[str, float]]]:
+        """What lmms-eval made of its answers, {cell: {task: {metric: value}}}; empty without."""
+        path = self.folder / METRICS_FILE
+        return _json(path) if path.is_file() else {}
 
     def to_parquet(self, path: str | Path) -> None:
         """Write the rows as one parquet table, each with what its cell says of arm and budget

@@ -13,6 +13,8 @@ from tokprune.sweep.settings import Settings
 
 #: settings that decide which rows belong together; methods, budgets and seeds may be added
 _SAME = ("tasks", "split", "limit", "match", "batch_size", "max_new_tokens", "calibrate")
+#: of the harness entry: what lmms-eval was told; its version is part of the code's hash
+_SAME_HARNESS = ("name", "base", "model_args")
 
 _WAYS_OUT = "choose another --out, or start over with --fresh"
 
@@ -48,11 +50,28 @@ def check_settings(run: Mapping[str, Any], settings: Settings, folder: Path) -> 
     """
     told = settings.to_dict()
     for name in _SAME:
-        before, now = run["settings"].get(name), _json(told[name])
+        before, now = run["settings"].get(name), _json(told.get(name))
         if before != now:
             raise ValueError(
                 f"run folder {folder} was made with {name}={before!r}, this sweep has {now!r}; "
                 f"use the same, {_WAYS_OUT}"
+            )
+
+
+def check_harness(run: Mapping[str, Any], now: Mapping[str, Any] | None, folder: Path) -> None:
+    """The questions of a folder were asked in the same way; ``now``: the harness entry of this
+    sweep, None for the own harness.
+
+    Raises:
+        ValueError: another harness, base model or arguments; names both values.
+    """
+    before, here = run.get("harness") or {"name": "own"}, now or {"name": "own"}
+    for name in _SAME_HARNESS:
+        if before.get(name) != _json(here.get(name)):
+            raise ValueError(
+                f"run folder {folder} was made with harness {before['name']}, "
+                f"{name}={before.get(name)!r}; this sweep has {here['name']}, "
+                f"{name}={here.get(name)!r}; {_WAYS_OUT}"
             )
 
 

@@ -1,32 +1,29 @@
-"""Run a sweep: noise floor, every cell on every question, timing; resumable at any moment."""
+"""Run a sweep: match budgets, have every cell answer every question, time; resumable at any
+moment. Who asks the questions is the harness's business."""
 
 from __future__ import annotations
 
 import shlex
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
 import tokprune
-from evals import load_benchmark
-from evals.base import Benchmark, Item
-from tokprune.engine.shared import SharedEncoder
+from evals.base import Item
 from tokprune.sweep.budgets import check_budgets
 from tokprune.sweep.calibrate import Calibrator
 from tokprune.sweep.cells import Cell, CellMaker, build_cells
 from tokprune.sweep.environment import environment, runtime
-from tokprune.sweep.examiner import Batch, Examiner, make_row
+from tokprune.sweep.examiner import Batch
+from tokprune.sweep.harness import Harness, open_harness
 from tokprune.sweep.identity import code_hash, row_id
-from tokprune.sweep.latency import measure_latency, timed_cells
-from tokprune.sweep.noise import noise_cells
-from tokprune.sweep.overlays import gallery_cells, gallery_items, overlay_name
+from tokprune.sweep.own import sharing
 from tokprune.sweep.progress import Progress, Silent
-from tokprune.sweep.results import LATENCY_FILE, OVERLAYS, RUN_FILE, Run, read_run
-from tokprune.sweep.resume import check_same, check_settings, earlier_run
+from tokprune.sweep.results import LATENCY_FILE, RUN_FILE, Run, read_run
+from tokprune.sweep.resume import check_harness, check_same, check_settings, earlier_run
 from tokprune.sweep.schema import SCHEMA
 from tokprune.sweep.settings import Settings
 from tokprune.sweep.store import Store
@@ -55,18 +52,13 @@ def run_sweep(
             Nothing has been answered then.
         OSError: model or run folder cannot be read or written, or the disk is full: what was
             written before is intact.
+        CellsFailedError: lmms-eval failed in some cells; all others have been answered.
         KeyboardInterrupt: after an interruption.
     """
-    benchmark = load_benchmark(settings.benchmark)
-    tasks = None if settings.tasks is None else list(settings.tasks)
-    items = benchmark.items(settings.split, tasks, settings.limit)
-    if not items:
-        raise ValueError(f"benchmark {benchmark.name}: no item matches split, tasks and limit")
-    if settings.max_new_tokens is not None:
-        benchmark.max_new_tokens = settings.max_new_tokens
+    harness = open_harness(settings)
     progress = Silent() if progress is None else progress
     with Store(settings.out, settings.fresh) as store, _interruptible(), progress:
-        sweep = _Sweep(settings, benchmark, items, store, progress)
+        sweep = Sweep(settings, harness, store, progress)
         sweep.prepare(command)
         try:
             sweep.run()
@@ -92,15 +84,18 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Sweep:
-    """One call of :func:`run_sweep`."""
+class Sweep:
+    """One call of :func:`run_sweep`: what a harness works with.
+
+    ``subject``: the model; ``main``, ``noise``: cells; ``sample``: batches of one item that budgets
+    were matched on; ``done``: names of the rows that are there; ``info``: run.json.
+    """
 
     def __init__(
-        self, settings: Settings, benchmark: Benchmark, items: list[Item], store: Store,
-        progress: Progress,
-    ) -> None:  # fmt: skip
-        self.settings, self.benchmark, self.items = settings, benchmark, items
-        self.store, self.progress = store, progress
+        self, settings: Settings, harness: Harness, store: Store, progress: Progress
+    ) -> None:
+        self.settings, self.harness = settings, harness
+        self.items, self.store, self.progress = harness.items, store, progress
         self.done = {row["row"] for row in store.rows}
         self.failed = 0
         self._names: dict[tuple[str, str], str] = {}
@@ -117,9 +112,13 @@ class _Sweep:
             check_settings(earlier, settings, folder)
         self.subject = Subject.load(settings.model, settings.dtype, settings.device)
         check_budgets(settings.budgets(), self.subject.facts.max_visual_tokens)
+        harness = self.harness.meet(self.subject, settings)
         told["model"] = self.subject.describe()
         if earlier is not None:
+            check_harness(earlier, harness, folder)
             check_same(earlier, told, folder)
+        if harness is not None:
+            told["harness"] = harness
         self.info: dict[str, Any] = {
             "schema": SCHEMA,
             "created": _now() if earlier is None else earlier["created"],
@@ -127,7 +126,7 @@ class _Sweep:
             "finished": False,
             "command": shlex.join(command),
             "tokprune": tokprune.__version__,
-            "code": code_hash(runtime(self.subject.device)),
+            "code": self.code(),
             "environment": environment(self.subject.device),
             "settings": self._settings_entry(earlier),
             **told,
@@ -136,13 +135,17 @@ class _Sweep:
         self._find_cells(earlier)
         self.save()
 
+    def code(self) -> str:
+        """Hash of the code and versions that answer, as they are now."""
+        return code_hash({**runtime(self.subject.device), **self.harness.runtime})
+
     def _benchmark_entry(self) -> dict[str, Any]:
-        benchmark, settings = self.benchmark, self.settings
+        benchmark = self.harness.benchmark
         asked = {item.task for item in self.items}
         return {
             "name": benchmark.name,
             "version": benchmark.version,
-            "split": settings.split or next(iter(benchmark.splits), None),
+            "split": self.harness.split,
             "tasks": [task for task in benchmark.tasks if task in asked],
             "groups": {name: list(tasks) for name, tasks in benchmark.groups.items()},
             "headline": [task for task in benchmark.headline if task in asked],
@@ -184,10 +187,11 @@ class _Sweep:
         }
         arms = settings.arms()
         self.progress.start("matching budgets", len(arms))
-        with self._sharing() as shared:
+        with sharing(self) as shared:
             if shared is not None:
                 shared.remember(batch.inputs["pixel_values"])
-            maker = CellMaker(Calibrator(self.subject, batch.inputs, settings.match), common)
+            calibrator = Calibrator(self.subject, batch.inputs, settings.match, batch.tokens_at)
+            maker = CellMaker(calibrator, common)
             usable = known if unchanged else {}
             cells: list[Cell] = []
             for arm in arms:
@@ -198,11 +202,12 @@ class _Sweep:
         self.main += new.values()
         self.noise = [cell for cell in known.values() if cell.entry["noise"]]
         if settings.noise:
-            made = noise_cells(maker, self.subject.dtype, settings.batch_size)
+            made = self.harness.noise_cells(maker, self.subject.dtype, settings.batch_size)
             self.noise = list({cell.id: cell for cell in [*self.noise, *made]}.values())
         for cell in self.main:
-            if not cell.runs:
-                self.progress.say(f"{cell.id}: not run; {cell.entry['reason']}")
+            if cell.entry["reason"] is not None:
+                what = "" if cell.runs else "not run; "
+                self.progress.say(f"{cell.id}: {what}{cell.entry['reason']}")
 
     def _stored(self, entry: dict[str, Any]) -> Cell:
         try:
@@ -216,15 +221,18 @@ class _Sweep:
     def _sample(self) -> Batch:
         """Items for matching budgets, and the first of them for timing: evenly spaced over all,
         those with unreadable pictures left out."""
-        readable = []
-        for item in _spread(self.items, self.settings.calibrate):
-            single = Batch(self.subject, self.benchmark, [item])
-            if _pixels(single) is not None:
-                readable.append(single)
+        wanted, benchmark = self.settings.calibrate, self.harness.benchmark
+        readable: dict[str, Batch] = {}
+        # where many items have no picture, a denser choice finds some
+        for number in (wanted, 8 * wanted):
+            for item in _spread(self.items, number):
+                single = Batch(self.subject, benchmark, [item])
+                if len(readable) < wanted and item.id not in readable and single.pixels is not None:
+                    readable[item.id] = single
         if not readable:
-            _ = single.inputs  # raises what is wrong with it
-        self.sample = readable
-        return Batch(self.subject, self.benchmark, [one.items[0] for one in readable])
+            _ = Batch(self.subject, benchmark, self.items[:1]).inputs  # raises what is wrong
+        self.sample = list(readable.values())
+        return Batch(self.subject, benchmark, [one.items[0] for one in self.sample])
 
     # ------------------------------------------------------------------ run
 
@@ -232,115 +240,36 @@ class _Sweep:
         """Answer what is open, then time the cells."""
         cells = [cell for cell in [*self.noise, *self.main] if cell.runs]
         total = len(cells) * len(self.items)
-        open_rows = sum(len(self._pending(cell, self.items)) for cell in cells)
+        open_rows = sum(len(self.pending(cell, self.items)) for cell in cells)
         if open_rows < total:
             self.progress.say(f"{total - open_rows} of {total} answers are there already")
-        for cell in self.noise:
-            if cell.runs:
-                self._noise(cell)
-        self._main()
+        self.harness.answer(self)
         if self.failed:
             self.progress.say(f"{self.failed} questions failed; they count as wrong")
         if self.settings.latency:
-            self._latency()
+            timing = self.harness.time_cells(self)
+            if timing is not None:
+                self.store.write_json(LATENCY_FILE, {**timing, "code": self.info["code"]})
         self.info["finished"] = not any(
-            self._pending(cell, self.items) for cell in [*self.noise, *self.main] if cell.runs
+            self.pending(cell, self.items) for cell in [*self.noise, *self.main] if cell.runs
         )
 
-    def _noise(self, cell: Cell) -> None:
-        pending = len(self._pending(cell, self.items))
-        if not pending:
-            return
-        subject = self.subject
-        if cell.entry["dtype"] != subject.dtype:
-            try:
-                subject = Subject.load(
-                    self.settings.model, cell.entry["dtype"], subject.device.type
-                )
-            except (MemoryError, RuntimeError) as error:
-                cell.entry["status"] = "unreachable"
-                cell.entry["reason"] = f"no room for a second copy: {' '.join(str(error).split())}"
-                self.progress.say(f"{cell.id}: not run; {cell.entry['reason']}")
-                return
-        self.progress.start(f"noise floor, {cell.id}", pending)
-        examiner = Examiner(subject, self.benchmark)
-        for items in _chunks(self.items, cell.entry["batch_size"]):
-            if self._pending(cell, items):
-                self._answer(examiner, cell, Batch(subject, self.benchmark, items))
-
-    def _main(self) -> None:
-        cells = [cell for cell in self.main if cell.runs]
-        pending = sum(len(self._pending(cell, self.items)) for cell in cells)
-        if not pending:
-            return
-        gallery = gallery_items(self.items), gallery_cells(cells, self.subject.facts.patches)
-        examiner = Examiner(self.subject, self.benchmark, gallery)
-        self.progress.start("answers", pending)
-        with self._sharing() as shared:
-            for items in _chunks(self.items, self.settings.batch_size):
-                todo = [cell for cell in cells if self._pending(cell, items)]
-                if not todo:
-                    continue
-                batch = Batch(self.subject, self.benchmark, items)
-                if shared is not None:
-                    shared.remember(_pixels(batch))
-                for cell in todo:
-                    self._answer(examiner, cell, batch)
-
-    def _answer(self, examiner: Examiner, cell: Cell, batch: Batch) -> None:
-        """One cell on one batch. All its questions run, so that the batch is the one it was before
-        an interruption; the rows that are missing are written."""
-        outcomes = examiner.examine(cell, batch)
-        rows = []
-        now = time.time()
-        for item, outcome in zip(batch.items, outcomes, strict=True):
-            name = self._name(cell, item)
-            if name in self.done:
-                continue
-            if outcome.overlay is not None:
-                path = f"{OVERLAYS}/{overlay_name(item.id, cell.id)}"
-                self.store.write_json(path, outcome.overlay)
-            self.failed += outcome.error is not None
-            rows.append(make_row(name, cell, item, outcome, self.benchmark, now))
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write rows: all of them, or none."""
         self.store.append(rows)
         self.done.update(row["row"] for row in rows)
-        self.progress.advance(len(rows))
+        self.failed += sum(row["status"] == "failed" for row in rows)
 
-    def _pending(self, cell: Cell, items: Sequence[Item]) -> list[Item]:
-        return [item for item in items if self._name(cell, item) not in self.done]
+    def pending(self, cell: Cell, items: Sequence[Item]) -> list[Item]:
+        """Those of the items that the cell has no row for."""
+        return [item for item in items if self.name(cell, item) not in self.done]
 
-    def _name(self, cell: Cell, item: Item) -> str:
+    def name(self, cell: Cell, item: Item) -> str:
         """Identity of a row."""
         key = cell.id, item.id
         if key not in self._names:
             self._names[key] = row_id(self.info, cell.entry, item.id, item.task)
         return self._names[key]
-
-    def _sharing(self) -> Any:
-        return SharedEncoder(self.subject.model) if self.settings.share else nullcontext()
-
-    def _latency(self) -> None:
-        cells = timed_cells(self.main)
-        known = self.store.read_json(LATENCY_FILE)
-        names = {cell.id for cell in cells}
-        if known is not None and (known.get("code"), set(known.get("cells", ()))) == (
-            self.info["code"],
-            names,
-        ):
-            return
-        self.progress.start("timing", self.settings.latency_rounds)
-        seen = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal seen
-            self.progress.advance(done - seen)
-            seen = done
-
-        timing = measure_latency(
-            self.subject, self.sample[0].inputs, cells, self.settings.latency_rounds,
-            self.benchmark.max_new_tokens, advance,
-        )  # fmt: skip
-        self.store.write_json(LATENCY_FILE, {**timing, "code": self.info["code"]})
 
     # ------------------------------------------------------------------ record
 
@@ -349,18 +278,6 @@ class _Sweep:
         self.info["updated"] = _now()
         self.info["cells"] = [cell.entry for cell in [*self.noise, *self.main]]
         self.store.write_json(RUN_FILE, self.info)
-
-
-def _pixels(batch: Batch) -> Any:
-    """Pixels of a batch, None where they cannot be made (its questions then run one by one)."""
-    try:
-        return batch.inputs["pixel_values"]
-    except Exception:
-        return None
-
-
-def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _spread(items: Sequence[Item], number: int) -> list[Item]:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokprune.sweep.lock import LOCK_FILE, FolderLock
-from tokprune.sweep.results import LATENCY_FILE, OVERLAYS, ROWS_FILE, RUN_FILE, scan_lines
+from tokprune.sweep.results import (
+    LATENCY_FILE,
+    LMMS,
+    METRICS_FILE,
+    OVERLAYS,
+    ROWS_FILE,
+    RUN_FILE,
+    scan_lines,
+)
 
-_MADE = (RUN_FILE, ROWS_FILE, LATENCY_FILE)
+_MADE = (RUN_FILE, ROWS_FILE, LATENCY_FILE, METRICS_FILE)
 
 
 class Store:
@@ -93,6 +102,7 @@ class Store:
             (self.folder / name).unlink(missing_ok=True)
         for path in (self.folder / OVERLAYS).glob("*.json"):
             path.unlink()
+        shutil.rmtree(self.folder / LMMS, ignore_errors=True)
 
     def _open_rows(self) -> None:
         self.rows, good, broken = scan_lines(self.rows_path)
@@ -133,7 +143,7 @@ class Store:
         self._atomically(path, lambda: json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def _atomically(self, path: Path, text: Callable[[], str]) -> None:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         # the process id keeps writers apart that share a file system but not a lock
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         data = text().encode()
