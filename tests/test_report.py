@@ -540,3 +540,28 @@ def test_unknown_numbers_are_left_out(copied: Path) -> None:
     assert r.loyalty == 0
     assert math.isnan(r.cost("tokens"))
     assert not set(r.on) & {"tokens", "flops"}
+
+
+def test_the_harness_s_own_metrics_have_a_table(tmp_path: Path) -> None:
+    folder = fake_run.make_run(tmp_path, methods=("todre",), budgets=(64,))
+    assert "own metrics" not in build_report(folder).markdown.read_text()
+    metrics = {
+        "none": {"mme": {"mme_perception_score": 1510.72, "mme_perception_score_stderr": 3.0}},
+        "todre@64": {"mme": {"mme_perception_score": 1444.0}, "pope": {"pope_f1_score": 0.81234}},
+        "elsewhere@3": {"gqa": {"exact_match": 0.5}},
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    lines = build_report(folder).markdown.read_text().replace("\\_", "_").splitlines()
+    (head,) = [n for n, line in enumerate(lines) if "own metrics at 64 tokens" in line]
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines[head : head + 7]
+        if line.startswith("|")
+    ]
+    names = table[0]
+    rows = {(row[0], row[1]): dict(zip(names, row)) for row in table[2:]}
+    assert set(rows) == {("mme", "mme_perception_score"), ("pope", "pope_f1_score")}
+    assert rows["mme", "mme_perception_score"]["unpruned"] == "1510.7"
+    assert rows["mme", "mme_perception_score"]["todre"] == "1444.0"
+    assert rows["pope", "pope_f1_score"]["todre"] == "0.8123"
+    assert rows["pope", "pope_f1_score"]["unpruned"] == "–"

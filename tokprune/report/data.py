@@ -109,7 +109,8 @@ class RunData:
 
     ``points``: what was compared, controls and the unpruned model among them; ``noise``: the
     unpruned model at other batch sizes and dtypes; ``blind``: no picture; ``unreachable``: cells
-    as run.json has them; ``errors``: failed items as (arm and budget, item, error).
+    as run.json has them; ``errors``: failed items as (arm and budget, item, error); ``metrics``:
+    the harness's own, {cell: {task: {metric: value}}}.
     """
 
     folder: Path
@@ -123,6 +124,7 @@ class RunData:
     latency: Mapping[str, Any] | None
     overlays: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
     def unpruned(self) -> Point:
@@ -200,6 +202,7 @@ def load_run(folder: str | Path) -> RunData:
         latency=run.latency,
         overlays=_overlays(run, notes),
         notes=notes,
+        metrics=run.metrics(),
     )
 
 

@@ -149,6 +149,35 @@ def _task_cell(r: Result, task: str) -> str:
     )  # fmt: skip
 
 
+def harness_metrics(analysis: Analysis, results: Sequence[Result]) -> Table | None:
+    """What the harness itself makes of the answers (totals of MME, F1 of POPE, …), first seeds."""
+    shown = [analysis.unpruned, *results]
+    own = [analysis.data.metrics.get(r.point.cells[0], {}) for r in shown]
+    rows: dict[tuple[str, str], None] = {}
+    for metrics in own:
+        for task, values in metrics.items():
+            rows |= {(task, name): None for name in values if "stderr" not in name}
+    if not rows:
+        return None
+    return Table(
+        header=("task", "metric", *(_arm(r) for r in shown)),
+        rows=[
+            [task, name, *(_metric(metrics.get(task, {}).get(name)) for metrics in own)]
+            for task, name in rows
+        ],
+        title=f"The harness's own metrics at {analysis.at:g} tokens",
+        note="As lmms-eval reports them, in its units; without intervals.",
+        words=frozenset({0, 1}),
+    )  # fmt: skip
+
+
+def _metric(value: float | None) -> str:
+    """Shares with four digits, sums of points with one decimal."""
+    if value is None:
+        return NOTHING
+    return significant(value, 4) if abs(value) < 100 else f"{value:.1f}"
+
+
 def group_averages(analysis: Analysis, results: Sequence[Result]) -> Table:
     """Macro averages per group of tasks."""
     names = list(analysis.data.groups)
