@@ -9,37 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from methods_table import CORE
 from tiny import BUILDERS, llava, make_inputs
-from transformers import PreTrainedModel
 
 import tokprune
 
 PROMPT = [[4, "image", 6], [7, "image", 9]]
-
-
-def fingerprint(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind: hooks, attributes, config."""
-    hooks = (
-        "_forward_pre_hooks",
-        "_forward_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_backward_hooks",
-    )
-    return {
-        "hooks": {
-            name: [sorted(getattr(m, h)) for h in hooks] for name, m in model.named_modules()
-        },
-        "attributes": {name: sorted(m.__dict__) for name, m in model.named_modules()},
-        "config": model.config.to_dict(),
-        "attention": [
-            m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)
-        ],
-        "configs": [id(m.config) for m in model.modules() if hasattr(m, "config")],
-        "forward": {name: type(m).forward for name, m in model.named_modules()},
-    }
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))

@@ -95,11 +95,11 @@ def load(
     if trust_remote_code:
         hub["trust_remote_code"] = options["trust_remote_code"] = True
     config = AutoConfig.from_pretrained(path, **hub)
-    cls = _model_class(config)
+    cls = model_class(config)
     if isinstance(backend := options.get("attn_implementation"), str):
         check_backend(backend, "model")
     if made is not None:
-        _check_plan(cls, config, made)
+        check_plan(cls, config, made)
     loaded = cls.from_pretrained(path, use_safetensors=True, **options)
     model: Any = loaded[0] if options.get("output_loading_info") else loaded
     if made is not None:
@@ -143,7 +143,7 @@ def _split(
     return made, {n: v for n, v in options.items() if n not in own}
 
 
-def _model_class(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The supported transformers class of a config, by its architectures or its model type."""
     names = supported_models()
     for name in getattr(config, "architectures", None) or []:
@@ -162,7 +162,7 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _check_plan(cls: Any, config: Any, method: Method) -> None:
+def check_plan(cls: Any, config: Any, method: Method) -> None:
     """Whether the method fits the model, tried on a copy without weights."""
     with torch.device("meta"):
         skeleton = cls(config)

@@ -6,23 +6,17 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from tokprune.cli.app import BadInput, _App
-from tokprune.cli.values import parse_keep, parse_options
+from tokprune.cli.app import BadInput, new_app
+from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
 
 #: exit code where the script ended well, but nothing was compressed
 NOTHING_COMPRESSED = 3
 
-app = _App(
-    name="python -m patches.llava",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = new_app("python -m patches.llava")
 
 
 @app.command(
@@ -31,17 +25,10 @@ app = _App(
 )
 def main(
     context: typer.Context,
-    method: Annotated[str | None, typer.Option(help="See 'tokprune methods'.")] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Visual tokens per image: 64, 0.11, or a schedule 0.875,0.625,0.125."),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Method option name=value; repeat for several.")
-    ] = None,
-    setting: Annotated[
-        Path | None, typer.Option(help="JSON of 'tokprune recommend', instead of --method.")
-    ] = None,
+    method: Name = None,
+    keep: Keep = None,
+    option: Options = None,
+    setting: Setting = None,
 ) -> None:
     """Run an unmodified script of the original llava package with compressed visual tokens.
 
@@ -50,7 +37,9 @@ def main(
     code is the script's, or 3 where the script ended well but no image went through a patched
     model.
     """
-    made = _method(method, keep, option or [], setting)
+    made = named_method(method, method_options(keep, option), setting)
+    if made is None:
+        raise BadInput("give --method (see 'tokprune methods') or --setting")
     target = list(context.args)
     if not target or target == ["-m"]:
         raise BadInput("what to run is missing: -- -m MODULE [ARGS]..., or -- SCRIPT.py [ARGS]...")
@@ -65,27 +54,6 @@ def main(
     with patches.llava.installed(made) as traces:
         code = _run(target)
     sys.exit(_report(traces, repr(made), code))
-
-
-def _method(
-    method: str | None, keep: str | None, option: list[str], setting: Path | None
-) -> Any:  # a Method; imported late, since torch takes seconds
-    options = parse_options(option)
-    if keep is not None:
-        if "keep" in options:
-            raise BadInput("give the budget once: --keep or --option keep=…")
-        options["keep"] = parse_keep(keep)
-    if (method is None) == (setting is None):
-        raise BadInput("give --method (see 'tokprune methods') or --setting, one of them")
-    if setting is not None and options:
-        raise BadInput("--setting names its method and options; drop --keep/--option")
-    from tokprune.methods import make_method
-    from tokprune.recommend import load_setting
-
-    try:
-        return load_setting(setting) if setting is not None else make_method(str(method), **options)
-    except TypeError as error:  # an option of the wrong type
-        raise BadInput(str(error)) from None
 
 
 def _run(target: list[str]) -> Any:

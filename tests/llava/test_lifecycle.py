@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fingerprint import fingerprint
 from methods_table import CORE
 from oracle import assert_same_logits
 from original import (
@@ -22,25 +23,6 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 import tokprune
 from tokprune.engine.shared import SharedEncoder
 from tokprune.families import family_of
-
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
-
-
-def fingerprint(model: Any) -> dict[str, Any]:
-    """Everything a patch could leave behind: hooks, attributes, config."""
-    modules = list(model.named_modules())
-    return {
-        "hooks": {name: [sorted(getattr(m, h)) for h in HOOKS] for name, m in modules},
-        "attributes": {name: sorted(m.__dict__) for name, m in modules},
-        "config": model.config.to_dict(),
-        "configs": [id(m.config) for _, m in modules if hasattr(m, "config")],
-    }
 
 
 @pytest.fixture(params=["square", "anyres"])

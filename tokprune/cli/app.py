@@ -40,13 +40,18 @@ def _is_bad_input(error: Exception) -> bool:
     return hasattr(error, "format_message") or type(error).__module__ == "tokprune.errors"
 
 
-app = _App(
-    name="tokprune",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+def new_app(name: str) -> typer.Typer:
+    """A command line whose bad input is one line and exit code 2."""
+    return _App(
+        name=name,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+app = new_app("tokprune")
 
 
 def _version(wanted: bool) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import Device, Dtype, parse_keep, parse_options
+from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
+from tokprune.cli.values import Device, Dtype
 from tokprune.prompts import prompt_text
 
 
@@ -19,17 +20,10 @@ def run(
     model: Annotated[str, typer.Option(help="'mini' (shipped), a model folder, or a hub name.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
-    method: Annotated[str | None, typer.Option(help="See 'tokprune methods'.")] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Visual tokens per image: 64, 0.11, or a schedule 0.875,0.625,0.125."),
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Method option name=value; repeat for several.")
-    ] = None,
-    setting: Annotated[
-        Path | None, typer.Option(help="JSON of 'tokprune recommend', instead of --method.")
-    ] = None,
+    method: Name = None,
+    keep: Keep = None,
+    option: Options = None,
+    setting: Setting = None,
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
@@ -38,14 +32,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Answer a prompt about pictures with a compressed model, and show what was removed."""
-    options = parse_options(option or [])
-    if keep is not None:
-        if "keep" in options:
-            raise BadInput("give the budget once: --keep or --option keep=…")
-        options["keep"] = parse_keep(keep)
-    if setting is not None and (method is not None or options):
-        given = "--method" if method is not None else "--keep/--option"
-        raise BadInput(f"--setting names its method and options; drop {given}")
+    options = method_options(keep, option)
     if method is None and setting is None and (options or overlay or compare):
         given = "--keep/--option" if options else "--overlay" if overlay else "--compare"
         raise BadInput(f"{given} needs --method or --setting; see 'tokprune methods'")
@@ -54,16 +41,7 @@ def run(
             raise BadInput("--overlay needs an --image to draw on")
         _check_target(overlay)
     pictures = [_open(path) for path in image or []]
-    from tokprune.methods import make_method
-
-    try:
-        made = None if method is None else make_method(method, **options)
-        if setting is not None:
-            from tokprune.recommend import load_setting
-
-            made = load_setting(setting)
-    except TypeError as error:  # an option of the wrong type
-        raise BadInput(str(error)) from None
+    made = named_method(method, options, setting)
     from tokprune.patching import patch, unpatch
 
     loaded, processor = _load(model, made, device, dtype)

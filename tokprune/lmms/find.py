@@ -10,7 +10,7 @@ from torch import nn
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import family_of, supported_models
 from tokprune.lmms.arguments import Arguments, parameters
-from tokprune.loading import _check_plan, _model_class
+from tokprune.loading import check_plan, model_class
 from tokprune.models import resolve
 
 
@@ -67,10 +67,10 @@ def check_fit(arguments: Arguments) -> None:
     except Exception:
         return  # the base may know how to load what transformers does not
     try:
-        cls = _model_class(config)
+        cls = model_class(config)
     except UnsupportedModelError:
         if set(getattr(config, "architectures", None) or []) & set(supported_models()):
             return  # a class of another package
         raise
     if arguments.method is not None:
-        _check_plan(cls, config, arguments.method)
+        check_plan(cls, config, arguments.method)
