@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -525,3 +526,18 @@ def test_pictures_never_shrink_to_nothing() -> None:
     tiny = downsample(Image.new("RGB", (40, 2), (9, 8, 7)), 10)
     assert tiny.size == (16, 4)  # 4 × 1 pixels, each four times as wide and high
     assert tiny.getpixel((3, 3)) == (9, 8, 7)
+
+
+def test_lines_say_nothing_of_a_speed_before_the_first_step() -> None:
+    """A warm-up that takes long advances by nothing."""
+    file = io.StringIO()
+    lines = Lines(file, every=0)
+    lines.start("timing", 2)
+    lines.advance(0)
+    assert file.getvalue() == ""
+    lines.advance(1)
+    lines.advance(1)
+    assert [line.split(",")[0] for line in file.getvalue().splitlines()] == [
+        "timing: 1/2",
+        "timing: 2/2",
+    ]

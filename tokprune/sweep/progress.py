@@ -66,7 +66,7 @@ class Lines:
     def advance(self, steps: int) -> None:
         self.done += steps
         now = time.monotonic()
-        if self.done < self.total and now - self._said < self.every:
+        if self.done < self.total and (now - self._said < self.every or not self.done):
             return
         self._said = now
         rate = self.done / max(now - self._began, 1e-9)
