@@ -126,11 +126,34 @@ def divprune_from_distance(distance: Tensor, k: int, candidates: Tensor | None =
     Source: DivPrune, arXiv 2503.02175, Algorithm 1.
     """
     _check(distance.shape[:-1], k, candidates)
-    if distance.shape[-1] != distance.shape[-2]:
-        raise ValueError(
-            f"distance has shape {tuple(distance.shape)}; its last two dimensions should be equal"
-        )
+    _check_square(distance)
     return _divprune_dense(distance.to(torch.float32, copy=True), k, candidates)
+
+
+@torch.no_grad()
+def k_center_from_distance(distance: Tensor, k: int, pivot: Tensor) -> Tensor:
+    """``k_center`` on a ready distance matrix.
+
+    Args:
+        distance: [*, n, n] symmetric pairwise distances of any float dtype (diagonal ignored).
+        k: tokens to choose, 1 ≤ k ≤ n.
+        pivot: [*] long, index of the first token.
+
+    Returns:
+        LongTensor [*, k], selection order, the pivot first; of equal distances the lower index.
+
+    Raises:
+        ValueError: ``k`` out of range, ``distance`` not square, or shapes or dtypes do not match.
+
+    Source: Gonzalez 1985 (farthest-first traversal).
+    """
+    _check(distance.shape[:-1], k, None)
+    _check_square(distance)
+    _check_pivot(pivot, distance.shape[:-2])
+    n = distance.shape[-1]
+    matrix = distance.to(torch.float32, copy=True).reshape(-1, n, n)
+    state = torch.full_like(matrix[:, 0], torch.inf)
+    return _greedy(_matrix_rows(matrix), state, k, pivot, None, _minimum_)
 
 
 def cosine_distance(x: Tensor) -> Tensor:
@@ -440,6 +463,13 @@ def _check(shape: tuple[int, ...], k: int, candidates: Tensor | None) -> None:
         raise ValueError(
             f"candidates is {candidates.dtype} {tuple(candidates.shape)}; it should be torch.bool "
             f"{tuple(shape)}"
+        )
+
+
+def _check_square(distance: Tensor) -> None:
+    if distance.shape[-1] != distance.shape[-2]:
+        raise ValueError(
+            f"distance has shape {tuple(distance.shape)}; its last two dimensions should be equal"
         )
 
 

@@ -1,0 +1,98 @@
+"""Golden checks of pyramiddrop: one drop of a batch, and a decoder that drops in stages."""
+
+from typing import Any
+
+import torch
+
+import tokprune
+from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.models import load_llama, padded_embeds, run
+from golden_checks.transprune import _rotate
+from tokprune.methods.pyramiddrop import PyramidDrop
+from tokprune.operators.attention import attention_rows
+from tokprune.operators.pyramiddrop import rank_drop
+
+
+def _heads(case: Case, name: str) -> torch.Tensor:
+    """Queries or keys [B, H, L, h] of the layer that ranks, in float32."""
+    p = case.parameters
+    x = case["features"].float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + p["rms_norm_eps"])
+    x = (x * case["layernorm_weight"]) @ case[name].float().T
+    return torch.stack(
+        [
+            _rotate(row.unflatten(-1, (-1, p["head_dim"])).transpose(0, 1), at, p["rope_theta"])
+            for row, at in zip(x, case["position_ids"])
+        ]
+    )
+
+
+def check_rank_drop(case: Case) -> None:
+    p, features = case.parameters, case["features"]
+    batch, length, width = features.shape
+    stage, ratios = p["stage"], p["ratios"]
+    method = PyramidDrop(tuple(ratios[1:]), prune_layers=range(1, len(ratios)))
+    now = [int(n * ratios[stage]) for n in p["image_tokens_original"]]
+    segment = torch.full((batch, length), -1)
+    for b, (start, n) in enumerate(zip(p["image_start"], now)):
+        if start >= 0:
+            segment[b, start : start + n] = 0
+    budget = [[method.counts(stage, n)] if n else [0] for n in p["image_tokens_original"]]
+    rows = torch.tensor([text + n - 1 for text, n in zip(p["prompt_len_text_only"], now)])
+    mask = case["attention_mask"] if "attention_mask" in case else torch.ones(batch, length)
+    allowed = (torch.arange(length) <= rows[:, None]) & (mask != 0)
+    query = _heads(case, "q_proj")[torch.arange(batch), :, rows][:, :, None]
+    attention = attention_rows(query, _heads(case, "k_proj"), None, allowed[:, None])
+    _, kept = rank_drop(attention[:, :, 0], segment, torch.tensor(budget))
+    alive = (kept | (segment < 0)) & (mask != 0)
+    lengths = alive.sum(1).tolist()
+    new = torch.zeros(batch, max(lengths), width)  # padded on the right, as the official code does
+    for b, n in enumerate(lengths):
+        index = alive[b].nonzero().view(-1)
+        if f"keep_{b}" in case:
+            assert_equal(index, case[f"keep_{b}"], f"keep_{b}")
+        new[b, :n] = features[b, index]
+        positions = case["new_position_ids"][b, :n]
+        assert_equal(positions, torch.arange(n), f"new_position_ids of row {b}")
+        if "new_attention_mask" in case:
+            assert case["new_attention_mask"][b].nonzero().view(-1).tolist() == list(range(n))
+    assert_equal(new, case["new_features"], "new_features")
+
+
+def check_e2e(case: Case) -> None:
+    """Prefill and steps from embeddings, alone and as a row of a left-padded batch."""
+    p, embeds = case.parameters, case["inputs_embeds"]
+    image = slice(p["image_start"], p["image_start"] + p["image_len"])
+    visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
+    visual[:, image] = True
+    mask = torch.ones(1, embeds.shape[1], dtype=torch.long)
+    alone = {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
+    method = PyramidDrop(tuple(p["ratios"]), prune_layers=tuple(p["layer_list"]))
+    for attention in ("eager", "sdpa"):
+        model = load_llama(case.weights(), p["config"], attention)
+        assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")
+        for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
+            rows = len(inputs["inputs_embeds"])
+            steps = [step.expand(rows, -1, -1) for step in case["decode_embeds"]]
+            with tokprune.compress(model, method) as trace:
+                got = run(model, inputs, embeds=steps)
+            last: Any = trace.last
+            for i, layer in enumerate(p["layer_list"]):
+                seen = last.layers[layer]
+                real = seen.column[0] >= 0
+                kept = seen.column[0][real] - gap
+                assert_equal(kept, case[f"stage{i}_keep_original"], f"stage{i}_keep_original")
+                positions = case[f"stage{i}_positions"].view(-1)
+                assert_equal(seen.position[0][real], positions, f"stage{i}_positions")
+            lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
+            assert_equal(lengths, case["kv_lengths"], "kv_lengths")
+            if not gap:
+                cached = torch.tensor(got.cache_lengths()) - len(steps)
+                assert_equal(cached, case["kv_lengths"], "cached")
+            logits = case["logits"]
+            assert_close(got.prefill[:1, -logits.shape[1] :], logits, "logits")
+            decoded = case["decode_logits"].view(len(steps), -1)
+            assert_close(got.logits[0, 1:], decoded, "decode_logits")
+
+
+CHECKS = {"pyramiddrop.e2e_llama": check_e2e, "pyramiddrop.rank_drop": check_rank_drop}

@@ -1,0 +1,188 @@
+"""Deterministic k-medoids: farthest-first start, then assign and re-centre until nothing moves."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from tokprune.operators.diversity import k_center_from_distance
+
+Distance = Literal["euclidean", "cosine"]
+
+#: Rounds of assigning and re-centring. Random points of several kinds (147 to 588 of them, 16 to
+#: 192 clusters) settled in at most 7.
+ITERATIONS = 10
+
+#: Norms this close (relative) to the largest count as equal where all norms are one by definition.
+_EQUAL_NORMS = 1e-4
+
+
+class Medoids(NamedTuple):
+    """Clusters of n points around k of them.
+
+    ``medoids`` [*, k] long: the points that stand for the clusters; ``assign`` [*, n] long: the
+    cluster of every point, an index into ``medoids``. Every medoid is in its own cluster.
+    """
+
+    medoids: Tensor
+    assign: Tensor
+
+
+@torch.no_grad()
+def kmedoids(
+    x: Tensor,
+    k: int,
+    *,
+    distance: Distance = "euclidean",
+    p: float = 2.0,
+    pre_norm: bool = False,
+    iterations: int = ITERATIONS,
+    sort: bool = True,
+) -> Medoids:
+    """k-medoids whose start is the longest vector, then always the point farthest from the chosen.
+
+    Each round assigns every point to its nearest medoid and makes the member with the smallest
+    summed distance to its cluster the new medoid. Rounds after the last change do nothing, so a
+    fixed number of them needs no look at the values; on the CPU they are left out. Points settle
+    one sample by the other: results do not depend on what else is in the batch. No cluster is ever
+    empty. Ties go to the lower index: distances are exactly symmetric with a zero diagonal, so the
+    two members of a pair always tie and the earlier one stays.
+
+    Args:
+        x: [*, n, d] of any float dtype; norms are float32, products of pairs float64.
+        k: clusters, 1 ≤ k ≤ n; k = n gives every point its own.
+        distance: ``euclidean`` (Minkowski of order ``p``) or ``cosine`` (1 − cos).
+        p: order of the Minkowski distance, > 0; orders other than 2 are slow.
+        pre_norm: scale every vector to length one first.
+        iterations: most rounds, at least 1.
+        sort: number the clusters by the position of their medoid.
+
+    Returns:
+        ``Medoids`` with shapes [*, k] and [*, n].
+
+    Raises:
+        ValueError: ``x`` has fewer than two dimensions, or an argument is out of range.
+
+    Source: Zhao et al. 2022, arXiv 2205.00823, section 3.2 (k-medoids++ with the KKZ start of
+    Katsavounidis et al. 1994, as in the official code).
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
+    lead, n = x.shape[:-2], x.shape[-2]
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}; it should be between 1 and the number of points, {n}")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it should be at least 1")
+    points = x.reshape(-1, n, x.shape[-1]).float()
+    if pre_norm:
+        points = _unit(points)
+    first = _longest(points, tolerance=_EQUAL_NORMS if pre_norm else 0.0)
+    medoids, assign = _settle(pairwise(points, distance, p), first, k, iterations, sort)
+    return Medoids(medoids.reshape(*lead, k), assign.reshape(*lead, n))
+
+
+def kkz(
+    x: Tensor, k: int, *, distance: Distance = "euclidean", p: float = 2.0, pre_norm: bool = False
+) -> Tensor:
+    """The start of :func:`kmedoids`: [*, k] long, in order of choice, all different.
+
+    Args, Raises and Source as :func:`kmedoids`.
+    """
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
+    points = x.reshape(-1, *x.shape[-2:]).float()
+    if pre_norm:
+        points = _unit(points)
+    first = _longest(points, tolerance=_EQUAL_NORMS if pre_norm else 0.0)
+    start = k_center_from_distance(pairwise(points, distance, p), k, first)
+    return start.reshape(*x.shape[:-2], k)
+
+
+def pairwise(x: Tensor, distance: Distance = "euclidean", p: float = 2.0) -> Tensor:
+    """Distances of all pairs of points, exactly symmetric and zero on the diagonal.
+
+    Products are float64 (float32 on devices without it), so that near-duplicates, which video
+    frames are full of, keep their order and equal points have distance exactly 0.
+
+    Args:
+        x: [B, n, d] of any float dtype.
+        distance: ``euclidean`` (Minkowski of order ``p``) or ``cosine`` (1 − cos).
+        p: order, > 0.
+
+    Returns:
+        [B, n, n] float32.
+
+    Raises:
+        ValueError: unknown ``distance``, or ``p`` out of range.
+    """
+    if distance not in get_args(Distance):
+        raise ValueError(f"distance={distance!r} is unknown; use one of {get_args(Distance)}")
+    if not p > 0:
+        raise ValueError(f"p is {p}; it should be positive")
+    if distance == "euclidean" and p != 2:
+        one_sided = torch.cdist(x.float(), x.float(), p=p)
+    else:
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        y = _unit(x.to(wide)) if distance == "cosine" else x.to(wide)
+        square = _squares(y)
+        one_sided = square / 2 if distance == "cosine" else square.sqrt()
+    upper = one_sided.float().triu(1)
+    return upper + upper.mT
+
+
+def _squares(y: Tensor) -> Tensor:
+    """Squared Euclidean distances [B, n, n] of points around their mean."""
+    y = y - y.mean(1, keepdim=True)
+    length = y.square().sum(-1)
+    both = length[:, :, None] + length[:, None, :]
+    square = both - 2 * torch.bmm(y, y.mT)
+    # what is left of equal points is rounding: some hundred units in the last place
+    return square.masked_fill(square < 4096 * torch.finfo(y.dtype).eps * both, 0.0)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 1e-6)
+
+
+def _longest(x: Tensor, tolerance: float) -> Tensor:
+    """[B]: first point whose norm is, but for ``tolerance``, the largest."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    return (norm >= norm.amax(-1, keepdim=True) * (1 - tolerance)).int().argmax(-1)
+
+
+def _settle(
+    distance: Tensor, first: Tensor, k: int, iterations: int, sort: bool
+) -> tuple[Tensor, Tensor]:
+    """Medoids [B, k] and assignment [B, n] from distances [B, n, n] and the first medoid [B]."""
+    medoids = k_center_from_distance(distance, k, first)
+    for _ in range(iterations if k < distance.shape[-1] else 0):
+        moved = _recentre(distance, _nearest(distance, medoids), k)
+        # only where a look costs nothing; further rounds would find the same medoids
+        if moved.device.type == "cpu" and torch.equal(moved, medoids):
+            break
+        medoids = moved
+    if sort:
+        medoids = medoids.sort(-1).values
+    return medoids, _nearest(distance, medoids)
+
+
+def _nearest(distance: Tensor, medoids: Tensor) -> Tensor:
+    """[B, n]: the nearest medoid of every point; a medoid's is itself, even beside a duplicate."""
+    batch, k = medoids.shape
+    n = distance.shape[-1]
+    rows = distance.gather(1, medoids[:, :, None].expand(batch, k, n))
+    own = torch.arange(k, device=medoids.device).expand(batch, k)
+    return rows.argmin(1).scatter(1, medoids, own)
+
+
+def _recentre(distance: Tensor, assign: Tensor, k: int) -> Tensor:
+    """[B, k]: of every cluster the member with the smallest sum of distances to the others."""
+    batch, n = assign.shape
+    together = assign[:, :, None] == assign[:, None, :]
+    cost = torch.where(together, distance, 0.0).sum(-1)
+    least = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assign, cost, "amin")
+    index = torch.arange(n, device=assign.device)
+    candidate = torch.where(cost == least.gather(1, assign), index, n)
+    return assign.new_full((batch, k), n).scatter_reduce(1, assign, candidate, "amin")
