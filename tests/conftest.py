@@ -15,6 +15,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=GOLDEN_DIR,
         help="folder of golden vectors: <method>/<case>.safetensors (default: tests/golden)",
     )
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="run the tests marked slow, too: full products of which the rest is a cover",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow; needs --slow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -88,9 +88,10 @@ def _mask_tower(model: Any, trace: PrefillTrace) -> list[Any]:
     parts = family_of(model).parts(model)
     records = []
     for image in trace.images:
-        if image.record is not None and all(image.record is not r for r in records):
-            records.append(image.record)
-    if not any(r.history for r in records):
+        record = image.record
+        if record is not None and record.history and all(record is not r for r in records):
+            records.append(record)
+    if not records:
         return []
     facts, handles = trace.facts, []
     cls = int(facts.has_cls)
@@ -111,7 +112,13 @@ def _mask_tower(model: Any, trace: PrefillTrace) -> list[Any]:
             continue
         mask = torch.zeros(alive[max(earlier)].shape).masked_fill(~alive[max(earlier)], BLOCKED)
 
-        def hook(module: Any, args: Any, kwargs: Any, mask=mask[:, None, None, :]) -> Any:
+        passes = iter([True])  # pictures are encoded first, videos (not reduced) after them
+
+        def hook(
+            module: Any, args: Any, kwargs: Any, mask=mask[:, None, None, :], passes=passes
+        ) -> Any:
+            if not next(passes, False):
+                return None
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             square = mask.expand(-1, 1, hidden.shape[1], -1)
             kwargs["attention_mask"] = square

@@ -5,14 +5,15 @@ The papers' "FLOPs" are MACs by this count, see :func:`paper_flops`.
 
 Counted: every matrix product of the model, at the token counts that each layer really had, with
 the causal half of the decoder's score matrix counted in full (the convention of the papers).
-Not counted: norms, activations, softmax, embedding look-ups, padding rows, and what a method
+A convolution that pools frames before the projector counts with it. Not counted: other pooling and
+interpolation, norms, activations, softmax, embedding look-ups, padding rows, and what a method
 spends on its scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,6 +34,12 @@ def _linear(module: nn.Module) -> int:
             linear: Any = part  # nn.Linear, or a quantised relative of it
             total += linear.in_features * linear.out_features
     return total
+
+
+def _convolution(module: nn.Module | None) -> int:
+    """MACs per output cell of the convolutions inside a module."""
+    parts = [] if module is None else list(module.modules())
+    return sum(part.weight.numel() for part in parts if isinstance(part, nn.Conv2d))
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class ModelShape:
     projector: int
     decoder: tuple[LayerShape, ...]
     lm_head: int
+    #: per cell that a convolution makes of a frame's patches, where the model pools that way
+    resampler: int = 0
 
     @classmethod
     def of(cls, model: Any, parts: Parts | None = None) -> ModelShape:
@@ -105,6 +114,7 @@ class ModelShape:
             projector=_linear(parts.projector),
             decoder=tuple(LayerShape.of(layer) for layer in parts.decoder_layers),
             lm_head=0 if out is None else _linear(out),
+            resampler=_convolution(parts.resampler),
         )
 
     @property
@@ -175,7 +185,15 @@ def unpruned_macs(prefill: PrefillTrace) -> Macs:
     """MACs of the same prefill without any compression."""
     tiles = sum(record.layout.tiles for record in prefill.records)
     past = prefill.past_lengths()
-    return model_macs(prefill.shape, prefill.facts, tiles, prefill.original_lengths, past)
+    macs = model_macs(prefill.shape, prefill.facts, tiles, prefill.original_lengths, past)
+    pooled = [r.layout for r in prefill.records if r.layout.projected is not None]
+    if not pooled:
+        return macs
+    # frames that the model pools before the projector
+    rows = sum(layout.tiles * (layout.projected or 0) for layout in pooled)
+    spared = sum(layout.tiles for layout in pooled) * prefill.facts.tokens_per_tile
+    projector = macs.projector + (rows - spared) * prefill.shape.projector
+    return replace(macs, projector=projector + rows * prefill.shape.resampler)
 
 
 def model_macs(
@@ -241,7 +259,11 @@ def _measured(
                 layer.macs(a, mlp_rows=m) for a, m in zip(attended, mlp, strict=True)
             )
         out = prefill.tower_output(record)
-        projector += shape.projector * sum(n - cut for n in out)
+        if record.layout.projected is not None:
+            rows_ = record.layout.tiles * record.layout.projected
+            projector += rows_ * (shape.projector + shape.resampler)
+        else:
+            projector += shape.projector * sum(n - cut for n in out)
         if shape.pooling is not None:
             pooling += sum(shape.pooling.macs(n) for n in out)
     decoder = []

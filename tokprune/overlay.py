@@ -34,7 +34,7 @@ class _Board:
 
 def overlay(
     trace: Trace,
-    image: Image.Image | Sequence[Image.Image],
+    image: Image.Image | Sequence[Image.Image | Sequence[Image.Image]],
     path: str | PathLike[str] | None = None,
     row: int = 0,
     *,
@@ -45,11 +45,13 @@ def overlay(
 
     One panel per stage that changed something: dropped patches grey, survivors clear with an
     outline, merged tokens as patches of one colour. Tiled models get the base tile above the
-    stitched high-resolution picture, without the padding that the model's own packing removes.
+    stitched high-resolution picture, without the padding that the model's own packing removes. A
+    video is a mosaic of its frames.
 
     Args:
         trace: of the patched model.
-        image: the prompt's picture, or the list of them in prompt order.
+        image: the prompt's picture, or the list of them in prompt order; for a video, the list of
+            the frames that the model saw (``[frames]`` where it is all there is).
         path: where to save (the suffix says the format), or None.
         row: batch row of the prompt.
         processor: the model's processor (or image processor), to show the part of the picture
@@ -60,34 +62,42 @@ def overlay(
 
     Raises:
         RuntimeError: no prefill with images was recorded.
-        ValueError: the number of pictures is not that of the prompt, or the prompt was given as
-            embeddings, so that nobody knows the patches.
+        ValueError: the number of pictures, or of a video's frames, is not that of the prompt, or
+            the prompt was given as embeddings, so that nobody knows the patches.
     """
     from PIL import Image
 
-    from tokprune.survivors import image_stages, original_cells
+    from tokprune.survivors import original_cells, stages_of
 
     prefill = trace._need()
     pictures = [image] if isinstance(image, Image.Image) else list(image)
-    traced = [i for i in prefill.images if i.row == row]
+    traced = prefill.visuals(row)
     if len(pictures) != len(traced):
         raise ValueError(
             f"image: {len(pictures)} picture(s) for batch row {row}, which has {len(traced)} "
             "image(s); pass all of the prompt's pictures in order"
         )
     strips = []
-    for picture, known in zip(pictures, traced):
-        if known.record is None:
+    for picture, parts in zip(pictures, traced):
+        records = [part.record for part in parts if part.record is not None]
+        if not records:
             raise ValueError(
                 "the prompt was given as inputs_embeds, so the trace knows prompt columns but no "
                 "patches; run the model on input_ids and pixel_values to draw them"
             )
-        boards = _boards(picture.convert("RGB"), known.record, processor, size)
-        full = set(original_cells(known.record))
-        stages = _worth_showing(image_stages(prefill, known), full)
-        panels = [_column(boards, None, f"image: {len(known.columns)} tokens", size)]
+        if records[0].layout.video:
+            boards = _mosaic(picture, records, processor, size)
+        elif isinstance(picture, Image.Image):
+            boards = _boards(picture.convert("RGB"), records[0], processor, size)
+        else:
+            raise ValueError(f"image: {picture!r} stands for a still picture; it should be one")
+        full = {cell for record in records for cell in original_cells(record)}
+        stages = _worth_showing(stages_of(prefill, parts), full)
+        what = "video" if records[0].layout.video else "image"
+        count = sum(len(part.columns) for part in parts)
+        panels = [_column(boards, None, f"{what}: {count} tokens", size)]
         panels += [
-            _column(boards, stage.tokens, _caption(stage, len(prefill.layers), known.record), size)
+            _column(boards, stage.tokens, _caption(stage, len(prefill.layers), records[0]), size)
             for stage in stages
         ]
         strips.append(_join(panels, size // 24, across=True))
@@ -142,19 +152,52 @@ def _span(first: int, last: int) -> str:
 
 def _boards(picture: Image.Image, record: ImageRecord, processor: Any, size: int) -> list[_Board]:
     """The base tile, and for tiled models the stitched high-resolution picture."""
-    rows, cols = record.facts.grid
+    rows, cols = record.facts.grid if record.door is None else record.door.grids[0]
     cell = max(4, round(size / max(rows, cols)))
     base = picture if record.facts.tiled else _as_seen(picture, processor)
     place = {(0, r, c): (r, c) for r in range(rows) for c in range(cols)}
     boards = [_Board(_resize(base, cols * cell, rows * cell), cell, (rows, cols), place)]
     down, across = record.layout.tile_grid
-    if down and across:
+    if record.door is not None:  # the crops as one smaller map, which shows no padding
+        shape = record.door.grids[1]
+        cell = max(4, round(size / max(shape)))
+        place = {(1, r, c): (r, c) for r in range(shape[0]) for c in range(shape[1])}
+        whole = _resize(picture, shape[1] * cell, shape[0] * cell)
+        boards.append(_Board(whole, cell, shape, place))
+    elif down and across:
         shape = (down * rows, across * cols)
         cell = max(4, round(size / max(shape)))
         stitched = _stitched(picture, record, shape, cell)
         if stitched.place:  # the packing may leave nothing of a very long, thin picture
             boards.append(_trimmed(stitched))
     return boards
+
+
+def _mosaic(frames: Any, records: Sequence[ImageRecord], processor: Any, size: int) -> list[_Board]:
+    """All frames of a video, row by row in a near-square mosaic; ``records``: its parts."""
+    from PIL import Image
+
+    number = sum(record.layout.frames for record in records)
+    given = [] if isinstance(frames, Image.Image) else list(frames)
+    if len(given) != number:
+        got = "a picture" if isinstance(frames, Image.Image) else f"{len(given)} frame(s)"
+        raise ValueError(
+            f"image: {got} for a video of {number} frames; it should be the list of those that "
+            "the model saw"
+        )
+    door = records[0].door
+    rows, cols = records[0].facts.grid if door is None else door.grids[0]
+    across = math.ceil(math.sqrt(number))
+    shape = (math.ceil(number / across) * rows, across * cols)
+    cell = max(4, round(size / max(shape)))
+    canvas = Image.new("RGB", (shape[1] * cell, shape[0] * cell), _PAPER)
+    place: dict[Cell, tuple[int, int]] = {}
+    for f, frame in enumerate(given):
+        top, left = f // across * rows, f % across * cols
+        seen = _resize(_as_seen(frame.convert("RGB"), processor), cols * cell, rows * cell)
+        canvas.paste(seen, (left * cell, top * cell))
+        place |= {(f, r, c): (top + r, left + c) for r in range(rows) for c in range(cols)}
+    return [_Board(canvas, cell, shape, place)]
 
 
 def _stitched(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -68,8 +68,8 @@ def compose(*methods: str | Method) -> Method:
     Whether the stages fit is decided per model, when it is patched.
 
     Raises:
-        CompositionError: fewer than two methods (here), or two methods at the same stage (when
-            patched; the message says why).
+        CompositionError: fewer than two methods, or different ``per`` (here), or two methods at the
+            same stage (when patched; the message says why).
     """
     parts: list[Method] = []
     for method in methods:
@@ -77,7 +77,13 @@ def compose(*methods: str | Method) -> Method:
         parts += made.methods if isinstance(made, Composed) else [made]
     if len(parts) < 2:
         raise CompositionError(f"compose needs at least two methods, got {len(parts)}")
-    return Composed(methods=tuple(parts))
+    units = list(dict.fromkeys(part.per for part in parts))
+    if len(units) > 1:
+        raise CompositionError(
+            f"methods with different per ({', '.join(map(repr, units))}) see a video in different "
+            "parts; give all of them the same"
+        )
+    return Composed(methods=tuple(parts), per=units[0])
 
 
 def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
@@ -111,7 +117,7 @@ def _start(
 ) -> Session:
     family = family_of(model)
     made = make_method(method, **options)
-    plan = made.plan(family.facts(model, family.parts(model)))
+    plan = replace(made.plan(family.facts(model, family.parts(model))), per=made.per)
     session = Session(model, plan, Trace(model, repr(made)))
     session.nested = nested
     unpatch(model)

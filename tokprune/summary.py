@@ -10,7 +10,7 @@ from tokprune.flops import Macs, prefill_macs, unpruned_macs
 from tokprune.survivors import image_stages
 
 if TYPE_CHECKING:
-    from tokprune.trace import PrefillTrace, Trace
+    from tokprune.trace import ImageTrace, PrefillTrace, Trace
 
 
 def visual_per_layer(prefill: PrefillTrace) -> list[list[int]]:
@@ -59,7 +59,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
                 "tokens_in": len(image.columns),
                 "columns": [int(image.columns[0]), int(image.columns[-1])],
                 "tiles": None if image.record is None else image.record.layout.tiles,
-                "grid": list(prefill.facts.grid),
+                **_grid(prefill, image),
                 "stages": [stage.to_dict() for stage in image_stages(prefill, image)],
             }
             for image in prefill.images
@@ -71,6 +71,23 @@ def to_dict(trace: Trace) -> dict[str, Any]:
         "kv_bytes": sum(prefill.kv_bytes()),
         "kv_bytes_unpruned": prefill.kv_bytes_unpruned(),
     }
+
+
+def _grid(prefill: PrefillTrace, image: ImageTrace) -> dict[str, Any]:
+    """Cells of a tile (or frame) that tokens are named by; the frames of a video."""
+    record = image.record
+    if record is None:
+        return {"grid": list(prefill.facts.grid)}
+    if record.door is None:
+        grids = [prefill.facts.grid]
+    else:
+        grids = list(dict.fromkeys(record.door.grids))
+    told: dict[str, Any] = {"grid": list(grids[0])}
+    if len(grids) > 1:
+        told["map"] = list(grids[1])
+    if record.layout.video:
+        told["frames"] = [record.layout.first_frame, record.layout.frames]
+    return told
 
 
 def _encoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
@@ -124,12 +141,21 @@ def summary(trace: Trace) -> str:
     prefill = trace.last
     macs, unpruned = prefill_macs(prefill), unpruned_macs(prefill)
     rows = len(prefill.original_lengths)
-    lines = [title, f"{_count(rows, 'prompt')} with {_count(len(prefill.images), 'image')}"]
+    lines = [title, f"{_count(rows, 'prompt')} with {_visuals(prefill)}"]
     if rows > 1:
         lines[1] += "; tokens: means per prompt, KV and FLOPs: the whole batch"
     if nothing_removed(prefill):
         lines.append("NOTHING WAS REMOVED: every layer saw all visual tokens.")
     return "\n".join([*lines, _table(prefill, macs), *_totals(prefill, macs, unpruned)])
+
+
+def _visuals(prefill: PrefillTrace) -> str:
+    """ "2 images", "1 image and 1 video"."""
+    found = [v[0].record for row in range(len(prefill.original_lengths))
+             for v in prefill.visuals(row)]  # fmt: skip
+    videos = sum(record is not None and record.layout.video for record in found)
+    told = [(len(found) - videos, "image"), (videos, "video")]
+    return " and ".join(_count(n, noun) for n, noun in told if n)
 
 
 def _table(prefill: PrefillTrace, macs: Macs) -> str:

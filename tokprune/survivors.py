@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from tokprune.engine.decoder import Drop
     from tokprune.engine.images import ImageRecord
     from tokprune.trace import ImageTrace, PrefillTrace
 
-#: (tile, row, col) of a patch; tile 0 is the base picture
+#: (tile, row, col) of a patch; tile 0 is the base picture. In a video the tile is the number of the
+#: frame, on the grid of its pooled cells; the map that a model shrinks all crops to is tile 1
 Cell: TypeAlias = "tuple[int, int, int]"
 Kind: TypeAlias = 'Literal["patch", "newline", "class"]'
 
@@ -18,7 +22,8 @@ Kind: TypeAlias = 'Literal["patch", "newline", "class"]'
 class Token:
     """A visual token alive at some stage, named by where it comes from.
 
-    ``image``: number of the image inside its prompt; ``tile``, ``row``, ``col``: its patch, −1
+    ``image``: number of the image inside its prompt (each part of a video that is compressed as one
+    is an image); ``tile``, ``row``, ``col``: its patch, −1
     for newline and class tokens (and for prompts given as embeddings); ``column``: prompt column,
     −1 where the model's packing gives it none; ``sources``: every patch merged into it, its own
     included (empty for newline and class tokens).
@@ -71,31 +76,52 @@ class StageTokens:
 
 def original_cells(record: ImageRecord) -> list[Cell]:
     """Patches that the model's own packing puts into the prompt, in prompt order."""
-    facts, cells = record.facts, []
-    for number in record.layout.packed.tolist():
-        tile, row = divmod(number, facts.tokens_per_tile)
-        patch = row - int(facts.cls_in_features)
-        if number >= 0 and patch >= 0:
-            cells.append((tile, *divmod(patch, facts.grid[1])))
-    return cells
+    places = _Places(record)
+    numbers = record.layout.packed.tolist()
+    if places.nearest is not None:
+        numbers = [patch for patch, cell in enumerate(places.nearest) if cell >= 0]
+    return [cell for number in numbers if (cell := places.cell(number)) is not None]
 
 
-class _Cells:
+class _Places:
+    """From numbers of feature rows to cells."""
+
+    def __init__(self, record: ImageRecord) -> None:
+        self.facts, self.first_frame = record.facts, record.layout.first_frame
+        #: grids on which the rows are numbered, where they are not those of the tower's tiles
+        self.grids = None if record.door is None else record.door.grids
+        #: cell at the door that shows each patch, for survivors of the tower where the two differ
+        self.nearest: list[int] | None = None
+        if record.layout.door is not None and record.door is None:
+            assert record.layout.door.nearest is not None
+            self.nearest = record.layout.door.nearest.tolist()
+
+    def cell(self, number: int) -> Cell | None:
+        """The patch of a feature row ``tile · F + row``, None for newline and class tokens."""
+        if number < 0:
+            return None
+        if self.grids is not None:
+            for tile, (height, width) in enumerate(self.grids):
+                if number < height * width:
+                    return tile + self.first_frame, *divmod(number, width)
+                number -= height * width
+        tile, row = divmod(number, self.facts.tokens_per_tile)
+        patch = row - int(self.facts.cls_in_features)
+        return None if patch < 0 else (tile + self.first_frame, *divmod(patch, self.facts.grid[1]))
+
+
+class _Cells(_Places):
     """Feature rows of one image: from numbers ``tile · F + row`` to cells and prompt columns."""
 
     def __init__(self, image: ImageTrace, record: ImageRecord) -> None:
-        self.facts, self.number = record.facts, image.number
+        super().__init__(record)
+        self.number = image.number
         packed, columns = record.layout.packed.tolist(), image.columns.tolist()
         self.column = {cell: at for cell, at in zip(packed, columns) if cell >= 0}
+        if self.nearest is not None:
+            at_cell = self.column
+            self.column = {p: at_cell[c] for p, c in enumerate(self.nearest) if c in at_cell}
         self.packed, self.columns = packed, columns
-
-    def cell(self, number: int) -> Cell | None:
-        """The patch of a feature row, None for newline and class tokens."""
-        facts = self.facts
-        patch = number % facts.tokens_per_tile - int(facts.cls_in_features)
-        if number < 0 or patch < 0:
-            return None
-        return number // facts.tokens_per_tile, *divmod(patch, facts.grid[1])
 
     def of_patch(self, tile: int, patch: int) -> int:
         """Number of the feature row of a patch."""
@@ -157,26 +183,28 @@ def prompt_tokens(image: ImageTrace) -> list[Token]:
     ]
 
 
-def _survivors(entered: list[Token], columns: list[int]) -> list[Token]:
-    """The tokens with these prompt columns, in order (a drop never changes the order, so this
-    also tells tokens apart that share a column, up to equal ones)."""
-    alive, at = [], 0
-    for column in columns:
-        while entered[at].column != column:
-            at += 1
-        alive.append(entered[at])
-        at += 1
-    return alive
+def _after(drop: Drop, image: ImageTrace, tokens: list[Token]) -> list[Token]:
+    """Tokens of an image after a drop, in their new order; ``tokens``: those before it."""
+    segment = drop.segment[image.row].tolist()
+    at = dict(zip((p for p, s in enumerate(segment) if s == image.number), tokens, strict=True))
+    if drop.group is not None:
+        held: dict[int, list[Cell]] = {}
+        for place, holder in enumerate(drop.group[image.row].tolist()):
+            if place in at:
+                held.setdefault(holder, []).extend(at[place].sources)
+        at = {p: replace(token, sources=tuple(held.get(p, ()))) for p, token in at.items()}
+    return [at[place] for place in drop.index[image.row].tolist() if place in at]
 
 
 def decoder_tokens(
     prefill: PrefillTrace, image: ImageTrace, layer: int, entered: list[Token] | None = None
 ) -> list[Token]:
-    """Tokens of one image alive in a decoder layer."""
-    seen = prefill.layers[layer]
-    entered = prompt_tokens(image) if entered is None else entered
-    mine = seen.segment[image.row] == image.number
-    return _survivors(entered, seen.column[image.row][mine].tolist())
+    """Tokens of one image alive in a decoder layer (negative counts from the end)."""
+    tokens = prompt_tokens(image) if entered is None else entered
+    for drop in prefill.drops:
+        if drop.layer <= layer % len(prefill.layers):
+            tokens = _after(drop, image, tokens)
+    return tokens
 
 
 def _encoder_stages(image: ImageTrace, record: ImageRecord) -> list[StageTokens]:
@@ -201,13 +229,24 @@ def _encoder_stages(image: ImageTrace, record: ImageRecord) -> list[StageTokens]
 
 def image_stages(prefill: PrefillTrace, image: ImageTrace) -> list[StageTokens]:
     """Stages of one image: reducing encoder layers, the prompt, runs of equal decoder layers."""
-    stages = [] if image.record is None else _encoder_stages(image, image.record)
-    entered = prompt_tokens(image)
-    stages.append(StageTokens("prompt", None, entered))
+    return stages_of(prefill, [image])
+
+
+def stages_of(prefill: PrefillTrace, parts: Sequence[ImageTrace]) -> list[StageTokens]:
+    """The same for the parts of a video together."""
+    stages = []
+    if len(parts) == 1 and parts[0].record is not None:
+        stages = _encoder_stages(parts[0], parts[0].record)
+    entered = [prompt_tokens(part) for part in parts]
+    stages.append(StageTokens("prompt", None, list(chain(*entered))))
     runs: list[tuple[int, int, list[Token]]] = []
     for number, seen in enumerate(prefill.layers):
         same = number and seen.column is prefill.layers[number - 1].column
-        tokens = runs[-1][2] if same else decoder_tokens(prefill, image, number, entered)
+        tokens = runs[-1][2] if same else [
+            token
+            for part, own in zip(parts, entered)
+            for token in decoder_tokens(prefill, part, number, own)
+        ]  # fmt: skip
         if runs and runs[-1][2] == tokens:
             runs[-1] = (runs[-1][0], number, tokens)
         else:

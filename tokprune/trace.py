@@ -18,7 +18,7 @@ from tokprune.engine.stages import ImageTokens, ModelFacts, Selection
 from tokprune.flops import ModelShape
 
 if TYPE_CHECKING:
-    from tokprune.engine.decoder import PrefillPass
+    from tokprune.engine.decoder import Drop, PrefillPass
     from tokprune.engine.images import ImageRecord
     from tokprune.engine.layout import PromptLayout
     from tokprune.engine.session import Session
@@ -51,7 +51,8 @@ class LayerTrace:
 
 @dataclass
 class ImageTrace:
-    """One image of a prefill: where it stands, how it was packed, what entered the decoder.
+    """One image, video or part of a video of a prefill: where it stands, how it was packed, what
+    entered the decoder.
 
     The feature tensors of ``record``, ``entered`` and ``selection`` are left out, so that a
     trace holds numbers only.
@@ -69,6 +70,7 @@ class ImageTrace:
 class PrefillTrace:
     """One prefill with images, as the engine left it.
 
+    ``drops``: what was dropped or merged inside the decoder, in order;
     ``between_layers``: encoder layers that reduce between attention and MLP; ``past``: tokens of
     earlier turns, in the original count; ``past_mask`` [B, past]: which of them are no padding
     (None: all); ``kv_itemsize``: bytes of one cached number, 0 without a cache.
@@ -77,6 +79,7 @@ class PrefillTrace:
     facts: ModelFacts
     images: list[ImageTrace]
     layers: list[LayerTrace]
+    drops: list[Drop]
     original_lengths: list[int]
     past: int
     shape: ModelShape
@@ -89,6 +92,17 @@ class PrefillTrace:
     def records(self) -> list[ImageRecord]:
         """The encoded images, each once."""
         return list({id(i.record): i.record for i in self.images if i.record is not None}.values())
+
+    def visuals(self, row: int) -> list[list[ImageTrace]]:
+        """Pictures and videos of a prompt, in order; a video may be in several parts."""
+        found: list[list[ImageTrace]] = []
+        for image in self.images:
+            if image.row == row:
+                if image.record is not None and image.record.layout.first_frame:
+                    found[-1].append(image)
+                else:
+                    found.append([image])
+        return found
 
     @property
     def original_counts(self) -> list[int]:
@@ -235,6 +249,7 @@ class Trace:
             facts=session.facts,
             images=traces,
             layers=layers,
+            drops=prefill.drops,
             original_lengths=prefill.native.lengths,
             past=past,
             shape=self.shape,
@@ -287,7 +302,8 @@ class Trace:
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known of the newest prefill, in JSON types.
 
-        ``images``: per image its ``stages`` (encoder layers that reduce, ``prompt``, runs of
+        ``images``: per image (or part of a video, with its ``frames`` [first, number]; a token's
+        ``tile`` is then the frame) its ``stages`` (encoder layers that reduce, ``prompt``, runs of
         equal decoder layers), each with its ``tokens`` (see :class:`tokprune.survivors.Token`).
         ``encoder``, ``decoder``: per layer token counts, positions, KV and MACs. ``macs`` and
         ``macs_unpruned``: FLOPs = 2 × MACs. ``recorded`` is False, and the rest missing, where no

@@ -75,6 +75,10 @@ class _EncoderStage(EncoderStage):
         self.between_layers, self.after_layers = inner.between_layers, inner.after_layers
         self.order, self.positions = inner.order, inner.positions
 
+    @property
+    def reduces(self) -> bool:
+        return self.inner.reduces
+
     def start(self, tower: TowerInput) -> EncoderRun:
         place = Place("encoder", self.number, "start")
         return _EncoderRun(self.number, self.watcher(place, self.inner.start, tower), self.watcher)
@@ -111,7 +115,8 @@ class _EncoderRun(EncoderRun):
 class _PromptStage(PromptStage):
     def __init__(self, number: int, inner: PromptStage, watcher: Watcher) -> None:
         self.number, self.inner, self.watcher = number, inner, watcher
-        self.positions, self.wants_raw = inner.positions, inner.wants_raw
+        self.positions = inner.positions
+        self.wants_raw, self.wants_text = inner.wants_raw, inner.wants_text
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         place = Place("prompt", self.number, "select")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +36,12 @@ class LayerCalls:
     """What prefill and step passes share: one layer call's mask and positions, computed once
     per distinct sequence and reused by all layers that see it."""
 
-    def __init__(self, rotary: Any, backend: str, window: int | None, old: bool = False) -> None:
+    def __init__(
+        self, rotary: Any, backend: str, window: int | None, norm: Any, old: bool = False
+    ) -> None:
         self.rotary, self.backend, self.window = rotary, backend, window
+        #: the decoder's final norm
+        self.norm = norm
         #: layers of transformers 4.37: masks of full shape, and no rotary embeddings from outside
         self.old = old
         self._embeddings: dict[tuple[int, int], tuple[Tensor, Any]] = {}
@@ -84,6 +89,18 @@ class LayerCalls:
             kwargs["position_embeddings"] = embeddings
 
 
+@dataclass(frozen=True)
+class Drop:
+    """One drop before decoder layer ``layer``: ``segment`` [B, L] of the sequence before it,
+    ``index`` [B, L'] old place of every entry after it (−1 = padding), and ``group`` [B, L] of a
+    merge (see :class:`Keep`)."""
+
+    layer: int
+    segment: Tensor
+    index: Tensor
+    group: Tensor | None
+
+
 class PrefillPass:
     """One prefill with images through the decoder."""
 
@@ -104,6 +121,7 @@ class PrefillPass:
         #: the language model's own masks and positions are not those of the current sequence
         self.detached = False
         self.views: list[SequenceView] = []
+        self.drops: list[Drop] = []
         #: rotary positions that each layer worked with
         self.positions: list[Tensor] = []
         #: input of the attention or MLP module that is running in a layer with transition taps
@@ -170,11 +188,14 @@ class PrefillPass:
         longest = max(lengths)
         stays = view.valid & (keep.mask | ~view.visual)
         arange = torch.arange(stays.shape[1], device=hidden.device)
-        key = torch.where(stays, arange, torch.full_like(arange, -1))
-        index = key.sort(dim=1, stable=True).values[:, key.shape[1] - longest :]
+        key = torch.where(stays, arange if keep.order is None else keep.order, -1)
+        top = key.sort(dim=1, stable=True)
+        index = top.indices.masked_fill(top.values < 0, -1)[:, key.shape[1] - longest :]
         padded = min(lengths) < longest
         self.view = take(view, index, counts, lengths, padded, keep.positions == "compact")
         self.detached = True
+        self.drops.append(Drop(number, view.segment, index, keep.group))
+        hidden = hidden if keep.hidden is None else keep.hidden
         place = index.clamp(min=0)
         for run in self.runs:
             run.dropped(number, place)
@@ -256,7 +277,11 @@ class PrefillPass:
         view = self.view
         past = k.shape[2] - q.shape[2]
         valid, window = self.visible_keys(number, past, view, self.positions[-1])
-        attention = Attention(q, k, v, scale, causal=True, valid=valid, past=past, window=window)
+        position = self.positions[-1]
+        attention = Attention(
+            q, k, v, scale, causal=True, valid=valid, past=past, window=window,
+            rotary=lambda: self.calls.embeddings(q, position, None)[1],
+        )  # fmt: skip
         for stage, run in zip(self.stages, self.runs):
             if number in stage.taps:
                 run.attention(number, attention, view)
@@ -361,6 +386,10 @@ class _Scoring(ScoringLayer):
         allowed = visible_rows(rows + past, past + length, valid, window)
         scaling = getattr(attn, "scaling", None)  # modules of transformers 4.37: 1/√d
         return attention_rows(q, k, scaling, allowed)[..., past:]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        normed: Tensor = self.prefill.calls.norm(hidden)
+        return normed
 
 
 class StepPass:

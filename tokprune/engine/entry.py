@@ -76,8 +76,14 @@ class Entry(ABC):
         device = next(self.parts.tower.parameters()).device
         if device.type == "meta":  # offloaded by accelerate: computed where the pixels are
             device = pixels.device
-        grids = tuple(layout.tile_grid for layout in layouts)
-        tower = TowerInput(self.session.facts, tile_images, device, grids)
+        tower = TowerInput(
+            self.session.facts,
+            tile_images,
+            device,
+            tile_grids=tuple(layout.tile_grid for layout in layouts),
+            sizes=tuple(layout.size for layout in layouts),
+            videos=tuple(layout.video for layout in layouts),
+        )
         return TowerPass(self.session.plan.encoder, tower)
 
     @staticmethod
@@ -130,8 +136,9 @@ class Entry(ABC):
 
 
 class TransformersEntry(Entry):
-    """LLaVA-shaped models of transformers ≥ 4.57: ``get_image_features``, then a forward whose
-    ``input_ids`` hold one placeholder per image token."""
+    """LLaVA-shaped models of transformers ≥ 4.57: ``get_image_features`` and, where the model takes
+    videos, ``get_video_features``, then a forward whose ``input_ids`` hold one placeholder per
+    token."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -141,6 +148,8 @@ class TransformersEntry(Entry):
 
     def install(self) -> list[Any]:
         self._wrap_image_features()
+        if self.parts.video_token_id is not None:
+            self._wrap_video_features()
         multimodal = self.parts.multimodal
         return [
             multimodal.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -148,12 +157,15 @@ class TransformersEntry(Entry):
         ]
 
     def remove(self) -> None:
-        self.parts.multimodal.__dict__.pop("get_image_features", None)
+        for name in ("get_image_features", "get_video_features"):
+            self.parts.multimodal.__dict__.pop(name, None)
         if (shared := shared_encoder(self.parts.multimodal)) is not None:
             self.parts.multimodal.__dict__["get_image_features"] = shared.unpatched
 
     def door(self, kwargs: dict[str, Any]) -> None:
         pass  # the forward around it has said everything
+
+    # ------------------------------------------------------------------ the encoder
 
     def _wrap_image_features(self) -> None:
         """``get_image_features`` is a method, no module, so no hook reaches it; generate() calls
@@ -166,8 +178,8 @@ class TransformersEntry(Entry):
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs).arguments
-            layouts = self._layouts(call["pixel_values"], call.get("image_sizes"))
-            self._check_feature_choice(call)
+            layouts = self._layouts(call["pixel_values"], call)
+            self._check_choices(call)
             now = self.session.now
             now.tower = self.tower_pass(layouts, call["pixel_values"])
             known = None if shared is None else shared.get(call["pixel_values"], keys)
@@ -187,64 +199,167 @@ class TransformersEntry(Entry):
             features = getattr(result, "pooler_output", result)
             for tensor, record in zip(features, records):
                 attach(tensor, record)
-            now.records = records
+            now.image_records = records
             return result
 
         self.parts.multimodal.__dict__["get_image_features"] = get_image_features
 
-    def _layouts(self, pixels: Tensor, image_sizes: Any) -> list[ImageLayout]:
+    def _wrap_video_features(self) -> None:
+        """The same for ``get_video_features``; the records of all videos travel with its output,
+        which is one tensor in most releases."""
+        original = self.parts.multimodal.get_video_features
+        signature = inspect.signature(original)
+        first = next(iter(signature.parameters))
+
+        @functools.wraps(original)
+        def get_video_features(*args: Any, **kwargs: Any) -> Any:
+            call = signature.bind(*args, **kwargs).arguments
+            layouts = self._video_layouts(call[first])
+            self._check_videos(layouts)
+            self._check_choices(call)
+            now = self.session.now
+            now.tower = self.tower_pass(layouts, call[first])
+            try:
+                result = original(*args, **kwargs)
+                now.tower.finish()
+                records = self.session.image_records(layouts)
+            finally:
+                now.tower = now.projected = None
+            now.video_records = [record.split(self.session.plan.per) for record in records]
+            if not isinstance(result, tuple | list | Tensor):
+                attach(result, now.video_records)
+            return result
+
+        self.parts.multimodal.__dict__["get_video_features"] = get_video_features
+
+    def _layouts(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout]:
         """Layouts of the images, once for the forward and the encoder call inside it."""
         known = self.session.now.layouts
         if known is None or known[0] is not pixels:
-            layouts = self.family.layouts(self.parts, pixels, image_sizes, self.session.facts)
+            layouts = self.family.layouts(
+                self.parts, pixels, call.get("image_sizes"), self.session.facts,
+                call.get("batch_num_images"),
+            )  # fmt: skip
             known = self.session.now.layouts = (pixels, layouts)
         return known[1]
 
-    def _check_feature_choice(self, call: dict[str, Any]) -> None:
+    def _video_layouts(self, pixels: Tensor) -> list[ImageLayout]:
+        if pixels.dim() != 5:
+            raise ValueError(
+                f"pixel_values_videos has {pixels.dim()} dimensions; it should be [videos, frames, "
+                "channels, height, width]"
+            )
+        return self.family.video_layouts(self.parts, pixels, self.session.facts)
+
+    def _check_videos(self, layouts: list[ImageLayout]) -> None:
+        """Before the tower runs: no stage takes from it what the model needs next.
+
+        Raises:
+            ValueError: a stage drops or merges rows of frames that the model pools.
+        """
+        plan, facts = self.session.plan, self.session.facts
+        pooled = next((x.door for x in layouts if x.door is not None), None)
+        if pooled is None or not any(stage.reduces_videos for stage in plan.encoder):
+            return
+        name = type(self.session.model).__name__
+        (h, w), (a, b) = facts.grid, pooled.grids[0]
+        raise ValueError(
+            f"{self.session.trace.method} drops or merges tokens inside the vision tower, and "
+            f"{name} pools the whole {h}×{w} grid of every frame of a video to {a}×{b} after it; "
+            "for videos use a method that works at the language model's door or in the decoder "
+            "(divprune, cdpruner, centerclip, evs, dart, fastv, …); on pictures this one works"
+        )
+
+    def _check_choices(self, call: dict[str, Any]) -> None:
         config: Any = self.session.model.config
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in ("vision_feature_layer", "vision_feature_select_strategy",
+                     "vision_aspect_ratio"):  # fmt: skip
             value = call.get(name)
-            if value is not None and value != getattr(config, name):
+            if value is not None and value != getattr(config, name, value):
                 raise ValueError(
                     f"{name}={value!r} differs from the model's config "
                     f"({getattr(config, name)!r}); change the config before patching"
                 )
+
+    # ------------------------------------------------------------------ the forward
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         now = self.session.now
         now.clear()
         call = {**dict(zip(self.arguments, args)), **kwargs}
         cache = cache_in(call)
-        pixels, ids = call.get("pixel_values"), call.get("input_ids")
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
         past = cache.get_seq_length() if cache is not None else 0
         mask = call.get("attention_mask")
         layout = None
-        if ids is None and call.get("inputs_embeds") is not None:
+        if call.get("input_ids") is None and call.get("inputs_embeds") is not None:
+            videos = " (or pixel_values_videos)" if self.session.facts.videos else ""
             layout = self.layout_of_embeds(
-                call["inputs_embeds"], mask, past, "input_ids and pixel_values"
+                call["inputs_embeds"], mask, past, f"input_ids and pixel_values{videos}"
             )
-        elif pixels is not None and pixels.shape[0] > 0:
-            layouts = self._layouts(pixels, call.get("image_sizes"))
-            layout = self._read_layout(ids, mask, past, [len(x.packed) for x in layouts])
-        elif encoded is not None:
-            records = [attached(f) for f in getattr(encoded, "pooler_output", encoded)]
-            if any(r is None for r in records):
-                raise ValueError(
-                    "mm_encoder_outputs was computed before the model was patched (or without "
-                    "it); pass pixel_values, or call get_image_features on the patched model"
-                )
-            now.records = records  # type: ignore[assignment]
-            layout = self._read_layout(ids, mask, past, [r.count for r in records if r])
+        else:
+            images, (videos_, times) = self._images(call), self._videos(call)
+            if images is not None or videos_ is not None:
+                layout = self._read_layout(call, mask, past, images or [], videos_ or [], times)
         self.admit(layout, mask, cache)
 
+    def _images(self, call: dict[str, Any]) -> list[int] | None:
+        """Prompt tokens of every image of a call; None without any."""
+        pixels = call.get("pixel_values")
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if pixels is not None and pixels.shape[0] > 0:
+            return [len(x.packed) for x in self._layouts(pixels, call)]
+        if encoded is None:
+            return None
+        records = [attached(f) for f in getattr(encoded, "pooler_output", encoded)]
+        if any(r is None for r in records):
+            raise ValueError(_encoded_before("image"))
+        self.session.now.image_records = records
+        return [r.count for r in records]
+
+    def _videos(self, call: dict[str, Any]) -> tuple[list[list[int]] | None, int]:
+        """Prompt tokens of the parts of every video of a call, None without any; and how many
+        copies of each prompt share the videos."""
+        pixels = call.get("pixel_values_videos")
+        encoded = (call.get("mm_encoder_outputs") or {}).get("video")
+        per = self.session.plan.per
+        if pixels is not None and pixels.shape[0] > 0:
+            layouts = self._video_layouts(pixels)
+            return [[len(part.packed) for part in x.parts(per)] for x in layouts], 1
+        if encoded is None:
+            return None, 1
+        records = attached(encoded)
+        if records is None:
+            raise ValueError(_encoded_before("video"))
+        self.session.now.video_records = records
+        counts = [[part.count for part in video] for video in records]
+        return counts, len(encoded.pooler_output) // max(1, len(records))
+
     def _read_layout(
-        self, ids: Any, mask: Tensor | None, past: int, counts: list[int]
+        self,
+        call: dict[str, Any],
+        mask: Tensor | None,
+        past: int,
+        images: list[int],
+        videos: list[list[int]],
+        times: int,
     ) -> PromptLayout:
+        ids = call["input_ids"]
         if mask is not None and (mask.dim() != 2 or mask.shape[1] != past + ids.shape[1]):
             self.check_mask(mask)
             raise PromptMismatchError(
                 f"attention_mask has {mask.shape[1]} columns; it should have {past + ids.shape[1]} "
                 f"({past} cached and {ids.shape[1]} new tokens)"
             )
-        return read_layout(ids == self.parts.image_token_id, mask, past, counts)
+        visual = ids == self.parts.image_token_id
+        if self.parts.video_token_id is not None:
+            visual = visual.long() + 2 * (ids == self.parts.video_token_id)
+        layout = read_layout(visual, mask, past, images, [sum(v) for v in videos], times)
+        return layout.split([*([n] for n in images), *videos])
+
+
+def _encoded_before(kind: str) -> str:
+    pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+    return (
+        "mm_encoder_outputs was computed before the model was patched (or without it); pass "
+        f"{pixels}, or call get_{kind}_features on the patched model"
+    )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokprune.engine.encoder import TowerPass
-from tokprune.engine.stages import ImageTokens, ModelFacts
+from tokprune.engine.stages import ImageTokens, ModelFacts, Per
 
 if TYPE_CHECKING:
-    from tokprune.families.base import ImageLayout
+    from tokprune.families.base import Door, ImageLayout
 
 _ATTRIBUTE = "_tokprune_image"
 
@@ -25,7 +26,8 @@ class ImageRecord:
     [k, D] are the projected survivors in the order in which they enter the prompt and ``cell``
     [k] their place ``tile · F + row of the tile`` (−1: the class token); otherwise both are None
     and the tokens are the model's own. ``group`` [tiles, N] holds, per original patch, the
-    number of the survivor that contains it (−1 dropped), for merges and the trace.
+    number of the survivor that contains it (−1 dropped), for merges and the trace. ``score`` and
+    ``tag``: of every survivor, or of every feature row that can be packed.
     """
 
     layout: ImageLayout
@@ -48,6 +50,36 @@ class ImageRecord:
         """Prompt tokens the model makes of this image."""
         return len(self.layout.packed)
 
+    @property
+    def door(self) -> Door | None:
+        """The grids that its tokens stand on, where they are not those of the tower's tiles."""
+        return self.layout.door if self.cell is None else None
+
+    def split(self, per: Per) -> list[ImageRecord]:
+        """A video in the parts that are compressed as one.
+
+        Raises:
+            ValueError: its frames were reduced inside the tower, each by itself.
+        """
+        parts = self.layout.parts(per)
+        if len(parts) == 1:
+            return [self]
+        if self.features is not None:
+            raise ValueError(
+                f"per={per!r} is for methods at the language model's door and in the decoder; "
+                "inside the vision tower every frame is compressed by itself: leave it out"
+            )
+        records = []
+        for part in parts:
+            own = replace(self, layout=part)
+            for name in ("score", "tag", "raw"):
+                if (value := getattr(self, name)) is not None:
+                    frames = value.unflatten(0, (self.layout.frames, -1))
+                    frames = frames[part.first_frame : part.first_frame + part.frames]
+                    setattr(own, name, frames.flatten(0, 1))
+            records.append(own)
+        return records
+
     def tokens(self, embedded: Tensor, columns: Tensor) -> ImageTokens:
         """The image as it stands at the door; ``embedded`` [n, D] are the model's own packed
         features, ``columns`` [n] their prompt columns."""
@@ -66,12 +98,19 @@ class ImageRecord:
             column = torch.where(column < 0, columns[0], column)
             score, tag = self.score, self.tag
         newline = cell < 0 if self.features is None else torch.zeros_like(cell, dtype=torch.bool)
-        per_tile, width = facts.tokens_per_tile, facts.grid[1]
-        patch = cell % per_tile - cls_offset
+        door, tiles, grids = self.door, self.layout.tiles, None
+        width: Tensor | int = facts.grid[1]
+        if door is None:
+            grid, per_tile = facts.grid, facts.tokens_per_tile
+            tile, patch = cell // per_tile, cell % per_tile - cls_offset
+        else:
+            grid, tiles = door.grids[0], len(door.grids)
+            grids = door.grids if len(set(door.grids)) > 1 else None
+            tile, patch, width = _on_grids(cell, door.grids)
         off_grid = (cell < 0) | (patch < 0)
         return ImageTokens(
             features=features,
-            tile=torch.where(cell < 0, -1, cell // per_tile),
+            tile=torch.where(cell < 0, -1, tile),
             row=torch.where(off_grid, -1, patch // width),
             col=torch.where(off_grid, -1, patch % width),
             column=column,
@@ -79,8 +118,8 @@ class ImageRecord:
             patches=int((self.layout.packed >= 0).sum())
             if self.features is None
             else features.shape[0],
-            tiles=self.layout.tiles,
-            grid=facts.grid,
+            tiles=tiles,
+            grid=grid,
             original=self.count,
             score=score,
             tag=tag,
@@ -88,12 +127,22 @@ class ImageRecord:
             newline_feature=self.newline,
             size=self.layout.size,
             tile_grid=self.layout.tile_grid,
+            frames=self.layout.frames,
+            video=self.layout.video,
+            grids=grids,
         )
 
     def places(self, cell: Tensor, values: Tensor) -> Tensor:
         """What ``values`` [n], one per packed prompt token, say of the feature rows ``cell``
         (any shape); −1 for the class token and for rows that the packing crops away."""
-        rows = self.layout.tiles * self.facts.tokens_per_tile
+        door = self.layout.door
+        if door is not None:
+            assert door.nearest is not None
+            nearest = door.nearest.to(self.device)
+            cell = torch.where(cell < 0, -1, nearest[cell.clamp(min=0)])
+            rows = sum(height * width for height, width in door.grids)
+        else:
+            rows = self.layout.tiles * self.facts.tokens_per_tile
         place = torch.full((rows + 1,), -1, device=self.device)
         # newline tokens (−1) write into the spare last entry
         place[self.layout.packed.to(self.device)] = values
@@ -107,12 +156,27 @@ class ImageRecord:
         return torch.where(packed < 0, torch.zeros_like(taken), taken)
 
 
-def attach(features: Tensor, record: ImageRecord) -> None:
-    """Let the record travel with an image's feature tensor (through ``generate``, beams, …)."""
+def _on_grids(
+    cell: Tensor, grids: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Tile, cell of the tile and width of its grid, for cells numbered one grid after the other."""
+    sizes = [height * width for height, width in grids]
+    if len(set(grids)) == 1:
+        return cell // sizes[0], cell % sizes[0], grids[0][1]
+    starts = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
+    widths = torch.tensor([width for _, width in grids])
+    both = torch.stack([starts, widths]).to(cell.device, non_blocking=True)
+    tile = (cell[:, None] >= both[0]).sum(1).sub(1).clamp(min=0)
+    return tile, cell - both[0][tile], both[1][tile]
+
+
+def attach(features: Any, record: Any) -> None:
+    """Let records travel with an image's feature tensor, or with the output that holds those of
+    all videos (through ``generate``, beams, …)."""
     setattr(features, _ATTRIBUTE, record)
 
 
-def attached(features: Any) -> ImageRecord | None:
+def attached(features: Any) -> Any:
     return getattr(features, _ATTRIBUTE, None)
 
 
@@ -147,10 +211,17 @@ def build_records(
         for i, record in enumerate(records):
             tiles = slice(tile_of[i], tile_of[i + 1])
             for name, value in (("score", score), ("tag", tag)):
-                if value is not None:
-                    own = value[tiles]
+                if value is None:
+                    continue
+                own = value[tiles]
+                if (door := record.layout.door) is not None:
+                    own = door.mean(own.float())
+                    # a cell is marked where one of its patches is
+                    own = own > 0 if name == "tag" else own
+                else:
                     own = torch.cat([torch.zeros_like(own[:, :cls]), own], dim=1)
-                    setattr(record, name, own[:, : facts.tokens_per_tile].flatten().to(device))
+                    own = own[:, : facts.tokens_per_tile].flatten()
+                setattr(record, name, own.to(device))
         return records
     for i, record in enumerate(records):
         tiles = slice(tile_of[i], tile_of[i + 1])

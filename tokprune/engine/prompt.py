@@ -68,6 +68,14 @@ def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
     )
 
 
+def _instruction(embeds: Tensor, layout: PromptLayout, row: int) -> Tensor:
+    """Embeddings [m, D] of the text after a prompt's last image, or of all its text."""
+    text = layout.after[row]
+    if not bool(text.any()):  # host tensors
+        text = layout.valid[row] & (layout.segment[row] < 0)
+    return embeds[row, text.nonzero().view(-1).to(embeds.device)]
+
+
 def shorten_prompt(
     embeds: Tensor,
     layout: PromptLayout,
@@ -86,10 +94,12 @@ def shorten_prompt(
     device = embeds.device
     images: list[ImageTokens] = []
     places: list[tuple[int, int]] = []
+    wants_text = any(stage.wants_text for stage in stages)
     for b, row in enumerate(layout.image_of):
+        text = _instruction(embeds, layout, b) if wants_text and row else None
         for s, number in enumerate(row):
             columns = layout.columns[b][s].to(device)
-            images.append(records[number].tokens(embeds[b, columns], columns))
+            images.append(replace(records[number].tokens(embeds[b, columns], columns), text=text))
             places.append((b, s))
     images, answers = _select(images, stages)
     untouched = all(a is None for a in answers) and all(

@@ -34,14 +34,25 @@ class _Forward(threading.local):
     projected: Tensor | None = None
     layouts: tuple[Tensor, list[ImageLayout]] | None = None
     layout: PromptLayout | None = None
-    records: list[ImageRecord] | None = None
+    image_records: list[ImageRecord] | None = None
+    #: the parts of every video that are compressed as one
+    video_records: list[list[ImageRecord]] | None = None
     prefill: PrefillPass | None = None
     step: StepPass | None = None
     finite: Tensor | None = None
     images: Any = None
 
+    @property
+    def records(self) -> list[ImageRecord] | None:
+        """Images, then parts of videos, as the prompt's layout numbers them."""
+        if self.image_records is None and self.video_records is None:
+            return None
+        parts = [part for video in self.video_records or [] for part in video]
+        return [*(self.image_records or []), *parts]
+
     def clear(self) -> None:
-        self.tower = self.projected = self.layout = self.records = None
+        self.tower = self.projected = self.layout = None
+        self.image_records = self.video_records = None
         self.prefill = self.step = self.finite = self.images = self.layouts = None
 
 
@@ -153,7 +164,8 @@ class Session:
 
     def _calls(self) -> LayerCalls:
         window = self.family.window(self.parts, self.backend)
-        return LayerCalls(self.parts.rotary, self.backend, window, self.family.old)
+        norm = self.parts.language_model.norm
+        return LayerCalls(self.parts.rotary, self.backend, window, norm, self.family.old)
 
     def _door(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the language model: shorten the prompt, or prepare a step on a short cache."""
@@ -180,9 +192,9 @@ class Session:
         view = native
         images: list[ImageTokens] = []
         answers: list[Selection | None] = []
-        if now.records is not None:
+        if (records := now.records) is not None:
             embeds, view, images, answers = shorten_prompt(
-                embeds, now.layout, now.records, self.plan.prompt, native, self.compact
+                embeds, now.layout, records, self.plan.prompt, native, self.compact
             )
         now.images = (images, answers)
         prefill = PrefillPass(self._calls(), self.plan.decoder, view, native, cache, past, mask)

@@ -16,17 +16,20 @@ Stage places, in the order a visual token meets them::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from tokprune.operators.anyres import tile_windows
 from tokprune.operators.attention import attention_rows
 
 Positions = Literal["compact", "preserve"]
 Order = Literal["published", "spatial"]
+#: what of a video is compressed as one: all of it, segments of so many frames, every frame
+Per: TypeAlias = 'Literal["video", "frame"] | int'
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,11 @@ class ModelFacts:
 
     ``feature_layer`` is the 0-based encoder layer whose output becomes the image features, or
     None where several layers are concatenated. ``tokens_per_tile`` counts feature rows of one
-    tile (CLS included only where the model keeps it, ``cls_in_features``).
+    tile (CLS included only where the model keeps it, ``cls_in_features``). ``videos``: whether
+    the model takes videos, whose frames are the tiles of one "image"; ``frame_grid``: grid of a
+    frame at the language model's door, where the model pools frames on the way there.
+    ``max_visual_tokens``: the most that one image can have; on models that take videos no less
+    than the decoder has positions.
     """
 
     family: str
@@ -49,6 +56,8 @@ class ModelFacts:
     tiled: bool
     max_visual_tokens: int
     decoder_layers: int
+    videos: bool = False
+    frame_grid: tuple[int, int] | None = None
 
     @property
     def patches(self) -> int:
@@ -89,9 +98,12 @@ class Attention:
         valid: Tensor | None,
         past: int = 0,
         window: tuple[Tensor, int] | None = None,
+        rotary: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.scaling, self.causal, self.valid, self.past = scaling, causal, valid, past
+        #: gives cos and sin [B, Lq, d] of the decoder's rotary embedding at the queries' positions
+        self.rotary = rotary
         #: (rotary positions of the keys [B, Lk], width) where attention slides
         self.window = window
 
@@ -143,17 +155,25 @@ class Attention:
 class TowerInput:
     """What one run of the vision encoder processes: ``image_of_tile[b]`` is the number of the
     image that tile (batch row) ``b`` belongs to; an image's tiles are consecutive, base first.
-    ``tile_grids[i]``: crops (down, across) of image ``i``, (0, 0) without any."""
+    ``tile_grids[i]``: crops (down, across) of image ``i``, (0, 0) without any. ``sizes[i]``: its
+    (height, width) in pixels, None where nothing is padded. ``videos[i]``: whether it is a video,
+    whose frames are its tiles, in order."""
 
     facts: ModelFacts
     image_of_tile: tuple[int, ...]
     device: torch.device
     tile_grids: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int] | None, ...] = ()
+    videos: tuple[bool, ...] = ()
 
     @property
     def tiles_per_image(self) -> list[int]:
         images = self.image_of_tile[-1] + 1 if self.image_of_tile else 0
         return [self.image_of_tile.count(i) for i in range(images)]
+
+    @property
+    def has_videos(self) -> bool:
+        return any(self.videos)
 
 
 @dataclass
@@ -184,6 +204,15 @@ class TowerTokens:
     def patch_valid(self) -> Tensor | None:
         """``valid`` without the class token's column."""
         return None if self.valid is None else self.valid[:, self.first_patch :]
+
+    def carry(self, values: Tensor, seen: TowerTokens) -> Tensor:
+        """Values [B, T'] of the patch rows that were alive at ``seen``, at those alive now: each
+        row gets the value of the earlier row that held the patch it stands for."""
+        if seen is self:
+            return values
+        slots = self.slots[:, self.first_patch :].clamp(min=0)
+        row = seen.group.gather(1, slots) - seen.first_patch
+        return values.gather(1, row.clamp(min=0))
 
 
 @dataclass
@@ -257,6 +286,12 @@ class EncoderStage(ABC):
         return bool(self.between_layers or self.after_layers)
 
     @property
+    def reduces_videos(self) -> bool:
+        """Whether it drops or merges rows of videos, too; models that pool the whole grid of every
+        frame cannot have that."""
+        return self.reduces
+
+    @property
     def share_key(self) -> Hashable | None:
         """What a stage observes, for stages that leave the encoder's rows as they are: stages
         with equal keys have equal outcomes on equal pixels, and one pass of the tower may serve
@@ -280,7 +315,8 @@ class ImageTokens:
     ``column`` [n]: prompt column; ``newline`` [n] bool; ``patches``: how many are no newline
     (host); ``score``, ``tag`` [n]: what an encoder run left, or None; ``tiles``, ``grid``: host;
     ``raw`` [tiles, N, D]: projector output before packing, or None if the encoder was reduced;
-    ``newline_feature`` [D] or None.
+    ``newline_feature`` [D] or None; ``text`` [m, D]: embeddings of its prompt's text after the
+    last image (of all its text where none follows), only for stages with ``wants_text``.
     """
 
     features: Tensor
@@ -302,10 +338,35 @@ class ImageTokens:
     size: tuple[int, int] | None = None
     #: tiles across and down the stitched picture (host), base excluded; (0, 0) without tiling
     tile_grid: tuple[int, int] = (0, 0)
+    #: frames of a video, or of the part of it that is compressed as one (host): its tiles, so
+    #: that ``tile`` is a token's frame; 1 for a still
+    frames: int = 1
+    text: Tensor | None = None
+    video: bool = False
+    #: grid of each tile (host) where they differ: a picture whose stitched crops the model shrinks
+    #: has two "tiles", the base and the shrunk map
+    grids: tuple[tuple[int, int], ...] | None = None
 
     @property
     def count(self) -> int:
         return self.features.shape[0]
+
+    def tile_grids(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of every tile's grid; host."""
+        return (self.grid,) * self.tiles if self.grids is None else self.grids
+
+    def windows(self) -> list[tuple[int, int, int, int]]:
+        """Of every tile the cells that show the picture and no padding: (top, bottom, left,
+        right), half open; host."""
+        if self.video or self.grids is not None:
+            return [(0, height, 0, width) for height, width in self.tile_grids()]
+        return tile_windows(self.grid, self.tile_grid, self.size)
+
+    def patch_rows(self) -> Tensor:
+        """Rows that are no newline tokens, [patches], in order."""
+        if self.patches == self.count:
+            return torch.arange(self.count, device=self.features.device)
+        return self.newline.to(torch.int8).sort(stable=True).indices[: self.patches]
 
 
 @dataclass
@@ -325,6 +386,8 @@ class PromptStage(ABC):
     positions: Positions = "compact"
     #: fill ``ImageTokens.raw``, the projector output before packing
     wants_raw: bool = False
+    #: fill ``ImageTokens.text``, the embedded instruction
+    wants_text: bool = False
 
     @abstractmethod
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
@@ -394,11 +457,19 @@ class SequenceView:
 class Keep:
     """Answer of a decoder run: ``mask`` [B, L] bool, True where a *visual* token stays (text is
     always kept). ``counts[b][s]``: how many stay per image (host); None where the numbers are
-    adaptive, then the engine reads them back (one host synchronisation)."""
+    adaptive, then the engine reads them back (one host synchronisation).
+
+    Merges: ``hidden`` [B, L, D] replaces the sequence before the drop (a merged token takes the
+    place of one of the tokens it stands for); ``group`` [B, L]: the place that holds each token
+    from now on, −1 if dropped (None: each its own). ``order`` [B, L] long: sort key ≥ 0 of the
+    new sequence (None: as before)."""
 
     mask: Tensor
     counts: list[list[int]] | None = None
     positions: Positions = "preserve"
+    hidden: Tensor | None = None
+    group: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass
@@ -423,6 +494,10 @@ class ScoringLayer(ABC):
     def probabilities(self, hidden: Tensor, rows: Tensor, view: SequenceView) -> Tensor:
         """Softmax rows of the queries at ``rows`` [B, R] over all visible keys of ``hidden``
         [B, L, D], rotated at the current positions: float32 [B, H, R, L]."""
+
+    @abstractmethod
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's final norm, which it applies to its last layer, on ``hidden`` [B, L, D]."""
 
 
 class DecoderRun:
@@ -469,8 +544,10 @@ class DecoderStage(ABC):
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of one method (or of a composition) on one model."""
+    """The stages of one method (or of a composition) on one model. ``per``: what of a video the
+    prompt and decoder stages see as one image (:attr:`tokprune.methods.base.Method.per`)."""
 
     encoder: tuple[EncoderStage, ...] = ()
     prompt: tuple[PromptStage, ...] = ()
     decoder: tuple[DecoderStage, ...] = ()
+    per: Per = "video"

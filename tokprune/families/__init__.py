@@ -18,9 +18,13 @@ if OLD:
 else:
     from tokprune.families.llava import Llava
     from tokprune.families.llava_next import LlavaNext
+    from tokprune.families.llava_next_video import LlavaNextVideo
+    from tokprune.families.llava_onevision import LlavaOnevision
 
     register_family(Llava())
     register_family(LlavaNext())
+    register_family(LlavaNextVideo())
+    register_family(LlavaOnevision())
     for name in LlavaOriginal.model_classes:
         refuse_model(
             name,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from tokprune.engine.stages import ModelFacts
+from tokprune.engine.stages import ModelFacts, Per
 from tokprune.engine.tap import TapFunction, install_tap
 from tokprune.errors import UnsupportedModelError
 
@@ -36,6 +37,26 @@ class Parts:
     decoder_layers: list[Any]
     rotary: Any
     image_token_id: int
+    video_token_id: int | None = None
+    #: pools the frames of a video before the projector, in models that do
+    resampler: Any = None
+
+
+@dataclass(frozen=True)
+class Door:
+    """How the patches of an image become fewer cells, where the model pools or shrinks its tiles
+    between tower and prompt.
+
+    ``grids``: (height, width) at the language model's door of every frame of a video, or of the
+    base tile and the map of all crops; their cells are numbered one grid after the other.
+    ``mean``: values [tiles, N] of the tower's patches (float) → [cells], averaged as the features
+    are (where those are not averaged, over the patches that the cell covers). ``nearest``
+    [tiles · N] (CPU): the cell that shows each patch, −1 where it is cropped away; None for videos.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    mean: Callable[[Tensor], Tensor]
+    nearest: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +67,45 @@ class ImageLayout:
     feature it takes (F = feature rows per tile), or −1 for a newline token. ``tiles``: number of
     tiles, base included. ``size``: (height, width) in pixels or None. ``tile_grid``: tiles (down,
     across) of the stitched picture, base excluded, (0, 0) where there is only the base.
+
+    A video is one image: its ``frames`` (1 for a still picture) are its tiles, in order.
+    ``door``: where the model pools or shrinks the tiles; ``packed`` then numbers cells at the door.
+    ``projected``: rows of a tile that the projector sees, where they are not F. ``first_frame``:
+    of a part of a video.
     """
 
     packed: Tensor
     tiles: int
     size: tuple[int, int] | None = None
     tile_grid: tuple[int, int] = (0, 0)
+    frames: int = 1
+    video: bool = False
+    door: Door | None = None
+    projected: int | None = None
+    first_frame: int = 0
+
+    def parts(self, per: Per) -> list[ImageLayout]:
+        """The video cut into the parts that are compressed as one; a still picture as it is."""
+        if not self.video or per == "video" or (per != "frame" and per >= self.frames):
+            return [self]
+        length = 1 if per == "frame" else per
+        cells = int((self.packed >= 0).sum()) // self.frames
+        parts = []
+        for first in range(0, self.frames, length):
+            last = min(first + length, self.frames)
+            # newline tokens that end the video stay with its last part
+            end = len(self.packed) if last == self.frames else last * cells
+            own = self.packed[first * cells : end]
+            door = self.door
+            if door is not None:
+                door = replace(door, grids=door.grids[first:last])
+            parts.append(
+                replace(
+                    self, packed=torch.where(own < 0, own, own - first * cells),
+                    tiles=last - first, frames=last - first, door=door, first_frame=first,
+                )
+            )  # fmt: skip
+        return parts
 
 
 class Family(ABC):
@@ -72,9 +126,17 @@ class Family(ABC):
 
     @abstractmethod
     def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
+        batch_num_images: Any = None,
+    ) -> list[ImageLayout]:  # fmt: skip
+        """One layout per image of ``pixel_values``; host work only. ``batch_num_images``: images
+        of each prompt, for families that tile single images only."""
+
+    def video_layouts(
+        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
     ) -> list[ImageLayout]:
-        """One layout per image of ``pixel_values``; host work only."""
+        """One layout per video of ``pixel_values`` [videos, frames, 3, H, W]; host work only."""
+        raise NotImplementedError
 
     @abstractmethod
     def max_tiles(self, model: nn.Module) -> int: ...
@@ -129,6 +191,16 @@ class Family(ABC):
             max_visual_tokens=tiles * tokens + newlines,
             decoder_layers=len(parts.decoder_layers),
         )
+
+
+def with_videos(facts: ModelFacts, parts: Parts, frame_grid: tuple[int, int]) -> ModelFacts:
+    """Facts of a model that takes videos, too: how many frames they have nobody knows, but no more
+    tokens than the decoder has positions."""
+    positions = getattr(parts.language_model.config, "max_position_embeddings", 0)
+    return replace(
+        facts, videos=True, frame_grid=frame_grid,
+        max_visual_tokens=max(facts.max_visual_tokens, positions),
+    )  # fmt: skip
 
 
 def feature_layer(setting: int | list[int], layers: int) -> int | None:

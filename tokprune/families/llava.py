@@ -24,7 +24,8 @@ class Llava(Family):
         return 1
 
     def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts
-    ) -> list[ImageLayout]:
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
+        batch_num_images: Any = None,
+    ) -> list[ImageLayout]:  # fmt: skip
         packed = torch.arange(facts.tokens_per_tile)
         return [ImageLayout(packed, 1)] * pixel_values.shape[0]

@@ -34,8 +34,9 @@ class LlavaNext(Family):
         return 1 + max((h // side) * (w // side) for h, w in config.image_grid_pinpoints)
 
     def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts
-    ) -> list[ImageLayout]:
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
+        batch_num_images: Any = None,
+    ) -> list[ImageLayout]:  # fmt: skip
         multimodal: Any = parts.multimodal
         config = multimodal.config
         side = config.vision_config.image_size

@@ -111,8 +111,9 @@ class LlavaOriginal(Family):
         return 1 + max((width // side) * (height // side) for width, height in pinpoints)
 
     def layouts(
-        self, parts: Parts, pixel_values: Any, image_sizes: Any, facts: ModelFacts
-    ) -> list[ImageLayout]:
+        self, parts: Parts, pixel_values: Any, image_sizes: Any, facts: ModelFacts,
+        batch_num_images: Any = None,
+    ) -> list[ImageLayout]:  # fmt: skip
         ids = torch.tensor([[0, PLACEHOLDER]] * len(pixel_values))
         return pack(parts.multimodal, facts, ids, None, pixel_values, image_sizes).layouts
 

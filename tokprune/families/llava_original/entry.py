@@ -169,5 +169,5 @@ class PrepareEntry(Entry):
                 f"attention_mask has {mask.shape[1]} columns; it should have {past + length} "
                 f"({past} cached and {length} new tokens)"
             )
-        self.session.now.records = prompt.records
+        self.session.now.image_records = prompt.records
         return prompt.layout.repeated(repeats)

@@ -1,0 +1,48 @@
+"""LLaVA-NeXT-Video: pictures as in LLaVA-NeXT; frames pooled before the projector."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokprune.engine.stages import ModelFacts
+from tokprune.families.base import ImageLayout, Parts, with_videos
+from tokprune.families.llava_next import LlavaNext
+from tokprune.families.resampling import pooled_video
+
+
+class LlavaNextVideo(LlavaNext):
+    """``LlavaNextVideoForConditionalGeneration``: every frame of a video is one tile, whose grid
+    the ``vision_resampler`` pools by windows (mean, maximum or convolution); no newline tokens."""
+
+    name = "llava-next-video"
+    model_classes = ("LlavaNextVideoForConditionalGeneration",)
+
+    def parts(self, model: nn.Module) -> Parts:
+        parts = super().parts(model)
+        return replace(
+            parts,
+            video_token_id=parts.multimodal.config.video_token_id,
+            resampler=parts.multimodal.vision_resampler,
+        )
+
+    def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
+        facts = super().facts(model, parts)
+        stride = _stride(parts)
+        small = (facts.grid[0] // stride, facts.grid[1] // stride)
+        return with_videos(facts, parts, small)
+
+    def video_layouts(
+        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
+    ) -> list[ImageLayout]:
+        assert facts.frame_grid is not None
+        videos, frames = pixel_values.shape[:2]
+        layout = pooled_video(frames, facts.grid, facts.frame_grid, _stride(parts), newline=False)
+        return [layout] * videos
+
+
+def _stride(parts: Parts) -> int:
+    config: Any = parts.multimodal.config
+    return int(config.spatial_pool_stride)

@@ -1,0 +1,96 @@
+"""LLaVA-OneVision: a single picture in tiles, several pictures whole, videos with pooled frames."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    get_anyres_image_grid_shape,
+)
+
+from tokprune.engine.stages import ModelFacts
+from tokprune.families.base import ImageLayout, Parts, with_videos
+from tokprune.families.llava_next import LlavaNext
+from tokprune.families.resampling import pooled_video, shrunk_map
+from tokprune.operators.anyres import stitched_bounds
+
+#: the stitched crops are interpolated where they are larger than allowed by more than this
+_TOLERANCE = 1.1
+
+
+class LlavaOnevision(LlavaNext):
+    """``LlavaOnevisionForConditionalGeneration`` with a SigLIP (or CLIP) tower.
+
+    The picture of a prompt that has one is cut into tiles, as in LLaVA-NeXT; where its stitched,
+    unpadded crops come to more than the cells of ``vision_aspect_ratio`` ("anyres_max_9": nine
+    tiles), the model shrinks them by interpolation. Every picture of a prompt with several
+    (``batch_num_images``) is one tile and one newline token. Every frame of a video is one tile,
+    whose projected grid is halved by interpolation; one newline token ends the video.
+    """
+
+    name = "llava-onevision"
+    model_classes = ("LlavaOnevisionForConditionalGeneration",)
+
+    def parts(self, model: nn.Module) -> Parts:
+        parts = super().parts(model)
+        return replace(parts, video_token_id=parts.multimodal.config.video_token_id)
+
+    def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
+        facts = super().facts(model, parts)
+        height, width = facts.grid
+        return with_videos(facts, parts, (math.ceil(height / 2), math.ceil(width / 2)))
+
+    def layouts(
+        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
+        batch_num_images: Any = None,
+    ) -> list[ImageLayout]:  # fmt: skip
+        sizes = [(int(h), int(w)) for h, w in torch.as_tensor(image_sizes).tolist()]
+        alone = [True] * len(sizes)
+        if batch_num_images is not None:
+            counts = torch.as_tensor(batch_num_images).tolist()
+            alone = [n == 1 for n in counts for _ in range(int(n))]
+        layouts = []
+        for size, tiled in zip(sizes, alone):
+            if tiled:
+                layouts.append(_tiles(parts, size, facts))
+            else:
+                packed = torch.cat([torch.arange(facts.tokens_per_tile), torch.tensor([-1])])
+                layouts.append(ImageLayout(packed, 1, size))
+        return layouts
+
+    def video_layouts(
+        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
+    ) -> list[ImageLayout]:
+        assert facts.frame_grid is not None
+        videos, frames = pixel_values.shape[:2]
+        return [pooled_video(frames, facts.grid, facts.frame_grid, None, newline=True)] * videos
+
+
+def _tiles(parts: Parts, size: tuple[int, int], facts: ModelFacts) -> ImageLayout:
+    """A picture in tiles: base, then the stitched and unpadded crops with a newline per row."""
+    config: Any = parts.multimodal.config
+    down, across = get_anyres_image_grid_shape(
+        list(size), config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    (height, width), cells = facts.grid, facts.patches
+    bounds = stitched_bounds(facts.grid, (down, across), size)
+    rows, columns = bounds[1] - bounds[0], bounds[3] - bounds[2]
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * height**2))
+    door = None
+    if ratio > _TOLERANCE:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+        door = shrunk_map(facts.grid, (down, across), bounds, (rows, columns))
+        crops = cells + torch.arange(rows * columns).view(rows, columns)
+    else:
+        numbers = cells + torch.arange(down * across * cells)
+        stitched = numbers.view(down, across, height, width).transpose(1, 2)
+        stitched = stitched.reshape(down * height, across * width)
+        crops = stitched[bounds[0] : bounds[1], bounds[2] : bounds[3]]
+    crops = torch.cat([crops, torch.full((rows, 1), -1)], dim=1)
+    packed = torch.cat([torch.arange(cells), crops.flatten()])
+    return ImageLayout(packed, 1 + down * across, size, (down, across), door=door)
