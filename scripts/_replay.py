@@ -37,7 +37,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.methods import Method, available_methods, make_method
+from tokprune.methods import Method, image_methods, make_method
 from tokprune.methods.depth import layer_options
 
 KEEP = 64
@@ -55,7 +55,7 @@ _EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
 
 def labels() -> list[str]:
     """Every registered method, and the further settings of those there are."""
-    names = list(available_methods())
+    names = list(image_methods())
     return sorted([*names, *(label for label, (name, _) in _EXTRA.items() if name in names)])
 
 

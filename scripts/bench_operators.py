@@ -461,6 +461,47 @@ def plain_visionzip_pack(
     return torch.tensor(order)
 
 
+def plain_kmedoids(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """x [n, d]: start farthest-first, then assign and re-centre over k masked distance maps."""
+    distance = torch.cdist(x, x)
+    distance.fill_diagonal_(-1)
+    medoids = x.norm(dim=-1).argmax()[None]
+    for _ in range(k - 1):
+        nearest = distance[medoids].min(0).values
+        medoids = torch.cat([medoids, nearest.argmax()[None]])
+    for _ in range(100):
+        assign = distance[medoids].argmin(0)
+        member = assign == torch.arange(k)[:, None]
+        cost = (distance * member[:, :, None] * member[:, None, :]).sum(-1)
+        moved = cost.masked_fill(~member, torch.inf).argmin(-1)
+        if torch.equal(moved, medoids):
+            break
+        medoids = moved
+    medoids = medoids.sort().values
+    return medoids, distance[medoids].argmin(0)
+
+
+def plain_spectral_clustering(
+    x: Tensor, k: int, neighbours: int, sigma: float
+) -> tuple[Tensor, Tensor]:
+    """x [n, d]: the graph, a full SVD of its Laplacian, k-medoids on the last k columns."""
+    weights = torch.exp(-(torch.cdist(x, x) ** 2) / (2 * sigma**2))
+    least = weights.sort(dim=-1, descending=True).values[:, neighbours - 1]
+    linked = (weights >= least[:, None]) | (weights >= least[None, :])
+    weights = weights * linked
+    scale = weights.sum(-1).rsqrt().diag()
+    laplacian = scale @ (weights.sum(-1).diag() - weights) @ scale
+    rows = torch.linalg.svd(laplacian).U[:, -k:]
+    return plain_kmedoids(F.normalize(rows, dim=-1), k)
+
+
+def plain_evs(x: Tensor, k: int) -> Tensor:
+    """x [T, n, d]: the first frame, and the k − n tokens least like the frame before."""
+    change = 1 - torch.cosine_similarity(x[1:], x[:-1], dim=-1)
+    change = torch.cat([torch.full_like(change[:1], 255), change]).flatten()
+    return change.argsort(descending=True, stable=True)[:k].sort().values
+
+
 # ------------------------------------------------------------------------------ entries
 
 
@@ -507,6 +548,34 @@ def _max_sum() -> Case:
 def _k_center() -> Case:
     x, pivot = features(), torch.tensor(7)
     return Case(lambda: ops.k_center(x, K, pivot), lambda: plain_k_center(x, 7, K))
+
+
+@entry("kmedoids", f"{_FEATURES}, k={K}")
+def _kmedoids() -> Case:
+    x = features()
+    return Case(lambda: tuple(ops.kmedoids(x, K)), lambda: plain_kmedoids(x, K))
+
+
+@entry("spectral_clustering", f"16 blobs, 3 frames × 49×{D}, k=16")
+def _spectral() -> Case:
+    g = _generator(6)  # far blobs: what the graph says is beyond doubt
+    home = torch.arange(147) % 16
+    x = torch.randn(16, D, generator=g)[home] + 0.02 * torch.randn(147, D, generator=g)
+
+    def parts(assign: Tensor) -> Tensor:  # rows of a blob are alike: any of them may be the medoid
+        return (assign[:, None] == assign[None, :]).long()
+
+    return Case(
+        lambda: parts(ops.spectral_clustering(x, 16, neighbours=15, sigma=10.0).assign),
+        lambda: parts(plain_spectral_clustering(x, 16, 15, 10.0)[1]),
+    )
+
+
+@entry("evs", f"8 frames of 196×{D}, k=470")
+def _evs() -> Case:
+    g = _generator(7)
+    x = torch.randn(196, D, generator=g) + torch.randn(8, 196, D, generator=g).cumsum(0) * 0.3
+    return Case(lambda: ops.evs(x, 470), lambda: plain_evs(x, 470))
 
 
 @entry("divprune", f"{_FEATURES}, k={K}")

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 import evals
 import tokprune
 from tokprune.families import family_of
-from tokprune.methods import Method, available_methods, make_method
+from tokprune.methods import Method, image_methods, make_method
 from tokprune.methods.depth import layer_options
 from tokprune.prompts import encode
 
@@ -57,7 +57,7 @@ def what_is_left(picture: Image.Image, question: str, keep: int) -> Image.Image:
     inputs = encode(processor, [question], [picture], model.device)
     seen = picture.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
     cells = [(seen, "the picture", f"{question} {answer(model, processor, inputs)}")]
-    for name in available_methods():
+    for name in image_methods():
         method = reachable(model, name, keep)
         with tokprune.compress(model, method) as trace:
             given = answer(model, processor, inputs)

@@ -25,6 +25,24 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "todre-stage2": ("todre", {"keep": None, "tau": 0.89, "check_layers": 5}),
+    "dart": ("dart", {"keep": 14, "layer": 2}),
+    "dart-norm": (
+        "dart",
+        {
+            "keep": 0.3,
+            "layer": 3,
+            "image_pivots": 2,
+            "text_pivots": 3,
+            "pivot_order": "norm",
+        },
+    ),
+    "dart-few": ("dart", {"keep": 3, "pivot_order": "norm", "positions": "compact"}),
+    "cdpruner": ("cdpruner", {"keep": 10}),
+    "cdpruner-plain": ("cdpruner", {"keep": 0.3, "relevance": "none", "scope": "image"}),
+    "cdpruner-theta": (
+        "cdpruner",
+        {"keep": 8, "theta": 0.6, "positions": "preserve"},
+    ),
     "divprune": ("divprune", {"keep": 9}),
     "divprune-published": ("divprune", {"keep": 0.25, "order": "published"}),
     "transprune": ("transprune", {"prune_layers": (3, 4, 6), "accumulate_layers": (3, 4, 5, 6)}),
@@ -63,6 +81,21 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "flowcut",
         {"keep": 6, "tower_keep": 11, "decoder_cut": True, "prune_layer": 3, "entropy": 0.8},
     ),
+    "pyramiddrop": ("pyramiddrop", {"prune_layers": (2, 4, 6)}),
+    "pyramiddrop-counts": (
+        "pyramiddrop",
+        {"keep": (20, 0.3, 4), "prune_layers": (1, 2, 7), "positions": "preserve"},
+    ),
+    "pyramiddrop-last": ("pyramiddrop", {"keep": 5, "prune_layers": (1, 3, 4, 6)}),
+    "sparsevlm-prune": ("sparsevlm", {"keep": 6, "pruning_layers": (1, 3, 5), "recycle": 0}),
+    "sparsevlm-plus": (
+        "sparsevlm",
+        {"keep": (20, 0.3, 5), "pruning_layers": (0, 2, 5), "version": "plus", "heads": 2},
+    ),
+    "sparsevlm-rank": (
+        "sparsevlm",
+        {"keep": None, "pruning_layers": (1, 3), "recycle": 0, "rank_scale": 1.5},
+    ),
     "mustdrop-filter": (
         "mustdrop",
         {"spatial": False, "gamma": 0.03, "alpha": 0.03, "pruning_layers": (1, 3, 4)},
@@ -88,6 +121,20 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+#: clustering methods that keep medoids
+PRUNING |= {
+    "centerclip": ("centerclip", {"keep": 11}),
+    "centerclip-encoder": ("centerclip", {"keep": 9, "place": "encoder", "positions": "preserve"}),
+    "centerclip-spectral": (
+        "centerclip",
+        {"keep": 8, "algorithm": "spectral", "order": "spatial"},
+    ),
+    "centerclip-projector": (
+        "centerclip",
+        {"keep": 0.3, "place": "projector", "distance": "cosine"},
+    ),
+}
+
 #: methods that merge tokens: compared with slow references instead
 MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome": ("pitome", {"keep": 13}),
@@ -98,6 +145,28 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
     "pool": ("pool", {"keep": 9}),
     "pool-window": ("pool", {"window": 3, "positions": "preserve"}),
+    "m3": ("m3", {"keep": 9}),
+    "m3-level": ("m3", {"level": 2, "positions": "preserve"}),
+    "sparsevlm": ("sparsevlm", {"keep": (18, 0.25, 4), "pruning_layers": (1, 3, 5)}),
+    "sparsevlm-spatial": (
+        "sparsevlm",
+        {
+            "keep": 5,
+            "pruning_layers": (0, 2, 6),
+            "recycle": 0.8,
+            "cluster_size": 3,
+            "order": "spatial",
+            "positions": "preserve",
+        },
+    ),
+    "sparsevlm-plus-recycled": (
+        "sparsevlm",
+        {"keep": 9, "pruning_layers": (2, 4), "version": "plus", "recycle": 0.5},
+    ),
+    "sparsevlm-rank-recycled": (
+        "sparsevlm",
+        {"keep": None, "pruning_layers": (1, 4), "rank_scale": 2.0, "rank_bias": 1.0},
+    ),
     "mustdrop": (
         "mustdrop",
         {
@@ -125,6 +194,18 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
         {"retained": 21, "keep": 6, "pruning_layers": (1, 3, 5), "positions": "preserve"},
     ),
     "mustdrop-lightcompress": ("mustdrop", {"variant": "lightcompress", "retained": 13}),
+}
+
+MERGING |= {
+    "centerclip-mean": ("centerclip", {"keep": 10, "aggregate": "mean", "p": 1.0}),
+    "centerclip-encoder-mean": (
+        "centerclip",
+        {"keep": 12, "aggregate": "mean", "place": "encoder", "layer": 2},
+    ),
+    "centerclip-projector-mean": (
+        "centerclip",
+        {"keep": 7, "aggregate": "mean", "place": "projector", "positions": "preserve"},
+    ),
 }
 
 ALL = {**PRUNING, **MERGING}

@@ -28,7 +28,7 @@ from tokprune.bench.run import bench, cells_of
 from tokprune.bench.table import tables
 from tokprune.bench.watch import Place, Watched
 from tokprune.engine.shared import SharedEncoder
-from tokprune.methods import available_methods, make_method
+from tokprune.methods import image_methods, make_method
 from tokprune.patching import is_patched
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -442,8 +442,8 @@ def test_bad_arguments_are_refused_before_any_work(
 
 
 def test_cells_place_published_layers_in_a_short_decoder() -> None:
-    cells = cells_of(sorted(available_methods()), [9], 8)
-    assert [c.id for c in cells] == [f"{n}@9" for n in sorted(available_methods())]
+    cells = cells_of(sorted(image_methods()), [9], 8)
+    assert [c.id for c in cells] == [f"{n}@9" for n in sorted(image_methods())]
     facts_of = tiny.llava()
     from tokprune.families import family_of
 

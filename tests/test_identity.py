@@ -13,10 +13,13 @@ import tokprune
 PROMPTS = [[4, "image", 6], [7, "image", 9]]
 SIZES = [(14, 40), (40, 20)]
 KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
+    ("cdpruner", {"keep": 1.0}),
+    ("dart", {"keep": 1.0}),
     ("divprune", {"keep": 1.0}),
     ("fastv", {"keep": 1.0}),
     ("flowcut", {"keep": 1.0, "decoder_cut": False}),
     ("grid", {"keep": 1.0}),
+    ("m3", {"level": 0}),
     ("mustdrop", {"spatial": False}),
     ("mustdrop", {"spatial": False, "keep": 1.0, "pruning_layers": (1, 3)}),
     ("pitome", {"ratio": 1.0}),

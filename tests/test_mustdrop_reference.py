@@ -3,7 +3,6 @@ tokens and heads, whole attention maps, caches as plain tensors."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +60,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Te
         own = head // (q.shape[1] // k.shape[1])
         logits = q[:, head] @ k[:, own].T / math.sqrt(q.shape[2])
         if causal:
-            for i, j in itertools.product(range(q.shape[0]), range(k.shape[0])):
-                if j > k.shape[0] - q.shape[0] + i:
-                    logits[i, j] = -math.inf
+            for i in range(q.shape[0]):
+                logits[i, k.shape[0] - q.shape[0] + i + 1 :] = -math.inf
         maps.append(logits.softmax(-1))
         outs.append(maps[-1] @ v[:, own])
     return torch.stack(maps), torch.cat(outs, dim=1)

@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokprune.families import family_of
-from tokprune.methods import available_methods, make_method
+from tokprune.methods import image_methods, make_method
 from tokprune.methods.depth import layer_options, scaled_layers
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", image_methods())
 @pytest.mark.parametrize("depth", [24, 32, 40])
 def test_deep_decoders_keep_the_published_layers(name: str, depth: int) -> None:
     assert layer_options(name, depth) == {}
 
 
-@pytest.mark.parametrize("name", available_methods())
+@pytest.mark.parametrize("name", image_methods())
 @pytest.mark.parametrize("layers", [2, 3, 4, 5, 6, 8])
 def test_every_method_fits_a_short_decoder(name: str, layers: int) -> None:
     model = tiny.llava(layers=layers)

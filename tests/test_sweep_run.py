@@ -98,7 +98,7 @@ def test_every_cell_has_every_question_once(whole: Any) -> None:
         info["benchmark"]["tasks"] == info["benchmark"]["headline"] == ["count", "place", "thing"]
     )
     arms = {cell["arm"] for cell in whole.cells.values()}
-    assert arms == {*tokprune.methods.available_methods(), "none", "blind", "downsample"}
+    assert arms == {*tokprune.methods.image_methods(), "none", "blind", "downsample"}
     for name, cell in whole.cells.items():
         rows = whole.rows_of(name)
         assert len(rows) == (5 if cell["status"] == "ok" else 0), name
@@ -129,7 +129,7 @@ def test_budgets_are_matched_on_measured_means(whole: Any) -> None:
         measured = sum(row["tokens_mean"] for row in rows) / len(rows)
         assert abs(measured - cell["budget"]) <= 1, name  # all items, not those of the matching
         assert all(row["tokens_in"] == 36 and row["tokens_last"] <= 36 for row in rows)
-    assert reached == set(tokprune.methods.available_methods())
+    assert reached == set(tokprune.methods.image_methods())
     # one of six layers sees all 36 tokens: (36 + 5 · 14) / 6
     told = whole.cells["fastv@18"]["calibrated"]
     assert told == {"tokens_last": 14.0, "tokens_mean": pytest.approx(106 / 6, abs=1e-3)}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tokprune.methods import available_methods
+from tokprune.methods import image_methods
 from tokprune.sweep.arms import CONTROLS, VARIANTS, Arm, build_arms, parse_arm
 from tokprune.sweep.budgets import DEFAULT_KEEP, parse_budget, tolerance
 from tokprune.sweep.settings import (
@@ -139,11 +139,11 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_all_methods_and_controls_by_default() -> None:
     arms = build_arms([], controls=True, variants=False)
     assert [arm.name for arm in arms][:6] == list(CONTROLS)
-    assert {arm.method for arm in arms if arm.method} == set(available_methods())
+    assert {arm.method for arm in arms if arm.method} == set(image_methods())
     assert {arm.name for arm in arms if arm.control} == set(CONTROLS)
     unpatched = [arm.name for arm in arms if arm.method is None]
     assert unpatched == ["none", "blind", "downsample"]
-    assert len(arms) == len(available_methods()) + len(unpatched)
+    assert len(arms) == len(image_methods()) + len(unpatched)
 
 
 def test_the_unpruned_model_is_always_there() -> None:

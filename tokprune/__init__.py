@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from tokprune.families import supported_models
+    from tokprune.frames import FrameFeatures, reduce_frames
     from tokprune.loading import load
     from tokprune.methods import *  # noqa: F403
     from tokprune.patching import compose, compress, is_patched, patch, trace_of, unpatch
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AlreadyPatchedError": "tokprune.errors",
     "CompositionError": "tokprune.errors",
+    "FrameFeatures": "tokprune.frames",
     "NonFiniteFeaturesError": "tokprune.errors",
     "PromptMismatchError": "tokprune.errors",
     "Trace": "tokprune.trace",
@@ -38,6 +40,7 @@ _HOME = {
     "is_patched": "tokprune.patching",
     "load": "tokprune.loading",
     "patch": "tokprune.patching",
+    "reduce_frames": "tokprune.frames",
     "supported_models": "tokprune.families",
     "trace_of": "tokprune.patching",
     "unpatch": "tokprune.patching",

@@ -22,7 +22,7 @@ def sweep(
         _Many,
         typer.Option(
             help="Names separated by commas, with options as name:option=value; repeatable. "
-            "Default: every method."
+            "Default: every method for pictures."
         ),
     ] = None,
     keep: Annotated[

@@ -1,20 +1,41 @@
 """Published recipes, one file each; ``repr`` of a method is its configuration."""
 
-from tokprune.methods.base import Method, Preset, available_methods, make_method, register_method
+from tokprune.methods.base import (
+    Method,
+    Preset,
+    available_methods,
+    image_methods,
+    make_method,
+    register_method,
+)
+from tokprune.methods.cdpruner import CDPruner
+from tokprune.methods.centerclip import CenterCLIP
+from tokprune.methods.clip_relevance import ClipRelevance
+from tokprune.methods.dart import DART
 from tokprune.methods.divprune import DivPrune
+from tokprune.methods.evs import EVS
 from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
+from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
+from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.visionzip import VisionZip
 
 __all__ = [
+    "DART",
+    "EVS",
+    "M3",
+    "CDPruner",
+    "CenterCLIP",
+    "ClipRelevance",
     "DivPrune",
     "FastV",
     "FlowCut",
@@ -24,12 +45,15 @@ __all__ = [
     "PiToMe",
     "Pool",
     "Preset",
+    "PyramidDrop",
     "Random",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "TransPrune",
     "VisionZip",
     "available_methods",
+    "image_methods",
     "make_method",
     "register_method",
 ]

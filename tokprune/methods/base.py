@@ -7,10 +7,10 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from tokprune.engine.stages import ModelFacts, Plan
+from tokprune.engine.stages import ModelFacts, Per, Plan
 
 #: a count of tokens, a fraction of them, or one of these per pruning step
 Keep: TypeAlias = "int | float | Sequence[int | float]"
@@ -33,8 +33,20 @@ class Preset:
 class Method(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; ``repr`` is the configuration.
 
+    What a budget (``keep``) counts is the same for all of them. Of a still picture it is the whole
+    picture, its tiles together, except where a method says that it is every tile. Of a video it is
+    what the option ``per`` names, which every method has:
+
+    Args:
+        per: what of a video is compressed as one, with the budget and the scores of its own:
+            "video" (default), all its frames together; a whole number n, segments of n consecutive
+            frames, the last one of those left over; "frame", each frame as if it were a picture.
+            Still pictures do not care, and methods that work tile by tile (``pool``, ``m3``) treat
+            every frame alike anyway.
+
     Class attributes: ``name`` (the word for ``compress`` and the command line), ``stages`` (for
-    people: where it acts), ``needs`` (what it reads), ``paper`` (citation), ``presets``.
+    people: where it acts), ``needs`` (what it reads), ``paper`` (citation), ``presets``,
+    ``videos_only`` (it has nothing to drop in still pictures).
     """
 
     name: ClassVar[str]
@@ -42,6 +54,14 @@ class Method(ABC):
     needs: ClassVar[str] = "features"
     paper: ClassVar[str] = ""
     presets: ClassVar[tuple[Preset, ...]] = ()
+    videos_only: ClassVar[bool] = False
+
+    per: Per = field(default="video", kw_only=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in cls.__dict__:  # before the dataclass decorator makes another
+            cls.__repr__ = _configuration  # type: ignore[assignment,method-assign]
 
     @abstractmethod
     def plan(self, facts: ModelFacts) -> Plan:
@@ -68,6 +88,14 @@ class Method(ABC):
         )
 
 
+def _configuration(method: Method) -> str:
+    """Class and options; ``per`` where it is not the default, so that pictures never show it."""
+    fields = [f for f in dataclasses.fields(method) if f.repr and f.name != "per"]
+    fields += [f for f in dataclasses.fields(method) if f.name == "per" and method.per != f.default]
+    options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields)
+    return f"{type(method).__qualname__}({options})"
+
+
 _METHODS: dict[str, type[Method]] = {}
 
 
@@ -82,15 +110,24 @@ def available_methods() -> dict[str, type[Method]]:
     return dict(sorted(_METHODS.items()))
 
 
+def image_methods() -> dict[str, type[Method]]:
+    """Those that work on still pictures, by name, sorted."""
+    return {name: cls for name, cls in available_methods().items() if not cls.videos_only}
+
+
 def make_method(method: str | Method, **options: Any) -> Method:
     """A method object from a name and options (or an object, whose options may be changed).
 
     Raises:
-        ValueError: unknown name, or an option the method does not have; suggests the nearest.
+        ValueError: unknown name, an option the method does not have (suggests the nearest), or one
+            with a bad value.
         TypeError: ``method`` is neither a name nor a method object.
     """
     if isinstance(method, Method):
-        return dataclasses.replace(method, **_checked(type(method), options)) if options else method
+        if options:
+            method = dataclasses.replace(method, **_checked(type(method), options))
+        check_per(method.per)
+        return method
     if not isinstance(method, str):
         raise TypeError(f"method={method!r} should be a method name or a tokprune method object")
     cls: type[Method] | None = _METHODS.get(method.lower())
@@ -101,6 +138,7 @@ def make_method(method: str | Method, **options: Any) -> Method:
             f"method={method!r} is unknown; known: {', '.join(sorted(_METHODS))}.{hint}"
         )
     _missing(cls, _checked(cls, options))
+    check_per(options.get("per", "video"))
     return cls(**options)
 
 
@@ -161,6 +199,19 @@ def check_range(value: float, name: str, low: float, high: float, low_open: bool
     if not (isinstance(value, (int, float)) and math.isfinite(value) and inside):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}={value!r} should be in {bracket}{low}, {high}]")
+
+
+def check_per(per: Any) -> None:
+    """What of a video is compressed as one.
+
+    Raises:
+        ValueError: it is neither "video" nor "frame" nor a whole number of frames.
+    """
+    whole = isinstance(per, int) and not isinstance(per, bool) and per >= 1
+    if per not in ("video", "frame") and not whole:
+        raise ValueError(
+            f"per={per!r} should be 'video', 'frame', or a number of frames (at least 1)"
+        )
 
 
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:

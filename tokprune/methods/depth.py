@@ -4,12 +4,12 @@ Papers name decoder layers of LLaVA-1.5-7B, which has 32. The rule, for every me
 
 - a decoder of at least 24 layers gets the published numbers as they are, as in the official code
   (which uses the same numbers for 32 and for 40 layers), if they fit;
-- in a shorter one a *schedule* of layers (TransPrune, MustDrop) keeps its relative depth: layer
-  l of 32 becomes l · depth / 32, rounded, moved up where two would coincide and down where the
-  last would not leave the layers behind it that the method needs; where there is no room for
-  all steps, MustDrop takes its last ones and TransPrune a single one;
-- FastV's K = 2 means the first layers, not a depth: it stays in decoders of at least 8 layers, and
-  is 1 in shorter ones, where two layers would be more than a quarter of the model;
+- in a shorter one a *schedule* of layers (TransPrune, MustDrop, PyramidDrop, SparseVLM) keeps its
+  relative depth: layer l of 32 becomes l · depth / 32, rounded, moved up where two would coincide
+  and down where the last would not leave the layers behind it that the method needs; where there
+  is no room for all steps, TransPrune takes a single one and the others their last ones;
+- K = 2 of FastV and DART means the first layers, not a depth: it stays in decoders of at least 8
+  layers, and is 1 in shorter ones, where two layers would be more than a quarter of the model;
 - FlowCut's layer 1 stays while at least as many layers follow as precede it, and moves to the
   middle otherwise;
 - ToDRE's check after ⌊7L/8⌋ of L layers is a relative depth by definition.
@@ -26,7 +26,9 @@ LEAST_DEPTH = 24
 
 _TRANSPRUNE = (7, 9, 12)  # counted from 1: layers after which tokens go
 _MUSTDROP = (2, 6, 10, 14)  # counted from 0: layers whose output is filtered
-_FASTV = 2  # layers that see all tokens
+_PYRAMIDDROP = (8, 16, 24)  # counted from 0: layers before which tokens go
+_SPARSEVLM = (2, 6, 15)  # counted from 0: layers whose output is pruned
+_FIRST = 2  # FastV, DART: layers that see all tokens
 _FLOWCUT = 1  # counted from 0: the layer after which tokens go
 
 
@@ -56,7 +58,15 @@ def layer_options(name: str, decoder_layers: int) -> dict[str, Any]:
         steps = _MUSTDROP[-max(1, decoder_layers - 1) :]
         layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
         return {"pruning_layers": layers}
-    if name == "fastv" and decoder_layers < 4 * _FASTV:
+    if name == "pyramiddrop" and not deep:
+        steps = _PYRAMIDDROP[-max(1, decoder_layers - 1) :]
+        layers = scaled_layers(steps, decoder_layers, first=1, last=decoder_layers - 1)
+        return {"prune_layers": layers}
+    if name == "sparsevlm" and not deep:
+        steps = _SPARSEVLM[-max(1, decoder_layers - 1) :]
+        layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
+        return {"pruning_layers": layers}
+    if name in ("fastv", "dart") and decoder_layers < 4 * _FIRST:
         return {"layer": 1}
     if name == "flowcut" and decoder_layers < 2 * (_FLOWCUT + 1):
         return {"prune_layer": max(0, decoder_layers // 2 - 1)}

@@ -63,6 +63,7 @@ class DivPrune(Method):
         Preset("llava-1.5", 64, {"keep": 64}, _CDPRUNER),
         Preset("llava-1.5", 32, {"keep": 32}, _CDPRUNER),
         Preset("llava-next", 0.098, {"keep": 0.098}, _PAPER),
+        Preset("llava-next-video", 0.098, {"keep": 0.098}, _PAPER + "; all frames of a video"),
         Preset("llava-next", 720, {"keep": 720}, _TODRE),
         Preset("llava-next", 320, {"keep": 320}, _CDPRUNER),
         Preset("llava-next", 288, {"keep": 288}, _TODRE),

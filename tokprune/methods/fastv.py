@@ -50,7 +50,9 @@ class FastV(Method):
     """Attention of the last prompt token in layer K−1 ranks the image tokens; layers ≥ K see the
     best ``keep`` of them. Selection happens once, in prefill.
 
-    With several images in a prompt all their tokens share one ranking and the summed budget.
+    With several images in a prompt all their tokens share one ranking and the summed budget, except
+    with ``per`` other than "video": then every part of a video has a ranking of its own, and so has
+    every picture.
 
     Args:
         keep: visual tokens per image after the cut (count), or fraction.
@@ -135,6 +137,13 @@ class _FastVRun(DecoderRun):
             return None
         budgets = [[resolve_keep(self.method.keep, n) for n in row] for row in view.entering]
         budgets = [[min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, view.counts)]
+        if self.method.per != "video":
+            width = view.segments
+            own = torch.tensor([row + [0] * (width - len(row)) for row in budgets])
+            mask = segment_topk(
+                self.score.to(hidden.device), view.segment, own.to(hidden.device, non_blocking=True)
+            )
+            return Keep(mask, budgets, self.method.positions)
         totals = torch.tensor([[sum(row)] for row in budgets])
         one = torch.where(view.visual, 0, -1)  # all images of a row share one ranking
         mask = segment_topk(

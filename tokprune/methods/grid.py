@@ -19,7 +19,6 @@ from tokprune.methods.base import (
     register_method,
     resolve_keep,
 )
-from tokprune.operators.anyres import tile_windows
 from tokprune.operators.pooling import grid_sample, share
 
 
@@ -29,7 +28,8 @@ class Grid(Method):
     """Patches on a uniform grid over each tile, without any score.
 
     On tiled models the budget is shared between the tiles in proportion to the cells of each
-    that show the picture (padding is out), and adds up exactly; newline tokens go.
+    that show the picture (padding is out), and adds up exactly, and so it is between the frames of
+    a video; newline tokens go.
 
     Args:
         keep: visual tokens per image (count) or fraction of the image's patches.
@@ -67,25 +67,44 @@ class _GridStage(PromptStage):
         k = resolve_keep(self.keep, image.patches)
         if k >= image.patches:
             return None
-        windows = tile_windows(image.grid, image.tile_grid, image.size)
+        windows = image.windows()
         cells = [(bottom - top) * (right - left) for top, bottom, left, right in windows]
         budgets = share(min(k, sum(cells)), cells)
-        width = image.grid[1]
-        chosen = []
-        for tile, ((top, bottom, left, right), n) in enumerate(zip(windows, budgets)):
+        chosen, start = [], 0
+        for (height, width), (top, bottom, left, right), n in zip(
+            image.tile_grids(), windows, budgets
+        ):
             if n:
                 at = grid_sample(bottom - top, right - left, n)
                 row, col = at // (right - left) + top, at % (right - left) + left
-                chosen.append((tile * image.grid[0] + row) * width + col)
+                chosen.append(start + row * width + col)
+            start += height * width
         wanted = torch.cat(chosen).to(image.features.device, non_blocking=True)
         return Selection(index_of_cells(image)[wanted].sort().values)
 
 
 def index_of_cells(image: ImageTokens) -> Tensor:
-    """[tiles · H · W] long: where each cell stands among the image's tokens, −1 if nowhere."""
-    height, width = image.grid
-    number = image.tiles * height * width
-    cell = (image.tile * height + image.row) * width + image.col
+    """[tiles · H · W] long: where each cell stands among the image's tokens, −1 if nowhere; the
+    cells of one tile's grid after the other."""
+    if image.grids is None:
+        height, width = image.grid
+        number = image.tiles * height * width
+        cell = (image.tile * height + image.row) * width + image.col
+    else:
+        sizes = [height * width for height, width in image.grids]
+        number = sum(sizes)
+        starts = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
+        both = torch.stack([starts, torch.tensor([width for _, width in image.grids])])
+        both = both.to(image.tile.device, non_blocking=True)[:, image.tile.clamp(min=0)]
+        cell = both[0] + image.row * both[1] + image.col
     cell = torch.where(image.row < 0, number, cell)  # newline and class tokens: a spare entry
     index = torch.full((number + 1,), -1, device=cell.device)
     return index.scatter(0, cell, torch.arange(image.count, device=cell.device))[:-1]
+
+
+def keep_on_grid(image: ImageTokens, stay: Tensor, dropped: int) -> Tensor:
+    """Tokens ``stay`` [k] (long, in any order) and all that stand on no cell (newline and class
+    tokens), in prompt order: [count − dropped] long. ``dropped``: tokens on cells that go (host).
+    """
+    alive = (image.row < 0).scatter(0, stay, torch.ones_like(stay, dtype=torch.bool))
+    return (~alive).to(torch.int8).sort(stable=True).indices[: image.count - dropped]

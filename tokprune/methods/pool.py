@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,7 +46,10 @@ class Pool(Method):
 
     On tiled models each tile's projector output is pooled, base included; the pooled crops are
     stitched and unpadded at the pooled resolution, and one newline token ends each pooled row,
-    as the model packs full grids.
+    as the model packs full grids (and shrinks nothing: LLaVA-OneVision's interpolation of large
+    pictures is left out). Of a video every frame is pooled alike, on the grid that it has at the
+    language model's door, after the model's own pooling; a newline token at its end stays. Where
+    tiles and frames have different grids, ``keep`` or ``window`` should fit what is passed.
 
     Args:
         keep: tokens per tile, (H/p)·(W/p) for a whole p: 576, 144, 64, 36, 16, 9, 4 or 1 on a
@@ -92,14 +95,18 @@ class Pool(Method):
         check_choice(self.positions, "positions", ("compact", "preserve"))
 
     def window_of(self, facts: ModelFacts) -> int:
-        """p, for a model.
+        """p, for the tiles of a model (:meth:`window_for`)."""
+        return self.window_for(facts.grid)
+
+    def window_for(self, grid: tuple[int, int]) -> int:
+        """p, for a grid.
 
         Raises:
             ValueError: no whole window gives that many tokens; lists what there is.
         """
-        height, width = facts.grid
+        height, width = grid
         scales = exact_scales(height, width)
-        windows = [p for p in range(1, min(facts.grid) + 1) if height % p == 0 and width % p == 0]
+        windows = [p for p in range(1, min(grid) + 1) if height % p == 0 and width % p == 0]
         if self.window is not None:
             if self.window not in windows:
                 raise ValueError(
@@ -108,7 +115,7 @@ class Pool(Method):
                 )
             return self.window
         assert self.keep is not None
-        count = self.keep if isinstance(self.keep, int) else self.keep * facts.patches
+        count = self.keep if isinstance(self.keep, int) else self.keep * height * width
         near = [p for p, scale in zip(windows, scales) if abs(scale - count) < 1e-6 * scale]
         if not near:
             raise ValueError(
@@ -118,35 +125,78 @@ class Pool(Method):
         return near[0]
 
     def plan(self, facts: ModelFacts) -> Plan:
-        p = self.window_of(facts)
-        if self.place == "after":
-            return Plan() if p == 1 else Plan(prompt=(_PoolStage(p, facts, self.positions),))
-        if facts.tiled:
-            raise ValueError(
-                "place='before' is not possible on a model with tiles and newline tokens, which "
-                "it packs after the projector; use place='after'"
-            )
-        layer = last_merging_layer(facts, "Pool with place='before'")
-        return Plan() if p == 1 else Plan(encoder=(_EarlyPoolStage(p, layer, self.positions),))
+        return pooling_plan(self, facts)
+
+
+def pooling_plan(method: Any, facts: ModelFacts) -> Plan:
+    """The plan of a method that pools windows: :class:`Pool`, M3.
+
+    Raises:
+        ValueError: no grid of the model has such windows, or ``place`` does not fit.
+    """
+    grids = [facts.grid] if facts.frame_grid is None else [facts.grid, facts.frame_grid]
+    windows: list[int] = []
+    problems: list[ValueError] = []
+    for grid in grids:
+        try:
+            windows.append(method.window_for(grid))
+        except ValueError as problem:
+            problems.append(problem)
+    if not windows:
+        raise problems[0]
+    nothing = not problems and max(windows) == 1
+    if method.place == "after":
+        return Plan() if nothing else Plan(prompt=(_PoolStage(method, facts),))
+    if facts.tiled:
+        raise ValueError(
+            "place='before' is not possible on a model with tiles and newline tokens, which "
+            "it packs after the projector; use place='after'"
+        )
+    layer = last_merging_layer(facts, f"{type(method).__name__} with place='before'")
+    stage = _EarlyPoolStage(method.window_for(facts.grid), layer, method.positions)
+    return Plan() if nothing else Plan(encoder=(stage,))
 
 
 class _PoolStage(PromptStage):
     #: the engine keeps the projector output of every tile
     wants_raw = True
 
-    def __init__(self, window: int, facts: ModelFacts, positions: Positions) -> None:
-        self.window, self.tiled, self.positions = window, facts.tiled, positions
+    def __init__(self, method: Any, facts: ModelFacts) -> None:
+        self.method, self.tiled, self.positions = method, facts.tiled, method.positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        return [self._one(image) for image in images]
+        return [self._video(i) if i.video else self._one(i) for i in images]
 
-    def _one(self, image: ImageTokens) -> Selection:
+    def _video(self, image: ImageTokens) -> Selection | None:
+        """Every frame, from the tokens at the door; newline tokens stay."""
+        p, (height, width), frames = self.method.window_for(image.grid), image.grid, image.frames
+        if p == 1:
+            return None
+        n, small = height * width, height // p * (width // p)
+        index = index_of_cells(image)
+        pooled = grid_avg_pool(
+            image.features[index].unflatten(0, (frames, n)), window=p, grid=image.grid
+        )
+        centres = index.view(frames, n)[:, _centres(image.grid, p, index.device)]
+        ends = image.count - frames * n
+        last = torch.arange(image.count - ends, image.count, device=index.device)
+        into = image.tile * small + image.row // p * (width // p) + image.col // p
+        line = frames * small + image.newline.cumsum(0) - 1
+        return Selection(
+            torch.cat([centres.flatten(), last]),
+            torch.cat([pooled.flatten(0, 1).to(image.features.dtype), image.features[last]]),
+            torch.where(image.newline, line, into),
+        )
+
+    def _one(self, image: ImageTokens) -> Selection | None:
+        p = self.method.window_for(image.grid)
+        if p == 1:
+            return None
         if image.raw is None:
             raise ValueError(
                 "pool needs the whole grid of every tile, and an earlier method has already "
                 "dropped or merged patches; leave one of them out"
             )
-        p = self.window
         patches = image.raw[:, -image.grid[0] * image.grid[1] :]  # without a class token
         pooled = grid_avg_pool(patches, window=p, grid=image.grid)
         pooled = pooled.to(image.features.device, image.features.dtype)
@@ -158,8 +208,8 @@ class _PoolStage(PromptStage):
         )
         taken.append(base)
         into.append(index[_centres(image.grid, p, index.device)])
-        if image.tiles > 1:
-            features, places, crops = self._crops(image, pooled[1:], index, newlines)
+        if len(pooled) > 1:
+            features, places, crops = self._crops(image, p, pooled[1:], index, newlines)
             taken.append(features)
             into.append(places)
             group = torch.where(crops < 0, group, crops + height * width)
@@ -171,13 +221,13 @@ class _PoolStage(PromptStage):
         return Selection(torch.cat(into).clamp(min=0), torch.cat(taken), group)
 
     def _crops(
-        self, image: ImageTokens, pooled: Tensor, index: Tensor, newlines: Tensor
+        self, image: ImageTokens, p: int, pooled: Tensor, index: Tensor, newlines: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Stitched, unpadded pooled crops with newlines: their features, the image token that
         stands for each, and the one among them that holds each image token (or −1)."""
         assert image.size is not None
         assert image.newline_feature is not None
-        p, (height, width), device = self.window, image.grid, index.device
+        (height, width), device = image.grid, index.device
         (down, across), small = image.tile_grid, (height // p, width // p)
         top, bottom, left, right = stitched_bounds(small, image.tile_grid, image.size)
         first, last, west, east = stitched_bounds(image.grid, image.tile_grid, image.size)
@@ -192,15 +242,28 @@ class _PoolStage(PromptStage):
         y = torch.arange(top, bottom, device=device) * p + p // 2
         x = torch.arange(left, right, device=device) * p + p // 2
         y, x = y.clamp(first, max(first, last - 1)), x.clamp(west, max(west, east - 1))
-        tile = (y // height * across)[:, None] + x // width + 1
-        cell = (tile * height + (y % height)[:, None]) * width + x % width
-        line = newlines[(y - first).clamp(max=max(0, last - first - 1))]
+        if image.grids is None:
+            tile = (y // height * across)[:, None] + x // width + 1
+            cell = (tile * height + (y % height)[:, None]) * width + x % width
+            row = y - first
+        else:  # the model's own tokens stand on a smaller map
+            lines, wide = image.grids[1]
+            row = (y - first) * lines // max(1, last - first)
+            column = (x - west) * wide // max(1, east - west)
+            cell = height * width + row[:, None] * wide + column
+        line = newlines[row.clamp(max=max(0, last - first - 1))]
         places = torch.cat([index[cell], line[:, None]], dim=1).flatten()
 
         crop = (image.tile - 1).clamp(min=0)
         rank = image.newline.cumsum(0) - 1
-        own_y = torch.where(image.newline, rank + first, crop // across * height + image.row)
-        own_x = crop % across * width + image.col
+        if image.grids is None:
+            own_y = torch.where(image.newline, rank + first, crop // across * height + image.row)
+            own_x = crop % across * width + image.col
+        else:
+            lines, wide = image.grids[1]
+            own_y = torch.where(image.newline, rank, image.row)
+            own_y = first + (2 * own_y + 1) * (last - first) // (2 * lines)
+            own_x = west + (2 * image.col + 1) * (east - west) // (2 * wide)
         own_y, own_x = own_y // p - top, own_x // p - left
         own_x = torch.where(image.newline, columns, own_x)
         here = ((image.tile > 0) & (image.row >= 0)) | image.newline

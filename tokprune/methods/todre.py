@@ -76,8 +76,9 @@ class ToDRE(Method):
             least 1); None or 1.0 runs stage 2 alone.
         select: "max_sum" (v2 of the paper) or "k_center" (v1).
         pivot: the first token: "cls" has the largest class attention of the last vision layer
-            (tiled images: of the base tile); "farthest" from or "center" nearest to the mean
-            feature; "random" (seeded). "cls" becomes "farthest" on a tower without class token.
+            (tiled images: of the base tile; videos: of all frames, after the model's own pooling);
+            "farthest" from or "center" nearest to the mean feature; "random" (seeded). "cls"
+            becomes "farthest" on a tower without class token.
         seed: of the random pivot.
         tau: stage 2 drops where both ratios are below it.
         check_layers: decoder layers, counted from 1, after which stage 2 looks; the first where
@@ -137,7 +138,8 @@ class ToDRE(Method):
 
     def plan(self, facts: ModelFacts) -> Plan:
         if self.keep is not None:
-            check_fits(self.keep, facts, facts.max_tiles * facts.tokens_per_tile)
+            pictures = facts.max_tiles * facts.tokens_per_tile
+            check_fits(self.keep, facts, None if facts.videos else pictures)
         depth = facts.decoder_layers
         layers = self._given_layers() or (max(1, 7 * depth // 8),)
         if any(not 1 <= layer <= depth for layer in layers):
@@ -183,11 +185,9 @@ class _ClassAttentionRun(EncoderRun):
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
         score, seen = self.score, self.tokens
-        if score is not None and seen is not None and seen is not tokens:
+        if score is not None and seen is not None:
             # another method reduced this very layer after its attention: follow its rows
-            slots = tokens.slots[:, tokens.first_patch :].clamp(min=0)
-            row = seen.group.gather(1, slots) - seen.first_patch
-            score = score.gather(1, row.clamp(min=0))
+            score = tokens.carry(score, seen)
         return EncoderOutcome(score=score)
 
 
@@ -215,7 +215,7 @@ class _DiversityStage(PromptStage):
         for n, members in alike.items():
             k = resolve_keep(self.keep, n)
             chosen = [images[i] for i in members]
-            patches = torch.stack([_patch_rows(image) for image in chosen])
+            patches = torch.stack([image.patch_rows() for image in chosen])
             x = torch.stack([image.features[rows] for image, rows in zip(chosen, patches)])
             pick = max_sum if self.method.select == "max_sum" else k_center
             order = patches.gather(1, pick(x, k, self._pivot(chosen, patches, x)))
@@ -235,15 +235,11 @@ class _DiversityStage(PromptStage):
         if rule == "farthest" or len(scores) < len(images):
             return farthest_pivot(x)
         score = torch.stack([s[rows] for s, rows in zip(scores, patches)])
-        base = torch.stack([image.tile[rows] == 0 for image, rows in zip(images, patches)])
+        # the base tile of a picture, all frames of a video
+        base = torch.stack(
+            [(image.tile[rows] == 0) | image.video for image, rows in zip(images, patches)]
+        )
         return cls_pivot(score, base)
-
-
-def _patch_rows(image: ImageTokens) -> Tensor:
-    """Rows of an image that are no newline tokens, [patches]."""
-    if image.patches == image.count:
-        return torch.arange(image.count, device=image.features.device)
-    return image.newline.to(torch.int8).sort(stable=True).indices[: image.patches]
 
 
 # ------------------------------------------------------------------------------- stage 2

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokprune.methods import Method, available_methods, make_method
+from tokprune.methods import Method, available_methods, image_methods, make_method
 from tokprune.methods.base import option_names
 from tokprune.methods.depth import layer_options
 from tokprune.sweep.identity import canonical
@@ -23,15 +23,19 @@ UNPATCHED = ("none", "blind", "downsample")
 #: controls without a budget
 UNBUDGETED = ("none", "blind")
 #: options that are budgets of their own, which a sweep sets through ``keep``
-_BUDGETS = frozenset({"keep", "r", "ratio", "dominant", "contextual", "window"})
+_BUDGETS = frozenset({"keep", "level", "r", "ratio", "dominant", "contextual", "window"})
 #: set to true among an arm's options: run the method with exactly these, matched to no budget
 EXACT = "exact"
 
 #: published variants worth an arm of their own, for ``--variants``
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "centerclip": ({"algorithm": "spectral"}, {"place": "encoder"}, {"aggregate": "mean"}),
+    "cdpruner": ({"relevance": "none"},),
+    "dart": ({"pivot_order": "norm"},),
     "fastv": ({"rows": "text"},),
     "flowcut": ({"semantic": "cosine", "value_norm": "per_head"},),
     "pitome": ({"variant": "head"}, {"variant": "paper"}, {"variant": "deit"}),
+    "sparsevlm": ({"version": "plus"}, {"recycle": 0.0}),
     "todre": ({"select": "k_center"}, {"stage2": False}),
     "tome": ({"variant": "pitome_baseline"},),
     "transprune": ({"alpha": 1.0}, {"direction": "abs"}),
@@ -201,12 +205,12 @@ def build_arms(
     """All arms of a sweep, each once: ``none``, other controls, then the methods as given.
 
     Args:
-        methods: names with options; empty means every method there is.
+        methods: names with options; empty means every method for pictures.
         controls: include ``blind``, ``random``, ``grid``, ``pool`` and ``downsample``. ``none`` is
             always included: everything is compared with it.
         variants: include the published variants of the methods as well.
     """
-    wanted = list(methods) or [(name, {}) for name in available_methods() if name not in CONTROLS]
+    wanted = list(methods) or [(name, {}) for name in image_methods() if name not in CONTROLS]
     if variants:
         wanted += [
             (name, options)

@@ -60,6 +60,8 @@ def _tuples(value: Any) -> Any:
 def json_options(method: Method) -> dict[str, Any]:
     """All options of a method in JSON types."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
+    if options["per"] == "video":  # the default; sweeps ask about pictures
+        del options["per"]
     return options
 
 
