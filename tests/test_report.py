@@ -242,7 +242,7 @@ def test_files(made: Any) -> None:
     assert folder.name == "report"
     plots = {p.name for p in (folder / "plots").iterdir()}
     assert plots == {f"accuracy-vs-{x}.svg" for x in ("tokens", "flops", "latency")} | {
-        "accuracy-per-arm.svg", "retention.svg"}  # fmt: skip
+        "accuracy-per-arm.svg", "oracle.svg", "retention.svg"}  # fmt: skip
     for plot in (folder / "plots").iterdir():
         ElementTree.fromstring(plot.read_text())
     text = made.markdown.read_text()
@@ -262,8 +262,8 @@ def test_markdown_tables_are_regular(made: Any) -> None:
 
 def test_page_says_what_it_must(made: Any) -> None:
     text = made.html.read_text()
-    for section in ("summary", "plots", "results", "tasks", "differences", "groups", "noise",
-                    "gallery", "exceptions", "environment"):  # fmt: skip
+    for section in ("summary", "plots", "results", "tasks", "oracle", "differences", "groups",
+                    "noise", "gallery", "exceptions", "environment"):  # fmt: skip
         assert f'<section id="{section}">' in text
     for words in (
         "2 questions failed", "points lack answers", "Not in the headline average: relation",

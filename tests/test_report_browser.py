@@ -54,11 +54,11 @@ def test_dom(page: Path) -> None:
     seen.feed(text)
     assert seen.fetched == []
     assert seen.sections == [
-        "summary", "plots", "results", "tasks", "differences", "groups", "noise", "gallery",
-        "exceptions", "environment",
+        "summary", "plots", "results", "tasks", "oracle", "differences", "groups", "noise",
+        "gallery", "exceptions", "environment",
     ]  # fmt: skip
     assert "script" not in seen.tags
-    assert seen.tags["svg"] == 2 * 5  # wide and narrow
+    assert seen.tags["svg"] == 2 * 6  # wide and narrow
     assert seen.tags["img"] == 1 + len(fake_run.METHODS) + 3  # no overlay of downsample
     assert seen.tags["table"] >= 10
     for arm in (*fake_run.METHODS, *fake_run.CONTROLS):

@@ -93,6 +93,9 @@ def _print(made: Any) -> None:
     if not console.is_terminal:
         console = Console(width=110, highlight=False)
     console.print(table)
-    for line in (*findings(analysis, made.differences, made.contest), *warnings(analysis)):
+    for line in (
+        *findings(analysis, made.differences, made.contest, made.oracles),
+        *warnings(analysis),
+    ):
         console.print(f"- {line}", markup=False)
     console.print(f"\n{made.html}", markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ from tokprune.report.groups import (
     read_groups,
     write_groups,
 )
+from tokprune.report.oracle_arms import ArmOracle, oracles
 
 if TYPE_CHECKING:
     from evals.base import Benchmark
@@ -34,6 +35,7 @@ class Report:
     differences: Differences
     contest: Contest | None
     groups: list[GroupTable]
+    oracles: list[ArmOracle]
 
 
 def build_report(
@@ -80,6 +82,7 @@ def build_report(
             whose = "another run of the same model"
     tables = group_tables(analysis, groups)
     found, against = differences(analysis), contest(analysis)
+    best = oracles(analysis)
     gallery, notes = _gallery(analysis, data, benchmark)
     others = None
     if published:
@@ -91,13 +94,13 @@ def build_report(
     from tokprune.report.markdown import write_markdown
     from tokprune.report.sections import document
 
-    pages = document(analysis, found, against, tables, whose, gallery, notes, others)
+    pages = document(analysis, found, against, tables, whose, gallery, notes, others, best)
     target = Path(out) if out is not None else Path(folder) / "report"
     target.mkdir(parents=True, exist_ok=True)
     write_groups(own, target / "groups")
     markdown = write_markdown(pages, target)
     html = write_html(pages, target / "report.html")
-    return Report(html, markdown, analysis, found, against, tables)
+    return Report(html, markdown, analysis, found, against, tables, best)
 
 
 def _gallery(

@@ -45,7 +45,8 @@ class Point:
 
     ``score`` [items]: mean over the seeds, NaN where one of them has no answer; ``first`` [items]:
     score of the first seed, for counts of right and wrong; ``answer`` [items]: answers of the
-    first seed in the form in which they are compared, "" where missing; ``failed``: failed items
+    first seed in the form in which they are compared, "" where missing; ``spent`` [items]: visual
+    tokens of the first seed, mean over decoder layers, NaN where unknown; ``failed``: failed items
     over all seeds; ``measured``: means of :data:`MEASURED`; ``latency``: entry of latency.json;
     ``base``: the unpruned point that this one is compared with (None for that itself).
     """
@@ -67,6 +68,7 @@ class Point:
     answer: NDArray[np.object_] = field(repr=False)
     shown: NDArray[np.object_] = field(repr=False)
     given: NDArray[np.bool_] = field(repr=False)
+    spent: Floats = field(repr=False)
     failed: int
     measured: Mapping[str, float]
     latency: Mapping[str, Any] | None
@@ -280,6 +282,7 @@ def _point(
     by_seed = np.full((len(items), len(cells)), np.nan)
     shown = np.full(len(items), "", dtype=object)
     given = np.zeros(len(items), dtype=bool)
+    spent = np.full(len(items), np.nan)
     sums = dict.fromkeys(MEASURED, 0.0)
     n = dict.fromkeys(MEASURED, 0)
     failed = 0
@@ -294,6 +297,8 @@ def _point(
             if s == 0:
                 shown[i] = row["answer"]
                 given[i] = not bad
+                if not bad and row["tokens_mean"] is not None:
+                    spent[i] = row["tokens_mean"]
             for name in MEASURED:
                 value = row[name]
                 if isinstance(value, (int, float)) and not bad:
@@ -319,6 +324,7 @@ def _point(
         answer=np.array([normalise(str(a)) for a in shown], dtype=object),
         shown=shown,
         given=given,
+        spent=spent,
         failed=failed,
         measured={k: sums[k] / n[k] if n[k] else math.nan for k in MEASURED},
         latency=next((timed[c["cell"]] for c in cells if c["cell"] in timed), None),

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tokprune.report.analysis import Analysis, Result, difference
 from tokprune.report.compare import Contest, Differences
+from tokprune.report.oracle_arms import ArmOracle
+from tokprune.report.oracle_section import sentence
 from tokprune.report.wording import between, listed, percent, signed, with_interval
 
 #: an unpruned model below this has not learned a task
 LEARNED = 0.8
 
 
-def findings(analysis: Analysis, found: Differences, against: Contest | None) -> list[str]:
+def findings(
+    analysis: Analysis,
+    found: Differences,
+    against: Contest | None,
+    oracles: Sequence[ArmOracle] = (),
+) -> list[str]:
     """The main results, most important first."""
     base, data = analysis.unpruned, analysis.data
     lines = [
@@ -41,6 +49,9 @@ def findings(analysis: Analysis, found: Differences, against: Contest | None) ->
         )
     else:
         lines.append("No arm stays within 2 points of the unpruned model.")
+    told = sentence(oracles)
+    if told is not None:
+        lines.append(told)
     gap = analysis.noise_gap
     if gap is not None and gap > 0:
         lines.append(

@@ -20,6 +20,8 @@ from tokprune.report.document import (
 )
 from tokprune.report.findings import findings, versus_random, warnings
 from tokprune.report.groups import GroupTable
+from tokprune.report.oracle_arms import ArmOracle
+from tokprune.report.oracle_section import oracle_section
 from tokprune.report.published import Published
 from tokprune.report.wording import number, percent
 
@@ -42,6 +44,7 @@ def document(
     gallery: Gallery | None,
     notes: Sequence[str],
     published: Published | None = None,
+    oracles: Sequence[ArmOracle] = (),
 ) -> Document:
     """Everything that goes into the page.
 
@@ -49,14 +52,16 @@ def document(
         groups_of: whose answers made the groups, in words.
         notes: on parts that were left out.
         published: figures of papers to stand beside the run's.
+        oracles: of the run's arms.
     """
     run, data = analysis.data.run, analysis.data
     model, benchmark = run["model"], run["benchmark"]
     sections = [
-        _summary(analysis, found, against),
+        _summary(analysis, found, against, oracles),
         _plots(analysis),
         _results(analysis),
         _tasks(analysis),
+        oracle_section(analysis, oracles),
         None if published is None else _published(analysis, published),
         _differences(analysis, found, against),
         _groups(groups, groups_of),
@@ -81,8 +86,10 @@ def document(
     )  # fmt: skip
 
 
-def _summary(analysis: Analysis, found: Differences, against: Contest | None) -> Section:
-    blocks: list[Block] = [Bullets(tuple(findings(analysis, found, against)))]
+def _summary(
+    analysis: Analysis, found: Differences, against: Contest | None, oracles: Sequence[ArmOracle]
+) -> Section:
+    blocks: list[Block] = [Bullets(tuple(findings(analysis, found, against, oracles)))]
     blocks += [Text(line, warning=True) for line in warnings(analysis)]
     return Section("summary", "Summary", blocks)
 
