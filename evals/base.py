@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,9 +31,10 @@ class Item:
 
 
 class Benchmark(ABC):
-    """A set of questions about pictures.
+    """A set of questions about pictures, or about videos.
 
-    Attributes: ``name``; ``version`` (changes whenever an item or a score could); ``splits``
+    Attributes: ``name``; ``media`` ("image": :meth:`image` gives what an item shows; "video":
+    :meth:`video` does); ``version`` (changes whenever an item or a score could); ``splits``
     (names, the default first); ``tasks`` (question types, in display order); ``groups`` (display
     name → its tasks; a task may be in none); ``headline`` (tasks that count in the macro average);
     ``prompt_suffix`` (appended to every question, "" for none); ``max_new_tokens`` (longest
@@ -46,6 +47,7 @@ class Benchmark(ABC):
     tasks: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]]
     headline: tuple[str, ...]
+    media: Literal["image", "video"] = "image"
     prompt_suffix: str = ""
     max_new_tokens: int = 16
 
@@ -61,7 +63,22 @@ class Benchmark(ABC):
 
     @abstractmethod
     def image(self, item: Item) -> Image.Image:
-        """The picture of an item, RGB. Made or read when asked; nothing is kept."""
+        """The picture of an item, RGB. Made or read when asked; nothing is kept.
+
+        Raises:
+            ValueError: the benchmark asks about videos.
+        """
+
+    def video(self, item: Item) -> list[Image.Image]:
+        """The frames of an item's video in order, RGB and of one size. Nothing is kept.
+
+        Raises:
+            ValueError: the benchmark asks about pictures.
+        """
+        raise ValueError(
+            f"benchmark {self.name} asks about pictures, and item {item.id!r} has no video; "
+            "image(item) gives its picture"
+        )
 
     def score(self, item: Item, answer: str) -> float:
         """1.0 for a right answer, 0.0 for a wrong one (fractions where a suite has them).
@@ -79,7 +96,7 @@ def normalise(answer: str) -> str:
 
 def available_benchmarks() -> tuple[str, ...]:
     """Names that :func:`load_benchmark` knows, files aside."""
-    return ("mini",)
+    return ("mini", "mini-video")
 
 
 def load_benchmark(name: str | Path) -> Benchmark:
@@ -98,6 +115,10 @@ def load_benchmark(name: str | Path) -> Benchmark:
         from evals.mini import MiniBenchmark
 
         return MiniBenchmark()
+    if str(name) == "mini-video":
+        from evals.mini_video import MiniVideoBenchmark
+
+        return MiniVideoBenchmark()
     near = difflib.get_close_matches(str(name), available_benchmarks(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(

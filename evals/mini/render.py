@@ -23,9 +23,9 @@ def render(scene: Scene) -> Image.Image:
     rng = random_state(scene.key, "render")
     picture = ground(rng)
     for thing in (*scene.distractors, *scene.things):
-        _paste(picture, thing, rng)
+        paste(picture, thing, rng)
     for plate in scene.plates:
-        _plate(picture, plate)
+        draw_plate(picture, plate)
     return picture
 
 
@@ -61,18 +61,24 @@ def ground(rng: np.random.RandomState) -> Image.Image:
     return picture
 
 
-def _paste(picture: Image.Image, thing: Thing, rng: np.random.RandomState) -> None:
+def paste(picture: Image.Image, thing: Thing, rng: np.random.RandomState) -> None:
+    """Draw an object into a picture; ``rng`` moves and shrinks it a little inside its patches."""
     box = thing.side * PATCH
     side = box - int(rng.randint(0, 4))  # 13 to 16 pixels for a small one
     dx, dy = (int(v) for v in rng.randint(0, box - side + 1, 2))
-    if thing.color:
-        sprite = _shape(thing.kind, thing.color, side)
-    else:
-        sprite = _sprite(SPRITES[thing.kind] if thing.kind else thing.code, side)
+    sprite = figure(thing.kind, thing.color, thing.code, side)
     picture.paste(sprite, (thing.col * PATCH + dx, thing.row * PATCH + dy), sprite)
 
 
-def _plate(picture: Image.Image, plate: Plate) -> None:
+def figure(kind: str, color: str, code: int, side: int) -> Image.Image:
+    """An object alone, RGBA, side × side: a shape, a sprite, or the distractor with that code."""
+    if color:
+        return _shape(kind, color, side)
+    return _sprite(SPRITES[kind] if kind else code, side)
+
+
+def draw_plate(picture: Image.Image, plate: Plate) -> None:
+    """Draw a text plate into a picture."""
     x, y = plate.col * PATCH, plate.row * PATCH
     cell = CELL * PATCH
     draw = ImageDraw.Draw(picture)

@@ -89,12 +89,12 @@ def make_scene(seed: int, number: int) -> Scene:
     plates = _plates(rng, taken)
     things = []
     for kind, color in _cast(rng):
-        if (thing := _place(rng, taken, kind, color)) is not None:
+        if (thing := place(rng, taken, kind, color)) is not None:
             things.append(thing)
     distractors = []
     for _ in range(rng.randint(2, 7)):
         code = DISTRACTORS[rng.randint(len(DISTRACTORS))]
-        if (thing := _place(rng, taken, "", "", code)) is not None:
+        if (thing := place(rng, taken, "", "", code)) is not None:
             distractors.append(thing)
     return Scene(key, tuple(things), tuple(distractors), tuple(plates))
 
@@ -125,14 +125,14 @@ def _plates(rng: np.random.RandomState, taken: np.ndarray) -> list[Plate]:
         if i < numbers:
             text = str(rng.randint(10, 1000))
         else:
-            text = _word(rng)
-        spot = _spot(rng, taken, CELL, CELL * len(text))
+            text = random_word(rng)
+        spot = free_spot(rng, taken, CELL, CELL * len(text))
         if spot is not None:
             plates.append(Plate(text, str(color), *spot))
     return plates
 
 
-def _word(rng: np.random.RandomState) -> str:
+def random_word(rng: np.random.RandomState) -> str:
     """Three or four random letters that do not begin with a word of the questions: such a text
     would not be spelled letter by letter."""
     while True:
@@ -141,15 +141,16 @@ def _word(rng: np.random.RandomState) -> str:
             return text
 
 
-def _place(
+def place(
     rng: np.random.RandomState, taken: np.ndarray, kind: str, color: str, code: int = 0
 ) -> Thing | None:
+    """An object of a random size on a free spot; None where there is none."""
     size = str(rng.choice(list(SIZES), p=[0.5, 0.3, 0.2]))
-    spot = _spot(rng, taken, SIZES[size], SIZES[size])
+    spot = free_spot(rng, taken, SIZES[size], SIZES[size])
     return None if spot is None else Thing(kind, color, size, *spot, code=code)
 
 
-def _spot(
+def free_spot(
     rng: np.random.RandomState, taken: np.ndarray, height: int, width: int
 ) -> tuple[int, int] | None:
     """A free rectangle, marked as taken; None where fifty throws find none."""

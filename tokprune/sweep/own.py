@@ -41,6 +41,10 @@ class OwnHarness:
             ValueError, OSError: no such benchmark, task or split, or no item of it.
         """
         benchmark = load_benchmark(settings.benchmark)
+        if benchmark.media != "image":
+            raise ValueError(
+                f"benchmark {benchmark.name} asks about videos; a sweep shows still pictures only"
+            )
         tasks = None if settings.tasks is None else list(settings.tasks)
         items = benchmark.items(settings.split, tasks, settings.limit)
         if not items:
