@@ -38,10 +38,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dart-few": ("dart", {"keep": 3, "pivot_order": "norm", "positions": "compact"}),
     "cdpruner": ("cdpruner", {"keep": 10}),
-    "cdpruner-plain": ("cdpruner", {"keep": 0.3, "relevance": "none", "scope": "image"}),
+    "cdpruner-text": ("cdpruner", {"keep": 10, "relevance": "text"}),
+    "cdpruner-image": ("cdpruner", {"keep": 0.3, "scope": "image"}),
     "cdpruner-theta": (
         "cdpruner",
-        {"keep": 8, "theta": 0.6, "positions": "preserve"},
+        {"keep": 8, "relevance": "text", "theta": 0.6, "positions": "preserve"},
     ),
     "divprune": ("divprune", {"keep": 9}),
     "divprune-published": ("divprune", {"keep": 0.25, "order": "published"}),

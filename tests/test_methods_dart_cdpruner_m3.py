@@ -113,7 +113,7 @@ def test_cdpruner_scope_image_is_one_selection(models: Any) -> None:
 def test_cdpruner_published_budgets_are_equal_per_tile() -> None:
     assert share(640, [576] * 5) == [128] * 5
     assert CDPruner.preset("llava-next", 640) == CDPruner(640)
-    assert CDPruner.preset("llava-1.5", 64, relevance="none") == CDPruner(64, "none")
+    assert CDPruner.preset("llava-1.5", 64, relevance="text") == CDPruner(64, "text")
     CDPruner(640).plan(large_facts(5))
 
 
@@ -124,7 +124,7 @@ def test_cdpruner_call_scope_couples_the_batch(models: Any, family: str) -> None
     inputs = make_inputs(model, PROMPTS, SIZES)
     alone = [single(inputs, i, slice(i, i + 1)) for i in range(3)]
     for scope, same in (("image", True), ("call", False)):
-        methods = [Watched(CDPruner(6, relevance_scope=scope)) for _ in range(4)]  # type: ignore[arg-type]
+        methods = [Watched(CDPruner(6, "text", relevance_scope=scope)) for _ in range(4)]  # type: ignore[arg-type]
         whole = prefill(model, inputs, methods[0])
         stage: Any = methods[0].plans[0].prompt[0]
         together = stage.relevance(methods[0].images)
@@ -144,7 +144,7 @@ def test_cdpruner_call_scope_couples_the_batch(models: Any, family: str) -> None
 def test_cdpruner_uses_all_text_where_none_follows_the_image(models: Any) -> None:
     model = models["llava"]
     inputs = make_inputs(model, [[5, "image"], [3, "image", 4]])
-    method = Watched(CDPruner(6))
+    method = Watched(CDPruner(6, "text"))
     prefill(model, inputs, method)
     pads = inputs["attention_mask"] == 0
     ids = inputs["input_ids"]
@@ -447,8 +447,8 @@ def test_m3_names_its_scales_by_tokens_and_by_level() -> None:
 ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("cdpruner", {}, r"'keep' is required by cdpruner"),
     ("cdpruner", {"keep": 37}, r"keep=37 is larger than the 36"),
-    ("cdpruner", {"keep": 9, "relevance": "clip"}, r"relevance='clip' should be one of 'text'"),
-    ("cdpruner", {"keep": 9, "relevance": None}, r"relevance=None should be one of 'text'"),
+    ("cdpruner", {"keep": 9, "relevance": "clip"}, r"relevance='clip' should be one of 'none'"),
+    ("cdpruner", {"keep": 9, "relevance": None}, r"relevance=None should be one of 'none'"),
     ("cdpruner", {"keep": 9, "scope": "batch"}, r"scope='batch' should be one of"),
     ("cdpruner", {"keep": 9, "relevance_scope": "tile"}, r"relevance_scope='tile' should be"),
     ("cdpruner", {"keep": 9, "theta": 1.0}, r"theta=1.0 should be in \[0, 1\)"),

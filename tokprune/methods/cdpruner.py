@@ -42,10 +42,12 @@ class CDPruner(Method):
     r_i · cos(x_i, x_j) · r_j: a token is taken for its relevance r to the question, less what the
     chosen ones already say.
 
-    Where the paper has CLIP's text tower, a VLM checkpoint has none. By default r comes from what
-    the model does have: the mean cosine between a token after the projector and the embeddings of
-    the prompt's text behind its image (of all its text where none follows). This substitute is
-    ours; for the published method pass a :class:`ClipRelevance`. Either is stretched to (0, 1].
+    Where the paper has CLIP's text tower, a VLM checkpoint has none, and by default r = 1: the
+    plain process, which the paper ablates as DPPruner. For the published method pass a
+    :class:`ClipRelevance`. ``relevance="text"`` is a substitute of ours from what the model does
+    have: the mean cosine between a token after the projector and the embeddings of the prompt's
+    text behind its image (of all its text where none follows). Every relevance is stretched to
+    (0, 1].
 
     On tiled models tiles are selected separately, as in the paper; the budget is divided between
     them in proportion to the patches that show the picture (in equal parts where all do), and
@@ -55,7 +57,7 @@ class CDPruner(Method):
 
     Args:
         keep: visual tokens per image (count), all its tiles together, or fraction of its patches.
-        relevance: "text", the substitute above; "none", r = 1, the paper's plain process; a
+        relevance: "none", r = 1, the plain process; "text", the substitute above; a
             :class:`ClipRelevance`; or any function of an image's tokens
             (:class:`tokprune.engine.stages.ImageTokens`) that returns a relevance [n] for them.
         scope: "tile" or "image": all tiles of an image in one selection.
@@ -70,7 +72,7 @@ class CDPruner(Method):
 
     name: ClassVar[str] = "cdpruner"
     stages: ClassVar[tuple[str, ...]] = ("after projector",)
-    needs: ClassVar[str] = "features, text embeddings (or CLIP's text tower)"
+    needs: ClassVar[str] = "features (and CLIP's text tower, or text embeddings)"
     paper: ClassVar[str] = "arXiv 2506.10967"
     presets: ClassVar[tuple[Preset, ...]] = (
         *(Preset("llava-1.5", n, {"keep": n}, _PAPER) for n in (128, 64, 32)),
@@ -81,7 +83,7 @@ class CDPruner(Method):
     )
 
     keep: Budget
-    relevance: Relevance = "text"
+    relevance: Relevance = "none"
     scope: Scope = "tile"
     relevance_scope: RelevanceScope = "image"
     theta: float | None = None
@@ -90,7 +92,7 @@ class CDPruner(Method):
     def __post_init__(self) -> None:
         check_keep(self.keep)
         if not isinstance(self.relevance, TowerRelevance) and not callable(self.relevance):
-            names = ("text", "none")
+            names = ("none", "text")
             if self.relevance not in names:
                 raise ValueError(
                     f"relevance={self.relevance!r} should be one of "

@@ -30,7 +30,7 @@ EXACT = "exact"
 #: published variants worth an arm of their own, for ``--variants``
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "centerclip": ({"algorithm": "spectral"}, {"place": "encoder"}, {"aggregate": "mean"}),
-    "cdpruner": ({"relevance": "none"},),
+    "cdpruner": ({"relevance": "text"},),
     "dart": ({"pivot_order": "norm"},),
     "fastv": ({"rows": "text"},),
     "flowcut": ({"semantic": "cosine", "value_norm": "per_head"},),
