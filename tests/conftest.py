@@ -16,17 +16,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of golden vectors: <method>/<case>.safetensors (default: tests/golden)",
     )
     parser.addoption(
-        "--slow",
+        "--full",
         action="store_true",
-        help="run the tests marked slow, too: full products of which the rest is a cover",
+        help="run the tests marked full, too: whole products of which the default suite is a cover",
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow; needs --slow")
+    if not config.getoption("--full"):
+        skip = pytest.mark.skip(reason="whole product; needs --full")
         for item in items:
-            if item.get_closest_marker("slow"):
+            if item.get_closest_marker("full"):
                 item.add_marker(skip)
 
 

@@ -121,7 +121,7 @@ def test_pruned_videos_equal_the_masked_oracle(
     check_oracle(model, KINDS[kind], method, {**smaller(options, per), "per": per})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("per", ["video", "frame", 2])
 @pytest.mark.parametrize("kind", KINDS)
@@ -454,7 +454,7 @@ def test_batch_equals_singles_through_generate(models: Any, case: str, family: s
     check_singles(build(models, family), method, {**smaller(options, per), "per": per})
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:evs found no video")
 @pytest.mark.parametrize("per", ["video", "frame"])
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
