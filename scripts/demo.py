@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The main job on the embedded model: sweep every method, report, choose a setting, use it.
+"""The main job on the embedded model: sweep methods, report, choose a setting, use it.
 
-    python3 scripts/dev.py demo [--out DIR] [--limit 300] [--keep 1/2,1/4,1/9,1/36]
+    python3 scripts/dev.py demo [--out DIR] [--limit 300] [--keep 1/2,1/4,1/9,1/36] [--methods all]
 
 Runs the commands that a user would (they are printed), on the model and the benchmark that ship
 with the package; nothing is downloaded:
 
-1. ``tokprune sweep``: all methods and controls at every budget, resumable;
+1. ``tokprune sweep``: nine methods and the controls at every budget, resumable;
 2. ``tokprune report``: tables, plots, overlays in one HTML page;
 3. ``tokprune recommend``: the cheapest setting that loses at most 5 points of macro accuracy;
 4. ``tokprune run``: one question, unpruned and with that setting.
@@ -36,6 +36,8 @@ from tokprune.methods import Method, image_methods, make_method
 from tokprune.methods.depth import layer_options
 from tokprune.prompts import encode
 
+#: those of the table in README.md; ``--methods all`` takes every one, and longer
+METHODS = "todre,transprune,flowcut,pitome,tome,mustdrop,visionzip,divprune,fastv"
 PANEL = 288  # a multiple of the 24 patches
 INK, FAINT, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
 
@@ -134,14 +136,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
     parser.add_argument("--limit", type=int, default=300, help="questions (300)")
     parser.add_argument("--keep", default="1/2,1/4,1/9,1/36", help="budgets")
-    parser.add_argument("--methods", help="names, separated by commas (default: all)")
+    parser.add_argument("--methods", default=METHODS, help="names, separated by commas, or all")
     options = parser.parse_args()
     start = time.perf_counter()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     run = str(out / "sweep")
 
-    methods = [] if options.methods is None else ["--methods", options.methods]
+    methods = [] if options.methods == "all" else ["--methods", options.methods]
     command("sweep", "--model", "mini", "--split", "quick", "--limit", str(options.limit),
             "--keep", options.keep, *methods, "--out", run)  # fmt: skip
     command("report", run)
