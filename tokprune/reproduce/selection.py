@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -147,13 +146,10 @@ def full_options(row: Row) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: the method does not take them.
     """
-    import dataclasses
-
     from tokprune.methods import make_method
+    from tokprune.sweep.cells import json_options
 
-    made = make_method(row.method, **as_tuples(row.options or {}))
-    told: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(made)))
-    return told
+    return json_options(make_method(row.method, **as_tuples(row.options or {})))
 
 
 def as_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
