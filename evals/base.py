@@ -61,6 +61,27 @@ class Benchmark(ABC):
             ValueError: unknown split or task (names what there is), or ``limit`` below 1.
         """
 
+    def asked(
+        self, split: str | None, tasks: Sequence[str] | None, limit: int | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """Split and tasks that arguments of :meth:`items` mean, for benchmarks that have splits.
+
+        Raises:
+            ValueError: see :meth:`items`.
+        """
+        split = self.splits[0] if split is None else split
+        if split not in self.splits:
+            raise ValueError(
+                f"split={split!r} should be one of {', '.join(map(repr, self.splits))}"
+            )
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        for task in wanted:
+            if task not in self.tasks:
+                raise ValueError(f"task={task!r} should be one of {', '.join(self.tasks)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} should be at least 1")
+        return split, wanted
+
     @abstractmethod
     def image(self, item: Item) -> Image.Image:
         """The picture of an item, RGB. Made or read when asked; nothing is kept.

@@ -47,15 +47,7 @@ class MiniVideoBenchmark(Benchmark):
     def items(
         self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
     ) -> list[Item]:
-        split = self.splits[0] if split is None else split
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} should be one of {', '.join(map(repr, SPLITS))}")
-        wanted = self.tasks if tasks is None else tuple(tasks)
-        for task in wanted:
-            if task not in self.tasks:
-                raise ValueError(f"task={task!r} should be one of {', '.join(self.tasks)}")
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit={limit} should be at least 1")
+        split, wanted = self.asked(split, tasks, limit)
         chosen = [
             (number, task)
             for number in range(SPLITS[split][1])

@@ -11,7 +11,6 @@ from torch import Tensor
 from tokprune.engine.stages import (
     Attention,
     DecoderRun,
-    DecoderStage,
     Keep,
     ModelFacts,
     Plan,
@@ -29,6 +28,7 @@ from tokprune.methods.base import (
     register_method,
     resolve_keep,
 )
+from tokprune.methods.one_cut import OneCut, check_cut
 from tokprune.operators.dart import PivotOrder, Retained, dart, key_norms
 
 _LLAVA = "DART, arXiv 2502.11494, LLaVA-1.5: 4 pivots beside the {} that its script asks for, K = 2"
@@ -88,21 +88,8 @@ class DART(Method):
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
-        if self.layer >= facts.decoder_layers:
-            raise ValueError(
-                f"layer={self.layer} should be below the model's {facts.decoder_layers} layers"
-            )
-        return Plan(decoder=(_DARTStage(self),))
-
-
-class _DARTStage(DecoderStage):
-    def __init__(self, method: DART) -> None:
-        self.method = method
-        self.taps = frozenset({method.layer - 1})
-        self.prune_layers = frozenset({method.layer})
-
-    def start(self) -> DecoderRun:
-        return _DARTRun(self.method)
+        check_cut(self.layer, facts)
+        return Plan(decoder=(OneCut(self.layer, lambda: _DARTRun(self)),))
 
 
 class _DARTRun(DecoderRun):

@@ -11,7 +11,6 @@ from torch import Tensor
 from tokprune.engine.stages import (
     Attention,
     DecoderRun,
-    DecoderStage,
     Keep,
     ModelFacts,
     Plan,
@@ -29,6 +28,7 @@ from tokprune.methods.base import (
     register_method,
     resolve_keep,
 )
+from tokprune.methods.one_cut import OneCut, check_cut
 from tokprune.operators.attention import mean_rows
 from tokprune.operators.topk import segment_topk
 
@@ -98,21 +98,8 @@ class FastV(Method):
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
-        if self.layer >= facts.decoder_layers:
-            raise ValueError(
-                f"layer={self.layer} should be below the model's {facts.decoder_layers} layers"
-            )
-        return Plan(decoder=(_FastVStage(self),))
-
-
-class _FastVStage(DecoderStage):
-    def __init__(self, method: FastV) -> None:
-        self.method = method
-        self.taps = frozenset({method.layer - 1})
-        self.prune_layers = frozenset({method.layer})
-
-    def start(self) -> DecoderRun:
-        return _FastVRun(self.method)
+        check_cut(self.layer, facts)
+        return Plan(decoder=(OneCut(self.layer, lambda: _FastVRun(self)),))
 
 
 class _FastVRun(DecoderRun):
