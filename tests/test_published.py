@@ -26,6 +26,7 @@ from evals.published import (
 from evals.published.ledger import FOLDER
 from tokprune.methods import available_methods
 from tokprune.reproduce.selection import full_options
+from tokprune.sweep.cells import json_options
 
 PAPERS = {key: load_paper(key) for key in papers()}
 ROWS = [row for rows in PAPERS.values() for row in rows]
@@ -106,7 +107,7 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
             if (r.model, r.label, r.budget.asked, r.method) == (model, label, asked, method)
         )  # fmt: skip
         preset = available_methods()[method].preset(family, budget)
-        assert full_options(row) == json.loads(json.dumps(preset.__dict__)), row.key
+        assert full_options(row) == json_options(preset), row.key
 
 
 def test_printed_averages_follow_from_the_printed_parts() -> None:
