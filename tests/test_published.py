@@ -100,6 +100,10 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
         ("llava-next-7b", "todre", "ToDRE", "10 %"): ("todre", "llava-next", 288),
         ("llava-1.5-7b", "fastv", "FastV", "K=3 R=50 %"): ("fastv", "llava-1.5", "K=3 R=50%"),
         ("llava-next-7b", "flowcut", "FlowCut", "320"): ("flowcut", "llava-next", 320),
+        ("llava-1.5-7b", "sparsevlm", "SparseVLM", "128"): ("sparsevlm", "llava-1.5", 128),
+        ("llava-1.5-7b", "sparsevlm", "with recycling", "96"): ("sparsevlm", "llava-1.5", 96),
+        ("llava-1.5-7b", "dart", "DART", "64"): ("dart", "llava-1.5", 64),
+        ("llava-next-7b", "dart", "DART", "320"): ("dart", "llava-next", 320),
     }  # fmt: skip
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
