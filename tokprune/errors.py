@@ -19,3 +19,7 @@ class AlreadyPatchedError(RuntimeError):
 
 class CompositionError(ValueError):
     """Two methods cannot run together."""
+
+
+class UnsupportedVideoError(ValueError):
+    """The method takes tokens away where the model still needs every frame of a video whole."""

@@ -13,12 +13,12 @@ spends on its scores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokprune.families.base import Parts, family_of
+from tokprune.families.base import ImageLayout, Parts, family_of
 
 if TYPE_CHECKING:
     from tokprune.engine.images import ImageRecord
@@ -183,23 +183,15 @@ def row_macs(prefill: PrefillTrace) -> list[Macs]:
 
 def unpruned_macs(prefill: PrefillTrace) -> Macs:
     """MACs of the same prefill without any compression."""
-    tiles = sum(record.layout.tiles for record in prefill.records)
+    layouts = [record.layout for record in prefill.records]
     past = prefill.past_lengths()
-    macs = model_macs(prefill.shape, prefill.facts, tiles, prefill.original_lengths, past)
-    pooled = [r.layout for r in prefill.records if r.layout.projected is not None]
-    if not pooled:
-        return macs
-    # frames that the model pools before the projector
-    rows = sum(layout.tiles * (layout.projected or 0) for layout in pooled)
-    spared = sum(layout.tiles for layout in pooled) * prefill.facts.tokens_per_tile
-    projector = macs.projector + (rows - spared) * prefill.shape.projector
-    return replace(macs, projector=projector + rows * prefill.shape.resampler)
+    return model_macs(prefill.shape, prefill.facts, layouts, prefill.original_lengths, past)
 
 
 def model_macs(
     shape: ModelShape,
     facts: ModelFacts,
-    tiles: int,
+    layouts: Sequence[ImageLayout],
     lengths: Sequence[int],
     past: Sequence[int] | None = None,
 ) -> Macs:
@@ -208,17 +200,21 @@ def model_macs(
     Args:
         shape: widths of the model.
         facts: its tower and tiles.
-        tiles: tiles of all images together.
+        layouts: of all images and videos.
         lengths: real tokens of each prompt, visual ones included.
         past: cached tokens of each prompt (None: none).
     """
     rows = facts.patches + int(facts.has_cls)
+    tiles = sum(layout.tiles for layout in layouts)
+    # frames that the model pools before the projector
+    pooled = sum(x.tiles * x.projected for x in layouts if x.projected is not None)
+    whole = sum(x.tiles for x in layouts if x.projected is None) * facts.tokens_per_tile
     past = [0] * len(lengths) if past is None else past
     return Macs(
         patch_embedding=tiles * facts.patches * shape.patch_embedding,
         encoder=tuple(tiles * layer.macs(rows) for layer in shape.encoder),
         pooling=0 if shape.pooling is None else tiles * shape.pooling.macs(rows),
-        projector=tiles * facts.tokens_per_tile * shape.projector,
+        projector=(whole + pooled) * shape.projector + pooled * shape.resampler,
         decoder=tuple(
             sum(layer.macs(n, n + p) for n, p in zip(lengths, past)) for layer in shape.decoder
         ),

@@ -1,9 +1,9 @@
-"""Questions and pictures as a batch of model inputs."""
+"""Questions and pictures, or videos, as a batch of model inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 
 def prompt_text(processor: Any, question: str, pictures: int = 1, videos: int = 0) -> str:
@@ -23,8 +23,26 @@ def prompt_text(processor: Any, question: str, pictures: int = 1, videos: int = 
     return f"USER: {shown}{chr(10) * bool(shown)}{question} ASSISTANT:"
 
 
-def encode(processor: Any, questions: Sequence[str], pictures: Sequence[Any], device: Any) -> Any:
-    """Model inputs of a batch, one picture a question, padded at the left."""
-    texts = [prompt_text(processor, question) for question in questions]
-    inputs = processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+def encode(
+    processor: Any,
+    questions: Sequence[str],
+    visuals: Sequence[Any],
+    device: Any,
+    media: Literal["image", "video"] = "image",
+) -> Any:
+    """Model inputs of a batch, padded at the left.
+
+    Args:
+        visuals: one a question: a picture, or the list of a video's frames (PIL images; equally
+            many in all videos of a batch).
+        media: which of the two.
+    """
+    video = media == "video"
+    texts = [prompt_text(processor, q, pictures=not video, videos=video) for q in questions]
+    given = {"videos" if video else "images": list(visuals)}
+    inputs = processor(**given, text=texts, padding=True, return_tensors="pt")
     return inputs.to(device)
+
+
+#: names of the pixels among model inputs, by what they show
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

@@ -4,8 +4,8 @@ Every part is measured in a pass of its own, arms in turns: a round times the en
 then the prefill and decoding of every arm, and so on, in alternating order. So the measurements
 that are compared lie next to each other, and drift of the machine hits all of them alike.
 
-- ``encoder``: ``get_image_features``, that is vision tower, projector, and what a method does in
-  there (selection inside the encoder included);
+- ``encoder``: ``get_image_features`` or ``get_video_features``, that is vision tower, projector,
+  and what a method does in there (selection inside the encoder included);
 - ``selection``: time inside the method's own code (scores, choices, merges), from timers around
   every call of its stages in a separate, instrumented prefill. It is a share of ``encoder`` and
   ``prefill``, not on top of them; gathers, masks and book-keeping of the engine are not in it.
@@ -30,9 +30,11 @@ from torch import Tensor
 from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, turns
 from tokprune.bench.watch import Stopwatch, Watched
 from tokprune.engine.cache import cache_argument
+from tokprune.engine.shared import ENCODERS
 from tokprune.families import family_of
 from tokprune.methods.base import Method
 from tokprune.patching import compress, is_patched
+from tokprune.prompts import PIXELS
 
 #: seconds by part, see above
 PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
@@ -160,7 +162,7 @@ def _check(
     multimodal = family_of(model).parts(model).multimodal
     if is_patched(model):
         raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
-    if "get_image_features" in multimodal.__dict__:
+    if any(name in multimodal.__dict__ for name in ENCODERS):
         raise ValueError(
             "the model's get_image_features is replaced (by a SharedEncoder?); close that before "
             "measuring, or the encoder would not run"
@@ -170,11 +172,11 @@ def _check(
             raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
     if clock not in CLOCKS:
         raise ValueError(f"clock={clock!r} should be one of {', '.join(map(repr, CLOCKS))}")
-    for name in ("input_ids", "pixel_values"):
-        if inputs.get(name) is None:
+    for names in (("input_ids",), tuple(PIXELS.values())):
+        if all(inputs.get(name) is None for name in names):
             raise ValueError(
-                f"inputs has no {name!r}; it should be the processor's output for a batch of "
-                "prompts with images"
+                f"inputs has no {' or '.join(map(repr, names))}; it should be the processor's "
+                "output for a batch of prompts with images or videos"
             )
 
 
@@ -196,10 +198,17 @@ class _Passes:
 
     def encoder(self, arm: Arm) -> dict[str, float]:
         inputs = self._inputs(arm)
-        pictures = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
         with arm.context():
             start = self._now()
-            self.multimodal.get_image_features(**pictures)
+            if inputs.get("pixel_values") is not None:
+                pictures = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
+                self.multimodal.get_image_features(**pictures)
+            if (frames := inputs.get("pixel_values_videos")) is not None:
+                config = self.multimodal.config  # not the default of LLaVA-OneVision in 4.57
+                self.multimodal.get_video_features(
+                    frames, vision_feature_layer=config.vision_feature_layer,
+                    vision_feature_select_strategy=config.vision_feature_select_strategy,
+                )  # fmt: skip
             return {"encoder": self._now() - start}
 
     def _prefill(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:

@@ -59,6 +59,9 @@ class Watched(Method):
     inner: Method
     watcher: Watcher
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", self.inner.per)
+
     def plan(self, facts: ModelFacts) -> Plan:
         plan, watcher = self.inner.plan(facts), self.watcher
         return Plan(
@@ -78,6 +81,10 @@ class _EncoderStage(EncoderStage):
     @property
     def reduces(self) -> bool:
         return self.inner.reduces
+
+    @property
+    def reduces_videos(self) -> bool:
+        return self.inner.reduces_videos
 
     def start(self, tower: TowerInput) -> EncoderRun:
         place = Place("encoder", self.number, "start")

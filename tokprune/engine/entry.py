@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,12 @@ from tokprune.engine.cache import cache_in, check_cache
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import attach, attached
 from tokprune.engine.layout import PromptLayout, layout_from_mask, read_layout
-from tokprune.engine.shared import Encoded, share_keys, shared_encoder
+from tokprune.engine.shared import ENCODERS, Encoded, share_keys, shared_encoder
 from tokprune.engine.stages import TowerInput
-from tokprune.errors import PromptMismatchError
+from tokprune.errors import PromptMismatchError, UnsupportedVideoError
 
 if TYPE_CHECKING:
+    from tokprune.engine.images import ImageRecord
     from tokprune.engine.session import Session
     from tokprune.families.base import ImageLayout
 
@@ -157,10 +158,11 @@ class TransformersEntry(Entry):
         ]
 
     def remove(self) -> None:
-        for name in ("get_image_features", "get_video_features"):
-            self.parts.multimodal.__dict__.pop(name, None)
+        own = self.parts.multimodal.__dict__
+        for name in ENCODERS:
+            own.pop(name, None)
         if (shared := shared_encoder(self.parts.multimodal)) is not None:
-            self.parts.multimodal.__dict__["get_image_features"] = shared.unpatched
+            own.update(shared.unpatched)
 
     def door(self, kwargs: dict[str, Any]) -> None:
         pass  # the forward around it has said everything
@@ -170,10 +172,7 @@ class TransformersEntry(Entry):
     def _wrap_image_features(self) -> None:
         """``get_image_features`` is a method, no module, so no hook reaches it; generate() calls
         it ahead of the forward. An attribute of this one instance stands before it."""
-        shared = shared_encoder(self.parts.multimodal)
-        keys = share_keys(self.session.plan.encoder)
-        original = self.parts.multimodal.get_image_features if shared is None else shared.original
-        signature = inspect.signature(original)
+        original, signature = self._original("get_image_features")
 
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -181,21 +180,12 @@ class TransformersEntry(Entry):
             layouts = self._layouts(call["pixel_values"], call)
             self._check_choices(call)
             now = self.session.now
-            now.tower = self.tower_pass(layouts, call["pixel_values"])
-            known = None if shared is None else shared.get(call["pixel_values"], keys)
             try:
-                if known is None:
-                    result = original(*args, **kwargs)
-                    now.tower.finish()
-                    if shared is not None and now.projected is not None:
-                        encoded = Encoded(result, now.projected, now.tower.outcomes)
-                        shared.put(call["pixel_values"], keys, encoded)
-                else:
-                    result, now.projected = known.result, known.projected
-                    now.tower.outcomes = known.outcomes
-                records = self.session.image_records(layouts)
+                result, records = self._encode(
+                    call["pixel_values"], layouts, lambda: original(*args, **kwargs)
+                )
             finally:
-                now.tower = now.projected = now.layouts = None
+                now.layouts = None
             features = getattr(result, "pooler_output", result)
             for tensor, record in zip(features, records):
                 attach(tensor, record)
@@ -207,8 +197,7 @@ class TransformersEntry(Entry):
     def _wrap_video_features(self) -> None:
         """The same for ``get_video_features``; the records of all videos travel with its output,
         which is one tensor in most releases."""
-        original = self.parts.multimodal.get_video_features
-        signature = inspect.signature(original)
+        original, signature = self._original("get_video_features")
         first = next(iter(signature.parameters))
 
         @functools.wraps(original)
@@ -218,19 +207,40 @@ class TransformersEntry(Entry):
             self._check_videos(layouts)
             self._check_choices(call)
             now = self.session.now
-            now.tower = self.tower_pass(layouts, call[first])
-            try:
-                result = original(*args, **kwargs)
-                now.tower.finish()
-                records = self.session.image_records(layouts)
-            finally:
-                now.tower = now.projected = None
+            result, records = self._encode(call[first], layouts, lambda: original(*args, **kwargs))
             now.video_records = [record.split(self.session.plan.per) for record in records]
             if not isinstance(result, tuple | list | Tensor):
                 attach(result, now.video_records)
             return result
 
         self.parts.multimodal.__dict__["get_video_features"] = get_video_features
+
+    def _original(self, name: str) -> tuple[Callable[..., Any], inspect.Signature]:
+        """The model's own method and its arguments."""
+        shared = shared_encoder(self.parts.multimodal)
+        method = getattr(self.parts.multimodal, name) if shared is None else shared.original[name]
+        return method, inspect.signature(method)
+
+    def _encode(
+        self, pixels: Tensor, layouts: list[ImageLayout], encode: Callable[[], Any]
+    ) -> tuple[Any, list[ImageRecord]]:
+        """What ``encode`` returns, run or remembered, and the records of these images."""
+        shared, now = shared_encoder(self.parts.multimodal), self.session.now
+        keys = share_keys(self.session.plan.encoder)
+        now.tower = self.tower_pass(layouts, pixels)
+        known = None if shared is None else shared.get(pixels, keys)
+        try:
+            if known is None:
+                result = encode()
+                now.tower.finish()
+                if shared is not None and now.projected is not None:
+                    shared.put(pixels, keys, Encoded(result, now.projected, now.tower.outcomes))
+            else:
+                result, now.projected = known.result, known.projected
+                now.tower.outcomes = known.outcomes
+            return result, self.session.image_records(layouts)
+        finally:
+            now.tower = now.projected = None
 
     def _layouts(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout]:
         """Layouts of the images, once for the forward and the encoder call inside it."""
@@ -255,7 +265,7 @@ class TransformersEntry(Entry):
         """Before the tower runs: no stage takes from it what the model needs next.
 
         Raises:
-            ValueError: a stage drops or merges rows of frames that the model pools.
+            UnsupportedVideoError: a stage drops or merges rows of frames that the model pools.
         """
         plan, facts = self.session.plan, self.session.facts
         pooled = next((x.door for x in layouts if x.door is not None), None)
@@ -263,11 +273,12 @@ class TransformersEntry(Entry):
             return
         name = type(self.session.model).__name__
         (h, w), (a, b) = facts.grid, pooled.grids[0]
-        raise ValueError(
+        raise UnsupportedVideoError(
             f"{self.session.trace.method} drops or merges tokens inside the vision tower, and "
             f"{name} pools the whole {h}×{w} grid of every frame of a video to {a}×{b} after it; "
             "for videos use a method that works at the language model's door or in the decoder "
-            "(divprune, cdpruner, centerclip, evs, dart, fastv, …); on pictures this one works"
+            "(divprune, cdpruner, centerclip, evs, dart, fastv, mustdrop with spatial=False, …); "
+            "on pictures this one works"
         )
 
     def _check_choices(self, call: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.stages import ImageTokens, ModelFacts, Per
+from tokprune.errors import UnsupportedVideoError
 
 if TYPE_CHECKING:
     from tokprune.families.base import Door, ImageLayout
@@ -59,13 +60,13 @@ class ImageRecord:
         """A video in the parts that are compressed as one.
 
         Raises:
-            ValueError: its frames were reduced inside the tower, each by itself.
+            UnsupportedVideoError: its frames were reduced inside the tower, each by itself.
         """
         parts = self.layout.parts(per)
         if len(parts) == 1:
             return [self]
         if self.features is not None:
-            raise ValueError(
+            raise UnsupportedVideoError(
                 f"per={per!r} is for methods at the language model's door and in the decoder; "
                 "inside the vision tower every frame is compressed by itself: leave it out"
             )

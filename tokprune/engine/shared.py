@@ -15,11 +15,14 @@ from tokprune.engine.stages import EncoderOutcome, EncoderStage
 from tokprune.errors import AlreadyPatchedError, UnsupportedModelError
 from tokprune.families import family_of
 
+#: the methods of a multimodal module that run its vision encoder
+ENCODERS = ("get_image_features", "get_video_features")
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one pass left: the result of ``get_image_features``, the projector's output [tiles, T,
-    D], and the outcome of every observing stage."""
+    """What one pass left: the method's result, the projector's output [tiles, T, D], and the
+    outcome of every observing stage."""
 
     result: Any
     projected: Tensor
@@ -64,17 +67,20 @@ class SharedEncoder:
     def __enter__(self) -> SharedEncoder:
         if "get_image_features" in self.multimodal.__dict__:
             raise AlreadyPatchedError("unpatch the model before its encoder outputs are shared")
-        #: the model's own method
-        self.original = self.multimodal.get_image_features
-        self.unpatched = self._wrap(self.original)
-        self.multimodal.__dict__["get_image_features"] = self.unpatched
+        #: the model's own methods by name, and those that remember
+        self.original = {n: getattr(self.multimodal, n) for n in ENCODERS
+                         if hasattr(self.multimodal, n)}  # fmt: skip
+        self.unpatched = {name: self._wrap(own) for name, own in self.original.items()}
+        self.multimodal.__dict__.update(self.unpatched)
         _open[self.multimodal] = weakref.ref(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
         _open.pop(self.multimodal, None)
-        if self.multimodal.__dict__.get("get_image_features") is self.unpatched:
-            del self.multimodal.__dict__["get_image_features"]
+        own = self.multimodal.__dict__
+        for name, method in self.unpatched.items():
+            if own.get(name) is method:
+                del own[name]
         self.remember(None)
 
     def remember(self, pixels: Tensor | None) -> None:
@@ -96,12 +102,13 @@ class SharedEncoder:
             self._passes[keys] = encoded
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """``get_image_features`` of the unpatched model, from memory where there is one."""
+        """A method of the unpatched model, from memory where there is something."""
         signature = inspect.signature(original)
+        first = next(iter(signature.parameters))
 
         @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            pixels = signature.bind(*args, **kwargs).arguments["pixel_values"]
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            pixels = signature.bind(*args, **kwargs).arguments[first]
             known = self.get(pixels, ())
             if known is not None:
                 return known.result
@@ -114,7 +121,7 @@ class SharedEncoder:
             self.put(pixels, (), Encoded(result, made[-1], []))
             return result
 
-        return get_image_features
+        return encode
 
 
 _open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SharedEncoder]] = (

@@ -41,6 +41,11 @@ class Parts:
     #: pools the frames of a video before the projector, in models that do
     resampler: Any = None
 
+    def visual(self, input_ids: Tensor) -> Tensor:
+        """[B, L] bool: which of the ids [B, L] stand for images and videos."""
+        found = input_ids == self.image_token_id
+        return found if self.video_token_id is None else found | (input_ids == self.video_token_id)
+
 
 @dataclass(frozen=True)
 class Door:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,39 +25,40 @@ class Numbers:
 
 
 def pictures_of_rows(known: Known, inputs: Mapping[str, Any]) -> list[list[ImageLayout]]:
-    """The pictures of every row of a batch, in the order of the prompt.
+    """The pictures of every row of a batch in the order of the prompt, then its videos.
 
     Args:
         inputs: ``input_ids`` [B, L]; where there are pictures, their ``pixel_values`` in the order
-            of the placeholders, and what else the processor gives (``image_sizes``).
+            of the placeholders, and what else the processor gives (``image_sizes``); where there
+            are videos, their ``pixel_values_videos`` [videos, frames, 3, H, W].
     """
-    pixels = inputs.get("pixel_values")
-    layouts = []
-    if pixels is not None:
+    family, parts, facts = known.family, known.parts, known.facts
+    waiting: list[tuple[int | None, Iterator[ImageLayout]]] = []
+    if (pixels := inputs.get("pixel_values")) is not None:
         sizes = inputs.get("image_sizes")
-        layouts = known.family.layouts(known.parts, pixels, sizes, known.facts)
-    waiting = iter(layouts)
-    rows = []
-    for tokens in (inputs["input_ids"] == known.parts.image_token_id).sum(1).tolist():
-        own: list[ImageLayout] = []
-        while tokens > 0 and (layout := next(waiting, None)) is not None:
-            own.append(layout)
-            tokens -= len(layout.packed)
-        rows.append(own)
+        waiting.append((parts.image_token_id, iter(family.layouts(parts, pixels, sizes, facts))))
+    if (frames := inputs.get("pixel_values_videos")) is not None:
+        waiting.append((parts.video_token_id, iter(family.video_layouts(parts, frames, facts))))
+    rows: list[list[ImageLayout]] = [[] for _ in inputs["input_ids"]]
+    for placeholder, layouts in waiting:
+        for own, tokens in zip(rows, (inputs["input_ids"] == placeholder).sum(1).tolist()):
+            while tokens > 0 and (layout := next(layouts, None)) is not None:
+                own.append(layout)
+                tokens -= len(layout.packed)
     return rows
 
 
 def unpruned_numbers(known: Known, inputs: Mapping[str, Any]) -> list[Numbers]:
     """The model as it is, for every row of a batch (see :func:`pictures_of_rows`). Nothing runs."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    visual = (ids == known.parts.image_token_id).sum(1).tolist()
+    visual = known.parts.visual(ids).sum(1).tolist()
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     size = known.model.dtype.itemsize
     return [
         Numbers(
             tokens_last=float(tokens),
             tokens_mean=float(tokens),
-            macs=model_macs(known.shape, known.facts, sum(p.tiles for p in own), [length]).total,
+            macs=model_macs(known.shape, known.facts, own, [length]).total,
             kv_bytes=length * known.shape.kv_numbers * size,
             prompt_tokens=length,
         )
@@ -88,13 +89,13 @@ def unpruned_of(prefill: PrefillTrace) -> list[Numbers]:
     rows = []
     for b, length in enumerate(prefill.original_lengths):
         records = {id(i.record): i.record for i in prefill.images if i.row == b}
-        tiles = sum(record.layout.tiles for record in records.values() if record is not None)
+        layouts = [record.layout for record in records.values() if record is not None]
         tokens = float(prefill.original_counts[b])
         rows.append(
             Numbers(
                 tokens_last=tokens,
                 tokens_mean=tokens,
-                macs=model_macs(prefill.shape, prefill.facts, tiles, [length]).total,
+                macs=model_macs(prefill.shape, prefill.facts, layouts, [length]).total,
                 kv_bytes=length * prefill.shape.kv_numbers * size,
                 prompt_tokens=length,
             )
