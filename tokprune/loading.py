@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
@@ -21,6 +21,7 @@ from tokprune.methods.base import Method, available_methods, make_method, option
 from tokprune.models import resolve
 from tokprune.patching import patch
 from tokprune.recommend import load_setting
+from tokprune.video_processor import load_processor
 
 #: options of the hub, for config, model and processor alike
 _HUB = frozenset({
@@ -58,7 +59,9 @@ def load(
         setting: instead of a method, the JSON file (or its content) that ``tokprune recommend``
             wrote.
         processor: return ``(model, processor)``; with ``package="llava"``, which has no processor,
-            the second is the named tuple ``(tokenizer, image_processor)``.
+            the second is the named tuple ``(tokenizer, image_processor)``. Models that take videos
+            get transformers' processor where torchvision is installed, else one for videos alone
+            (:class:`tokprune.video_processor.FramesProcessor`).
         trust_remote_code: passed on to transformers.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
             ``attn_implementation``, …) to ``from_pretrained``. With ``package="llava"``: to
@@ -106,7 +109,7 @@ def load(
         patch(model, made)
     if not processor:
         return loaded
-    return loaded, AutoProcessor.from_pretrained(path, **hub)
+    return loaded, load_processor(path, model, hub)
 
 
 def _split(
