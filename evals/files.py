@@ -1,4 +1,4 @@
-"""A benchmark from a file: JSON lines or parquet, one question a line."""
+"""A benchmark from a file: JSON lines or parquet, one question a line, about pictures or videos."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from evals.base import Benchmark, Item
 
@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _TASK = "all"
-_FIELDS = ("id", "image", "question", "answer", "answers", "task", "image_id", "meta")
+_FIELDS = ("id", "image", "frames", "question", "answer", "answers", "task", "image_id", "meta")
+#: a picture: its file, or the bytes of one
+_Picture: TypeAlias = "Path | bytes"
 
 
 class FileBenchmark(Benchmark):
     """Questions from a ``.jsonl`` or ``.parquet`` file.
 
     Fields: ``id`` (unique), ``image`` (path, relative to the file; in parquet also the bytes of a
-    picture file, or Hugging Face's ``{"bytes", "path"}``), ``question``, ``answer`` or ``answers``
-    (text, or a list of all that are right), and optionally ``task`` ("all"), ``image_id`` (equal
-    for questions about one picture; by default the path or a hash of the bytes) and ``meta``.
+    picture file, or Hugging Face's ``{"bytes", "path"}``) or, for questions about videos,
+    ``frames`` (a list of such pictures in order, equally many in every line), ``question``,
+    ``answer`` or ``answers`` (text, or a list of all that are right), and optionally ``task``
+    ("all"), ``image_id`` (equal for questions about one picture or video; by default the path or a
+    hash of the bytes) and ``meta``.
     Other fields are ignored. All tasks are in the headline; there are no groups and one split.
 
     ``version`` is a hash of the items and of the pictures' bytes.
@@ -48,17 +52,18 @@ class FileBenchmark(Benchmark):
             raise FileNotFoundError(f"benchmark {self.path}: no such file")
         lines = _json_lines(self.path) if suffix == ".jsonl" else _parquet_rows(self.path)
         self._items: list[Item] = []
-        self._pictures: dict[str, Path | bytes] = {}
-        hashes: dict[Path | bytes, str] = {}
+        self._pictures: dict[str, list[_Picture]] = {}
+        hashes: dict[_Picture, str] = {}
         version = hashlib.sha256()
         for where, entry in lines:
-            item, picture = self._item(entry, where, hashes)
+            item, pictures = self._item(entry, where, hashes)
             if item.id in self._pictures:
                 raise ValueError(f"{where}: field 'id': {item.id!r} is used twice")
             self._items.append(item)
-            self._pictures[item.id] = picture
+            self._pictures[item.id] = pictures
             told = [item.id, item.task, item.image_id, item.question, item.answers]
-            version.update(json.dumps([*told, hashes[picture]]).encode() + b"\n")
+            told += [hashes[picture] for picture in pictures]
+            version.update(json.dumps(told).encode() + b"\n")
         if not self._items:
             raise ValueError(f"benchmark {self.path}: holds no question")
         self.name = self.path.stem
@@ -87,9 +92,21 @@ class FileBenchmark(Benchmark):
         return chosen if limit is None else _balanced(chosen, limit)
 
     def image(self, item: Item) -> Image.Image:
+        if self.media == "video":
+            raise ValueError(
+                f"benchmark {self.name} asks about videos, and item {item.id!r} has no picture; "
+                "video(item) gives its frames"
+            )
+        return self._open(item, self._pictures[item.id][0])
+
+    def video(self, item: Item) -> list[Image.Image]:
+        if self.media != "video":
+            return super().video(item)
+        return [self._open(item, picture) for picture in self._pictures[item.id]]
+
+    def _open(self, item: Item, picture: _Picture) -> Image.Image:
         from PIL import Image, UnidentifiedImageError
 
-        picture = self._pictures[item.id]
         try:
             source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
             with Image.open(source) as opened:
@@ -100,25 +117,23 @@ class FileBenchmark(Benchmark):
             ) from None
 
     def _item(
-        self, entry: Any, where: str, hashes: dict[Path | bytes, str]
-    ) -> tuple[Item, Path | bytes]:
-        """One question and its picture; ``hashes`` gets the hash of the picture's bytes."""
+        self, entry: Any, where: str, hashes: dict[_Picture, str]
+    ) -> tuple[Item, list[_Picture]]:
+        """One question and its picture or frames; ``hashes`` gets the hashes of their bytes."""
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: should be an object with fields {', '.join(_FIELDS[:4])}")
-        picture = self._picture(entry, where)
-        if picture not in hashes:
-            hashes[picture] = hashlib.sha256(
-                picture if isinstance(picture, bytes) else picture.read_bytes()
-            ).hexdigest()
+            raise ValueError(f"{where}: should be an object with fields {', '.join(_FIELDS[:5])}")
+        pictures = self._visual(entry, where)
+        for picture in pictures:
+            if picture not in hashes:
+                hashes[picture] = hashlib.sha256(
+                    picture if isinstance(picture, bytes) else picture.read_bytes()
+                ).hexdigest()
         image_id = entry.get("image_id")
         if image_id is None:
-            image_id = (
-                hashes[picture][:16]
-                if isinstance(picture, bytes)
-                else picture.relative_to(self.path.parent).as_posix()
-                if picture.is_relative_to(self.path.parent)
-                else picture.as_posix()
-            )
+            names = [self._name(picture, hashes) for picture in pictures]
+            image_id = names[0]
+            if self.media == "video":  # two videos may begin alike
+                image_id = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
         item = Item(
             id=_text(entry, "id", where),
             task=_text(entry, "task", where) if entry.get("task") is not None else _TASK,
@@ -127,23 +142,57 @@ class FileBenchmark(Benchmark):
             answers=_answers(entry, where),
             meta=_meta(entry, where),
         )
-        return item, picture
+        return item, pictures
 
-    def _picture(self, entry: Mapping[str, Any], where: str) -> Path | bytes:
-        given = entry.get("image")
+    def _name(self, picture: _Picture, hashes: Mapping[_Picture, str]) -> str:
+        if isinstance(picture, bytes):
+            return hashes[picture][:16]
+        home = self.path.parent
+        return (picture.relative_to(home) if picture.is_relative_to(home) else picture).as_posix()
+
+    def _visual(self, entry: Mapping[str, Any], where: str) -> list[_Picture]:
+        """The picture, or the frames of the video, that a question is about.
+
+        The first line says which of the two the benchmark asks about, and how many frames.
+        """
+        given = entry.get("frames")
+        if given is not None and entry.get("image") is not None:
+            raise ValueError(f"{where}: field 'image' or 'frames' should be given, both are there")
+        media: Literal["image", "video"] = "image" if given is None else "video"
+        if not self._items:
+            self.media = media
+        elif media != self.media:
+            wanted, other = ("frames", "image") if media == "image" else ("image", "frames")
+            raise ValueError(f"{where}: field {other!r}: the lines before have {wanted!r}")
+        if given is None:
+            return [self._picture(entry.get("image"), "image", where)]
+        if not isinstance(given, (list, tuple)) or not given:
+            raise ValueError(
+                f"{where}: field 'frames' should be a list of pictures, is {_short(given)}"
+            )
+        if self._items and len(given) != (first := len(self._pictures[self._items[0].id])):
+            raise ValueError(
+                f"{where}: field 'frames' has {len(given)} frames, and the first line {first}; "
+                "every video should have equally many"
+            )
+        return [
+            self._picture(frame, f"frames[{number}]", where) for number, frame in enumerate(given)
+        ]
+
+    def _picture(self, given: Any, name: str, where: str) -> _Picture:
         if isinstance(given, dict):  # as Hugging Face datasets store pictures
             given = given.get("bytes") or given.get("path")
         if isinstance(given, bytes) and given:
             return given
         if not isinstance(given, str) or not given:
             raise ValueError(
-                f"{where}: field 'image' should be the path of a picture"
+                f"{where}: field {name!r} should be the path of a picture"
                 + ("" if self.path.suffix.lower() == ".jsonl" else " or its bytes")
                 + f", is {_short(given)}"
             )
         path = self.path.parent / given
         if not path.is_file():
-            raise FileNotFoundError(f"{where}: field 'image': {given}: no such file")
+            raise FileNotFoundError(f"{where}: field {name!r}: {given}: no such file")
         return path
 
 

@@ -46,6 +46,30 @@ def make_benchmark(folder: Path, items: int = 7, name: str = "small") -> Path:
     return path
 
 
+def make_videos(folder: Path, items: int = 6, frames: int = 4, name: str = "clips") -> Path:
+    """A JSONL file of questions about a few videos: a bright square that moves over a landscape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ground = landscape().resize((48, 48), Image.Resampling.BICUBIC)
+    for clip in range(3):
+        for frame in range(frames):
+            picture = ground.rotate(90 * clip)
+            at = (6 * frame, 12 * clip) if clip % 2 else (12 * clip, 6 * frame)
+            picture.paste((250, 240, 40), (*at, at[0] + 12, at[1] + 12))
+            picture.save(folder / f"{clip}-{frame}.png")
+    tasks = list(QUESTIONS)
+    lines = [
+        {
+            "id": f"v{i}", "frames": [f"{i % 3}-{f}.png" for f in range(frames)],
+            "task": tasks[i % len(tasks)], "answer": ["house", f"w{i}"],
+            "question": " ".join(["a"] * (i % 4) + [QUESTIONS[tasks[i % len(tasks)]]]),
+        }
+        for i in range(items)
+    ]  # fmt: skip
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def settings(model: Path, benchmark: Path, out: Path, **changes: Any) -> Settings:
     """A sweep without timing and noise floor, unless ``changes`` say otherwise."""
     small: dict[str, Any] = {

@@ -20,9 +20,6 @@ Cost = Literal["flops", "latency", "tokens"]
 COSTS: tuple[Cost, ...] = ("flops", "latency", "tokens")
 SCHEMA = 1
 
-#: arms that are no settings of a patched model
-_NEVER = ("none", "downsample", "blind")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -68,7 +65,8 @@ def recommend(
     With a limit on accuracy (``max_drop``, ``min_accuracy``): the one of least cost. With limits
     on cost alone: the one of highest accuracy. Either way no other setting of the run is better in
     both, so it lies on the Pareto frontier. Points whose answers are not complete do not compete;
-    the controls ``none``, ``downsample`` and ``blind`` are no settings and are never recommended.
+    the controls ``none``, ``downsample``, ``frames`` and ``blind`` are no settings and are never
+    recommended.
 
     Args:
         folder: run folder of ``tokprune sweep``.
@@ -212,8 +210,7 @@ def _check(limits: Limits, minimise: str | None) -> None:
 
 def _eligible(r: Result, analysis: Analysis) -> bool:
     return (
-        r.point.arm not in _NEVER
-        and r.point.method is not None
+        r.point.method is not None  # a control that is no setting of a patched model
         and r.complete
         and not math.isnan(r.accuracy)
         and r.cost("flops") < analysis.unpruned.cost("flops")

@@ -22,7 +22,7 @@ def sweep(
         _Many,
         typer.Option(
             help="Names separated by commas, with options as name:option=value; repeatable. "
-            "Default: every method for pictures."
+            "Default: every method for pictures, or for videos."
         ),
     ] = None,
     keep: Annotated[
@@ -35,7 +35,10 @@ def sweep(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            "--benchmark", "--task", help="'mini', or a .jsonl or .parquet file of questions."
+            "--benchmark",
+            "--task",
+            help="'mini', 'mini-video' (for models that take videos), or a .jsonl or .parquet file "
+            "of questions.",
         ),
     ] = None,
     tasks: Annotated[
@@ -85,7 +88,9 @@ def sweep(
     ] = False,
     no_controls: Annotated[
         bool,
-        typer.Option("--no-controls", help="Without blind, random, grid, pool, downsample."),
+        typer.Option(
+            "--no-controls", help="Without blind, random, grid, pool, downsample (and frames)."
+        ),
     ] = False,
     no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the noise floor.")] = False,
     no_latency: Annotated[

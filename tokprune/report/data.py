@@ -134,8 +134,16 @@ class RunData:
         return next(p for p in self.points if p.arm == "none")
 
     @property
+    def media(self) -> str:
+        """What was asked about: "image" or "video"."""
+        return str(self.run["benchmark"].get("media", "image"))
+
+    @property
     def tokens(self) -> int:
-        """Visual tokens of the unpruned model."""
+        """Visual tokens of the unpruned model: the most of an image, the mean of the videos (no
+        model knows the most)."""
+        if self.media == "video":
+            return round(self.unpruned.budget)
         return int(self.run["model"]["visual_tokens"])
 
     @property

@@ -47,11 +47,10 @@ def make_gallery(
             notes.append(f"item {item} is not in benchmark {benchmark.name} any more")
             continue
         try:
-            picture = benchmark.image(questions[item]).convert("RGB")
+            seen = _shown(benchmark, questions[item])
         except (OSError, ValueError) as error:
-            notes.append(f"the picture of item {item} cannot be made: {error}")
+            notes.append(f"the {benchmark.media} of item {item} cannot be made: {error}")
             continue
-        seen = _square(picture)
         chosen = _chosen(at[item], owner, analysis)
         cards = []
         for record, r in chosen:
@@ -106,7 +105,7 @@ def draw(picture: Image.Image, record: Mapping[str, Any], tokens: int) -> Image.
     ones; patches that were merged into one token share a tint.
 
     Args:
-        picture: as the model saw it.
+        picture: as the model saw it; of a video, its frames side by side.
         record: of the overlays folder.
         tokens: visual tokens of an unpruned image: the base grid is the square of that size.
 
@@ -115,6 +114,7 @@ def draw(picture: Image.Image, record: Mapping[str, Any], tokens: int) -> Image.
     """
     from PIL import Image, ImageDraw, ImageOps
 
+    record = on_mosaic(record)
     grid = record.get("grid") or (math.isqrt(tokens), math.isqrt(tokens))
     rows, columns = int(grid[0]), int(grid[1])
     base = [(n, r, c) for n, (r, c, tile) in enumerate(record["kept"]) if not tile]
@@ -173,6 +173,47 @@ def _hue(row: int, column: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
+def _shown(benchmark: Benchmark, item: Any) -> Image.Image:
+    """The picture of an item, or its frames side by side, as the model sees them."""
+    if benchmark.media != "video":
+        return _square(benchmark.image(item).convert("RGB"))
+    from PIL import Image
+
+    frames = [_square(frame.convert("RGB")) for frame in benchmark.video(item)]
+    side, across = frames[0].width, _across(len(frames))
+    mosaic = Image.new("RGB", (across * side, -(-len(frames) // across) * side), "white")
+    for number, frame in enumerate(frames):
+        mosaic.paste(frame, (number % across * side, number // across * side))
+    return mosaic
+
+
+def _across(frames: int) -> int:
+    """Frames in a row of the mosaic of a video."""
+    return math.ceil(math.sqrt(frames))
+
+
+def on_mosaic(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of a video, whose tiles are its frames, as one of the picture that shows them side
+    by side; any other as it is."""
+    frames = record.get("frames")
+    if not frames:
+        return record
+    (rows, columns), across = record["grid"], _across(frames)
+
+    def place(patch: Sequence[int]) -> list[int]:
+        r, c, frame = patch
+        return [frame // across * rows + r, frame % across * columns + c, 0]
+
+    placed: dict[str, Any] = {
+        **record,
+        "grid": [-(-frames // across) * rows, across * columns],
+        "kept": [place(patch) for patch in record["kept"]],
+    }
+    if "sources" in record:
+        placed["sources"] = [[place(patch) for patch in own] for own in record["sources"]]
+    return placed
+
+
 def _square(picture: Image.Image) -> Image.Image:
     """The central square, which is what CLIP's processor hands to the model."""
     side = min(picture.size)
@@ -183,7 +224,8 @@ def _square(picture: Image.Image) -> Image.Image:
 def fitted(picture: Image.Image) -> Image.Image:
     from PIL import Image
 
-    return picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    size = _SIDE, round(_SIDE * picture.height / picture.width)
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def data_uri(picture: Image.Image) -> str:

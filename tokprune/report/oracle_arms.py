@@ -12,6 +12,7 @@ from tokprune.report.analysis import Analysis, Interval, Result
 from tokprune.report.oracle import Choices, Oracle, chance, choose, oracle
 from tokprune.report.resampling import interval, macro, macro_samples
 from tokprune.report.statistics import RIGHT
+from tokprune.sweep.arms import SMALLER
 
 Floats = NDArray[np.float64]
 
@@ -85,8 +86,8 @@ def oracles(analysis: Analysis) -> list[ArmOracle]:
 
     Points that lack answers do not compete (as on the frontier); failed questions are wrong; of
     several seeds the first counts, so that no cell has more than one try. Controls stand alone:
-    they are not in :data:`TOGETHER`. ``downsample`` and ``blind`` see another picture and are left
-    out.
+    they are not in :data:`TOGETHER`. ``downsample``, ``frames`` and ``blind`` see another picture
+    or video and are left out.
 
     Returns:
         Nothing where the run has fewer than two budgets or the unpruned model lacks answers.
@@ -97,7 +98,7 @@ def oracles(analysis: Analysis) -> list[ArmOracle]:
     arms: dict[str, list[Result]] = {}
     for arm, results in analysis.series().items():
         fair = [r for r in results if r.complete and r.point.base is base.point]
-        if fair and arm != "downsample":
+        if fair and arm not in SMALLER:
             arms[arm] = fair
     methods = [r for results in arms.values() for r in results if not r.point.control]
     found = [

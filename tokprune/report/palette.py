@@ -30,6 +30,7 @@ CONTROLS = {
     "grid": Look("#555555", "+", "--", False),
     "pool": Look("#555555", "s", "-.", False),
     "downsample": Look("#555555", "D", (0, (1, 1)), False),
+    "frames": Look("#555555", "v", (0, (4, 1, 1, 1)), False),
 }
 UNPRUNED = "#111111"
 

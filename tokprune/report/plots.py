@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,10 @@ class Axis:
     label: str
     scale: float
     title: str
+
+    def about(self, media: str) -> Axis:
+        """The same where questions are about an "image" or a "video"."""
+        return replace(self, label=self.label.replace("per image", f"per {media}"))
 
 
 AXES = (
@@ -106,7 +110,7 @@ def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
 def panels(analysis: Analysis) -> Plot | None:
     """Accuracy against tokens, one panel per arm before all others in grey, with its 95 %
     interval."""
-    axis = AXES[0]
+    axis = AXES[0].about(analysis.data.media)
     series = _series(analysis, axis)
     if not series:
         return None

@@ -75,10 +75,11 @@ def document(
         subtitle="Visual-token compression: accuracy, cost and how sure we are",
         facts=(
             ("model", f"{model['class']}, {model['parameters'] / 1e6:,.1f} M parameters"),
-            ("visual tokens", f"{model['visual_tokens']} in {model['decoder_layers']} layers"),
+            ("visual tokens", f"{data.tokens} in {model['decoder_layers']} layers"),
             ("benchmark", f"{benchmark['name']} {benchmark['version'][:12]}"
              + (f", {benchmark['split']}" if benchmark["split"] else "")),
-            ("questions", f"{len(data.items)} on {len({i.image for i in data.items})} pictures"),
+            ("questions", f"{len(data.items)} on {len({i.image for i in data.items})} "
+             + ("videos" if data.media == "video" else "pictures")),
             ("points", f"{len(data.points)}, {len(analysis.series())} arms"),
             ("updated", run["updated"][:16].replace("T", " ") + " UTC"),
         ),
@@ -96,7 +97,7 @@ def _summary(
 
 def _plots(analysis: Analysis) -> Section:
     blocks: list[Block] = []
-    for axis in plots.AXES:
+    for axis in (a.about(analysis.data.media) for a in plots.AXES):
         plot = plots.styled(plots.pareto, analysis, axis)
         if plot is not None:
             blocks.append(Figure(plot, _WHERE[axis.kind]))

@@ -87,7 +87,8 @@ def results_table(analysis: Analysis) -> Table:
                 "p (Holm)", "loyalty, %", "on the frontier of", "answers"),
         rows=rows,
         title="All points",
-        note="Accuracy: macro average over the headline tasks. Tokens: per image, as measured, "
+        note="Accuracy: macro average over the headline tasks. Tokens: per "
+        f"{analysis.data.media}, as measured, "
         "mean over decoder layers and after the last pruning. Change: against the unpruned model "
         "on the same questions; ~ no larger than what another batch size or dtype changes. Flips, "
         "exact McNemar p (adjusted for the number of points) and loyalty (same answer as the "

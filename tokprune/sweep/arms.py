@@ -18,8 +18,11 @@ from tokprune.sweep.identity import canonical
 #: in this order; ``none`` is the unpruned model, ``blind`` the same on an empty picture, and
 #: ``downsample`` on a smaller one
 CONTROLS = ("none", "blind", "random", "grid", "pool", "downsample")
-#: controls that leave the model as it is
-UNPATCHED = ("none", "blind", "downsample")
+#: controls of videos, beside those: ``frames`` shows fewer of them
+VIDEO_CONTROLS = (*CONTROLS, "frames")
+#: controls that leave the model as it is, and those of them that show less
+UNPATCHED = ("none", "blind", "downsample", "frames")
+SMALLER = ("downsample", "frames")
 #: controls without a budget
 UNBUDGETED = ("none", "blind")
 #: options that are budgets of their own, which a sweep sets through ``keep``
@@ -200,24 +203,35 @@ def check_arm(name: str, options: Mapping[str, Any]) -> None:
 
 
 def build_arms(
-    methods: Sequence[tuple[str, Mapping[str, Any]]], controls: bool, variants: bool
+    methods: Sequence[tuple[str, Mapping[str, Any]]],
+    controls: bool,
+    variants: bool,
+    media: str = "image",
 ) -> list[Arm]:
     """All arms of a sweep, each once: ``none``, other controls, then the methods as given.
 
     Args:
-        methods: names with options; empty means every method for pictures.
-        controls: include ``blind``, ``random``, ``grid``, ``pool`` and ``downsample``. ``none`` is
-            always included: everything is compared with it.
+        methods: names with options; empty means every method for pictures, or for videos.
+        controls: include ``blind``, ``random``, ``grid``, ``pool``, ``downsample`` and, for videos,
+            ``frames``. ``none`` is always included: everything is compared with it.
         variants: include the published variants of the methods as well.
+        media: what is asked about, "image" or "video".
+
+    Raises:
+        ValueError: ``frames`` is wanted for pictures.
     """
-    wanted = list(methods) or [(name, {}) for name in image_methods() if name not in CONTROLS]
+    own = VIDEO_CONTROLS if media == "video" else CONTROLS
+    every = available_methods() if media == "video" else image_methods()
+    wanted = list(methods) or [(name, {}) for name in every if name not in own]
+    if media != "video" and any(name == "frames" for name, _ in wanted):
+        raise ValueError("'frames' is a control of videos, and the benchmark asks about pictures")
     if variants:
         wanted += [
             (name, options)
             for name in dict.fromkeys(name for name, _ in wanted)
             for options in VARIANTS.get(name, ())
         ]
-    first = list(CONTROLS) if controls else ["none"]
+    first = list(own) if controls else ["none"]
     arms = [_arm(name, {}) for name in first] + [_arm(name, options) for name, options in wanted]
     return list({arm.name: arm for arm in arms}.values())
 
@@ -229,4 +243,4 @@ def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _arm(name: str, options: Mapping[str, Any]) -> Arm:
     if name in UNPATCHED:
         return Arm(None, True, unpatched=name)
-    return Arm(name, name in CONTROLS and not options, dict(options))
+    return Arm(name, name in VIDEO_CONTROLS and not options, dict(options))

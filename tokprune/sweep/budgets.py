@@ -59,7 +59,7 @@ def parse_budget(value: Any) -> Budget:
 
 
 def check_budgets(budgets: tuple[Budget, ...], visual_tokens: int) -> None:
-    """No budget is more than an image has.
+    """No budget is more than an image, or a video, can have.
 
     Raises:
         ValueError: names the budget and the most there can be.
@@ -67,8 +67,8 @@ def check_budgets(budgets: tuple[Budget, ...], visual_tokens: int) -> None:
     for budget in budgets:
         if budget.count is not None and budget.count > visual_tokens:
             raise ValueError(
-                f"keep={budget.count} is more than the {visual_tokens} visual tokens of an image "
-                f"of this model; it should be at most {visual_tokens}"
+                f"keep={budget.count} is more than the {visual_tokens} visual tokens that this "
+                f"model makes of an image or video here; it should be at most {visual_tokens}"
             )
 
 

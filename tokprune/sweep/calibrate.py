@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from tokprune.errors import UnsupportedModelError
+from tokprune.errors import UnsupportedModelError, UnsupportedVideoError
 from tokprune.methods import Method
 from tokprune.patching import compress
 from tokprune.sweep.arms import Arm
 from tokprune.sweep.budgets import Budget, tolerance
-from tokprune.sweep.pictures import downsample_factor
+from tokprune.sweep.pictures import Smaller, downsample_factor
 from tokprune.sweep.search import nearest
 from tokprune.sweep.subject import Subject
 
@@ -27,7 +27,8 @@ _STEPS = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """Visual tokens per image, mean over images: after the last pruning, and over the layers."""
+    """Visual tokens per image, or per video, mean over them: after the last pruning, and over the
+    layers."""
 
     last: float
     mean: float
@@ -48,12 +49,14 @@ class Matched:
 
 @dataclass(frozen=True)
 class Shrunk:
-    """Pictures at a budget: linear ``factor``, visual tokens ``measured``, and why they are not
-    those of the budget (None: they are)."""
+    """Pictures or videos at a budget: what makes them ``smaller``, visual tokens ``measured``, and
+    why they are not those of the budget (None: they are); ``reached``: whether the control stands
+    for the budget all the same."""
 
-    factor: float
+    smaller: Smaller
     measured: Measured
     reason: str | None = None
+    reached: bool = True
 
 
 class Calibrator:
@@ -61,19 +64,30 @@ class Calibrator:
 
     Args:
         subject: the model, not patched.
-        inputs: a batch of prompts with one picture each.
+        inputs: a batch of prompts with one picture or one video each.
         match: "mean" or "last".
-        shrunk: mean visual tokens of the same pictures with sides divided by a factor.
+        shrunk: mean visual tokens of the same pictures or videos made smaller.
     """
 
     def __init__(
-        self, subject: Subject, inputs: Any, match: str, shrunk: Callable[[float], float]
+        self, subject: Subject, inputs: Any, match: str, shrunk: Callable[[Smaller], float]
     ) -> None:
         self.subject, self.inputs, self.match, self.shrunk = subject, inputs, match, shrunk
-        visual = (inputs["input_ids"] == subject.parts.image_token_id).sum(1)
+        visual = subject.parts.visual(inputs["input_ids"]).sum(1)
         #: mean visual tokens of the unpruned images
         self.visual_tokens = float(visual.float().mean())
-        self._equal = bool((visual == visual[0]).all()) and not subject.facts.tiled
+        frames = inputs.get("pixel_values_videos")
+        #: frames of every video, None for pictures
+        self.frames = None if frames is None else int(frames.shape[1])
+        facts = subject.facts
+        self._tiled = facts.tiled and frames is None
+        #: a setting has to fit the model, and the grid of what is asked about
+        self._fit = [facts]
+        if frames is not None and facts.frame_grid is not None:
+            self._fit.append(replace(facts, grid=facts.frame_grid, frame_grid=None))
+        #: the most that one of them can have
+        self.most = facts.max_visual_tokens if frames is None else int(visual.max())
+        self._equal = bool((visual == visual[0]).all()) and not self._tiled
         self._known: dict[str, Measured] = {}
 
     def measure(self, method: Method) -> Measured:
@@ -91,14 +105,13 @@ class Calibrator:
     def match_budget(self, arm: Arm, budget: Budget, seed: int = 0) -> Matched:
         """The setting of an arm whose tokens come nearest to a budget."""
         target = budget.tokens(self.visual_tokens)
-        top = self.subject.facts.max_visual_tokens
         keep_of: Callable[[int], int | float]
         if budget.share is not None and not self._equal:
             # a share of each image's own tokens; whole patches of a tile are among the steps
             knobs = _STEPS * self.subject.facts.patches
             scale, keep_of = self.visual_tokens / knobs, lambda k: k / knobs
         else:
-            scale, knobs, keep_of = 1.0, top, lambda k: k
+            scale, knobs, keep_of = 1.0, self.most, lambda k: k
         refused: list[str] = []
 
         def method_at(knob: int) -> Method:
@@ -106,7 +119,8 @@ class Calibrator:
 
         def possible(knob: int) -> bool:
             try:
-                method_at(knob).plan(self.subject.facts)
+                for facts in self._fit:
+                    method_at(knob).plan(facts)
             except UnsupportedModelError:
                 raise
             except ValueError as error:
@@ -119,7 +133,7 @@ class Calibrator:
 
         try:
             found = nearest(measured, possible, 1, knobs, target / scale)
-        except UnsupportedModelError as error:
+        except (UnsupportedModelError, UnsupportedVideoError) as error:
             return Matched(None, None, str(error))
         if found is None:
             return Matched(None, None, refused[0] if refused else "no setting fits the model")
@@ -130,7 +144,26 @@ class Calibrator:
             return Matched(method, seen)
         return Matched(method, seen, self._reason(keep_of(found[0]), value, target))
 
-    def match_pictures(self, budget: Budget) -> Shrunk:
+    def match_smaller(self, control: str, budget: Budget) -> Shrunk:
+        """The setting of the control ``downsample`` or ``frames`` for a budget."""
+        return self._match_frames(budget) if control == "frames" else self._match_pictures(budget)
+
+    def _match_frames(self, budget: Budget) -> Shrunk:
+        """The number of frames whose tokens come nearest to a budget; at least one."""
+        assert self.frames is not None
+        target = budget.tokens(self.visual_tokens)
+        number = max(1, min(self.frames, round(self.frames * target / self.visual_tokens)))
+        smaller = Smaller(frames=number)
+        tokens = self.shrunk(smaller)
+        reason = None
+        if abs(tokens - target) > tolerance(target):
+            reason = (
+                f"whole frames come to {tokens:.4g} tokens (frames={number}), not to the "
+                f"{target:.4g} asked for"
+            )
+        return Shrunk(smaller, Measured(tokens, tokens), reason, reason is None)
+
+    def _match_pictures(self, budget: Budget) -> Shrunk:
         """The largest pictures whose own tokens stay within a budget.
 
         Where no smaller picture has about that many tokens (a tower of fixed resolution, tiles that
@@ -138,24 +171,24 @@ class Calibrator:
         """
         target = budget.tokens(self.visual_tokens)
         nominal = downsample_factor(self.visual_tokens, target)
-        if not self.subject.facts.tiled:
-            return Shrunk(nominal, Measured(self.visual_tokens, self.visual_tokens))
+        if not self._tiled:
+            return Shrunk(Smaller(nominal), Measured(self.visual_tokens, self.visual_tokens))
 
-        def factor(size: int) -> float:
-            return math.sqrt(_SIZES / size)
+        def sized(size: int) -> Smaller:
+            return Smaller(math.sqrt(_SIZES / size))
 
         low, high = 0, _SIZES  # the largest size that fits: not found yet, and all there is
         while high > low:
             middle = (low + high + 1) // 2
-            fits = self.shrunk(factor(middle)) <= target + tolerance(target)
+            fits = self.shrunk(sized(middle)) <= target + tolerance(target)
             low, high = (middle, high) if fits else (low, middle - 1)
-        tokens = self.shrunk(factor(low)) if low else math.inf
+        tokens = self.shrunk(sized(low)) if low else math.inf
         if tokens >= (1 - _MISS) * target and low:
-            return Shrunk(factor(low), Measured(tokens, tokens))
-        seen = self.shrunk(nominal)
+            return Shrunk(sized(low), Measured(tokens, tokens))
+        seen = self.shrunk(Smaller(nominal))
         near = f"the nearest have {tokens:.4g}" if low else "all have more"
         return Shrunk(
-            nominal, Measured(seen, seen),
+            Smaller(nominal), Measured(seen, seen),
             f"no smaller pictures have about {target:.4g} tokens ({near}): pixels are matched, and "
             f"{seen:.4g} tokens are left",
         )  # fmt: skip

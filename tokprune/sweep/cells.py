@@ -10,9 +10,10 @@ from typing import Any
 
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods import Method, make_method
-from tokprune.sweep.arms import UNBUDGETED, Arm
+from tokprune.sweep.arms import SMALLER, UNBUDGETED, Arm
 from tokprune.sweep.budgets import Budget
 from tokprune.sweep.calibrate import Calibrator, Matched
+from tokprune.sweep.pictures import Smaller
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ class Cell:
         return bool(self.entry["status"] == "ok")
 
     @property
-    def factor(self) -> float | None:
-        """Linear factor by which the picture shrinks, for ``downsample``."""
-        return self.entry["options"].get("factor") if self.entry["arm"] == "downsample" else None
+    def smaller(self) -> Smaller | None:
+        """What is done to pictures or videos, for ``downsample`` and ``frames``."""
+        small = self.method is None and self.entry["arm"] in SMALLER
+        return Smaller.of(self.entry["options"]) if small else None
 
     @property
     def blind(self) -> bool:
@@ -60,9 +62,13 @@ def _tuples(value: Any) -> Any:
 def json_options(method: Method) -> dict[str, Any]:
     """All options of a method in JSON types."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
-    if options["per"] == "video":  # the default; sweeps ask about pictures
+    if options["per"] == "video":  # the default, and no matter for pictures
         del options["per"]
     return options
+
+
+def _equations(options: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:.4g}" for name, value in options.items())
 
 
 def cell_id(arm: str, tokens: float | None, seed: int = 0) -> str:
@@ -108,12 +114,13 @@ class CellMaker:
             "status": "ok", "reason": None, "calibrated": None,
         }  # fmt: skip
         if arm.method is None:
-            shrunk = self.calibrator.match_pictures(budget)
+            shrunk = self.calibrator.match_smaller(arm.unpatched, budget)
             entry |= {
-                "options": {"factor": shrunk.factor},
-                "repr": f"downsample(factor={shrunk.factor:.4g})",
+                "options": shrunk.smaller.options,
+                "repr": f"{arm.name}({_equations(shrunk.smaller.options)})",
                 "calibrated": shrunk.measured.to_dict(),
                 "reason": shrunk.reason,
+                "status": "ok" if shrunk.reached else "unreachable",
             }
             return Cell(entry)
         return self._matched(entry, arm, self.calibrator.match_budget(arm, budget, seed))

@@ -12,12 +12,12 @@ import torch
 
 from evals.base import Benchmark, Item
 from tokprune.patching import compress
-from tokprune.prompts import encode
+from tokprune.prompts import PIXELS, encode
 from tokprune.sweep.ask import Answer, ask
 from tokprune.sweep.cells import Cell
 from tokprune.sweep.numbers import Numbers, traced_numbers, unpruned_numbers
 from tokprune.sweep.overlays import overlay_record
-from tokprune.sweep.pictures import blank, downsample
+from tokprune.sweep.pictures import Smaller, blank, each
 from tokprune.sweep.subject import Subject
 from tokprune.trace import Trace
 
@@ -35,32 +35,35 @@ class Outcome:
 
 @dataclass
 class Batch:
-    """Some questions; pictures and model inputs are made when first needed, and kept."""
+    """Some questions; pictures (or frames) and model inputs are made when first needed, and
+    kept."""
 
     subject: Subject
     benchmark: Benchmark
     items: Sequence[Item]
-    _shrunk: dict[float, Any] = field(default_factory=dict)
+    _smaller: dict[Smaller, Any] = field(default_factory=dict)
 
     @cached_property
-    def pictures(self) -> list[Any]:
-        return [self.benchmark.image(item).convert("RGB") for item in self.items]
+    def visuals(self) -> list[Any]:
+        """Of every question its picture, or the list of its frames."""
+        ask = self.benchmark.video if self.benchmark.media == "video" else self.benchmark.image
+        return [each(ask(item), lambda picture: picture.convert("RGB")) for item in self.items]
 
     @cached_property
     def inputs(self) -> Any:
-        return self._encode(self.pictures)
+        return self._encode(self.visuals)
 
     @property
     def pixels(self) -> Any:
         """Pixels, None where they cannot be made (the questions then run one by one)."""
         try:
-            return self.inputs["pixel_values"]
+            return self.inputs[PIXELS[self.benchmark.media]]
         except Exception:
             return None
 
     @cached_property
     def blind_inputs(self) -> Any:
-        return self._encode([blank(picture) for picture in self.pictures])
+        return self._encode([each(visual, blank) for visual in self.visuals])
 
     @cached_property
     def unpruned(self) -> list[Numbers]:
@@ -74,23 +77,25 @@ class Batch:
         """Model inputs, with smaller or empty pictures where the cell wants them."""
         if cell.blind:
             return self.blind_inputs
-        if cell.factor is None:
+        if cell.smaller is None:
             return self.inputs
-        if cell.factor not in self._shrunk:
-            self._shrunk[cell.factor] = self._smaller(cell.factor)
-        return self._shrunk[cell.factor]
+        if cell.smaller not in self._smaller:
+            self._smaller[cell.smaller] = self._shown(cell.smaller)
+        return self._smaller[cell.smaller]
 
-    def tokens_at(self, factor: float) -> float:
-        """Mean visual tokens of the pictures with sides divided by a factor."""
-        ids = self._smaller(factor)["input_ids"]
-        return float((ids == self.subject.parts.image_token_id).sum()) / len(ids)
+    def tokens_at(self, smaller: Smaller) -> float:
+        """Mean visual tokens of the pictures or videos made smaller."""
+        ids = self._shown(smaller)["input_ids"]
+        return float(self.subject.parts.visual(ids).sum()) / len(ids)
 
-    def _smaller(self, factor: float) -> Any:
-        return self._encode([downsample(picture, factor) for picture in self.pictures])
+    def _shown(self, smaller: Smaller) -> Any:
+        return self._encode([smaller(visual) for visual in self.visuals])
 
-    def _encode(self, pictures: list[Any]) -> Any:
+    def _encode(self, visuals: list[Any]) -> Any:
         questions = [item.question + self.benchmark.prompt_suffix for item in self.items]
-        return encode(self.subject.processor, questions, pictures, self.subject.device)
+        return encode(
+            self.subject.processor, questions, visuals, self.subject.device, self.benchmark.media
+        )
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,10 @@ class Examiner:
         unpruned = batch.unpruned
         if trace is not None:
             if trace.last is None:
-                raise RuntimeError("the method saw no picture: nothing was compressed")
+                raise RuntimeError("the method saw no picture and no video: nothing was compressed")
             numbers = traced_numbers(trace.last)
         else:
-            numbers = unpruned if cell.factor is None else unpruned_numbers(self.subject, inputs)
+            numbers = unpruned if cell.smaller is None else unpruned_numbers(self.subject, inputs)
         return [
             Outcome(answer, own, plain, overlay=self._overlay(cell, trace, row, item.id))
             for row, (item, answer, own, plain) in enumerate(

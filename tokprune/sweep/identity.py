@@ -24,6 +24,7 @@ _ANSWERING = (
     "sweep/numbers.py",
     "sweep/pictures.py",
     "prompts.py",
+    "video_processor.py",
 )
 #: in answers that come through lmms-eval, these as well
 _LMMS = ("lmms",)
@@ -41,6 +42,7 @@ _CHECKPOINT = (
     "processor_config.json",
     "special_tokens_map.json",
     "tokenizer*",
+    "video_preprocessor_config.json",
     "vocab.*",
 )
 

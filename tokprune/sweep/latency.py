@@ -16,7 +16,7 @@ PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
 
 def timed_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Cells that have a time of their own: ``none``, those with a method, and smaller pictures
-    where they have fewer tokens."""
+    or shorter videos where they have fewer tokens."""
     full = next((c.entry["calibrated"]["tokens_mean"] for c in cells if c.id == "none"), math.inf)
     return [
         cell
@@ -24,7 +24,7 @@ def timed_cells(cells: Sequence[Cell]) -> list[Cell]:
         if cell.runs
         and not cell.entry["noise"]
         and cell.entry["arm"] != "blind"
-        and (cell.factor is None or cell.entry["calibrated"]["tokens_mean"] < full)
+        and (cell.smaller is None or cell.entry["calibrated"]["tokens_mean"] < full)
     ]
 
 
@@ -44,7 +44,7 @@ def measure_latency(
         cells: those of :func:`timed_cells`.
         rounds: measurements of each part.
         progress: called with (rounds done, rounds).
-        own_inputs: the same question with other pictures, by cell id.
+        own_inputs: the same question with other pictures or frames, by cell id.
     """
     from tokprune.bench.measure import measure_cells
 

@@ -53,7 +53,21 @@ def overlay_record(trace: Trace, row: int, item: str, cell: str) -> dict[str, An
         "layer": layer,
         "kept": [[t.row, t.col, t.tile] for t in tokens],
         "merged": merged,
+        **_video(trace, row),
     }
     if merged:
         record["sources"] = [[[row, col, tile] for tile, row, col in t.sources] for t in tokens]
     return record
+
+
+def _video(trace: Trace, row: int) -> dict[str, Any]:
+    """Of a video: its ``frames``, which are the tiles of the patches, and the ``grid`` (height,
+    width) of each."""
+    assert trace.last is not None
+    (parts, *_) = trace.last.visuals(row)
+    records = [part.record for part in parts if part.record is not None]
+    if not records or not records[0].layout.video:
+        return {}
+    door = records[0].door
+    grid = records[0].facts.grid if door is None else door.grids[0]
+    return {"frames": sum(record.layout.frames for record in records), "grid": list(grid)}

@@ -1,4 +1,4 @@
-"""Answer cells in this process: one model, all cells on a batch while its pictures are at hand."""
+"""Answer cells in this process: one model, all cells on a batch while its pixels are at hand."""
 
 from __future__ import annotations
 
@@ -41,10 +41,6 @@ class OwnHarness:
             ValueError, OSError: no such benchmark, task or split, or no item of it.
         """
         benchmark = load_benchmark(settings.benchmark)
-        if benchmark.media != "image":
-            raise ValueError(
-                f"benchmark {benchmark.name} asks about videos; a sweep shows still pictures only"
-            )
         tasks = None if settings.tasks is None else list(settings.tasks)
         items = benchmark.items(settings.split, tasks, settings.limit)
         if not items:
@@ -54,6 +50,12 @@ class OwnHarness:
         return cls(benchmark, items, settings.split or next(iter(benchmark.splits), None))
 
     def meet(self, subject: Subject, settings: Settings) -> dict[str, Any] | None:
+        if self.benchmark.media == "video" and not subject.facts.videos:
+            raise ValueError(
+                f"benchmark {self.benchmark.name} asks about videos, and model {subject.name} "
+                f"({type(subject.model).__name__}) takes pictures only; it should be a "
+                "LLaVA-NeXT-Video or LLaVA-OneVision"
+            )
         return None
 
     def noise_cells(self, maker: CellMaker, dtype: str, batch_size: int) -> list[Cell]:
@@ -93,7 +95,10 @@ class OwnHarness:
         pending = sum(len(sweep.pending(cell, self.items)) for cell in cells)
         if not pending:
             return
-        gallery = gallery_items(self.items), gallery_cells(cells, sweep.subject.facts.patches)
+        whole = sweep.subject.facts.patches
+        if self.benchmark.media == "video":
+            whole = next(cell.entry["budget"] for cell in cells if cell.id == "none")
+        gallery = gallery_items(self.items), gallery_cells(cells, whole)
         examiner = Examiner(sweep.subject, self.benchmark, gallery)
         sweep.progress.start("answers", pending)
         with sharing(sweep) as shared:
@@ -147,7 +152,7 @@ class OwnHarness:
         return measure_latency(
             sweep.subject, question.inputs, cells, sweep.settings.latency_rounds,
             self.benchmark.max_new_tokens, advance,
-            {cell.id: question.inputs_for(cell) for cell in cells if cell.factor is not None},
+            {cell.id: question.inputs_for(cell) for cell in cells if cell.smaller is not None},
         )  # fmt: skip
 
 

@@ -111,7 +111,6 @@ class Sweep:
             check_same(earlier, told, folder)
             check_settings(earlier, settings, folder)
         self.subject = Subject.load(settings.model, settings.dtype, settings.device)
-        check_budgets(settings.budgets(), self.subject.facts.max_visual_tokens)
         harness = self.harness.meet(self.subject, settings)
         told["model"] = self.subject.describe()
         if earlier is not None:
@@ -142,8 +141,10 @@ class Sweep:
     def _benchmark_entry(self) -> dict[str, Any]:
         benchmark = self.harness.benchmark
         asked = {item.task for item in self.items}
+        media = {} if benchmark.media == "image" else {"media": benchmark.media}
         return {
             "name": benchmark.name,
+            **media,
             "version": benchmark.version,
             "split": self.harness.split,
             "tasks": [task for task in benchmark.tasks if task in asked],
@@ -157,7 +158,7 @@ class Sweep:
         told = self.settings.to_dict()
         told["methods"] = [
             {"name": arm.method or arm.unpatched, **arm.options} if arm.options else arm.name
-            for arm in self.settings.arms()
+            for arm in self.settings.arms(self.harness.benchmark.media)
         ]
         told["dtype"] = self.subject.dtype
         told["fresh"] = False
@@ -185,12 +186,13 @@ class Sweep:
             "dtype": self.subject.dtype,
             "batch_size": settings.batch_size,
         }
-        arms = settings.arms()
+        arms = settings.arms(self.harness.benchmark.media)
         self.progress.start("matching budgets", len(arms))
         with sharing(self) as shared:
             if shared is not None:
-                shared.remember(batch.inputs["pixel_values"])
+                shared.remember(batch.pixels)
             calibrator = Calibrator(self.subject, batch.inputs, settings.match, batch.tokens_at)
+            check_budgets(settings.budgets(), calibrator.most)
             maker = CellMaker(calibrator, common)
             usable = known if unchanged else {}
             cells: list[Cell] = []

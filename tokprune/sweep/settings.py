@@ -175,9 +175,10 @@ class Settings:
         parsed = [parse_budget(value) for value in self.keep]
         return tuple({(b.count, b.share): b for b in parsed}.values())
 
-    def arms(self) -> list[Arm]:
-        """What is compared, controls first."""
-        return build_arms([parse_arm(spec) for spec in self.methods], self.controls, self.variants)
+    def arms(self, media: str = "image") -> list[Arm]:
+        """What is compared on pictures (``media`` "image") or videos ("video"), controls first."""
+        methods = [parse_arm(spec) for spec in self.methods]
+        return build_arms(methods, self.controls, self.variants, media)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings in JSON types; methods with their options."""

@@ -129,8 +129,8 @@ def model_arguments(
         args["setting_sha"] = hashlib.sha256(setting.encode()).hexdigest()
     elif cell.blind:
         args["control"] = "blind"
-    elif cell.factor is not None:
-        args |= {"control": "downsample", "factor": repr(cell.factor)}
+    elif cell.smaller is not None:
+        args |= {"control": "downsample", "factor": repr(cell.smaller.factor)}
     return _joined(args)
 
 
