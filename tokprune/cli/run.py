@@ -12,6 +12,7 @@ import typer
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
 from tokprune.cli.values import Device, Dtype
+from tokprune.cli.visuals import open_picture, open_video
 from tokprune.prompts import prompt_text
 
 
@@ -20,6 +21,16 @@ def run(
     model: Annotated[str, typer.Option(help="'mini' (shipped), a model folder, or a hub name.")],
     prompt: Annotated[str, typer.Option(help="The question.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; repeat for several.")] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Video, for models that take any: a folder of frames, or an animated picture; "
+            "repeat for several."
+        ),
+    ] = None,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Most frames shown of a video, evenly spaced.")
+    ] = 8,
     method: Name = None,
     keep: Keep = None,
     option: Options = None,
@@ -31,22 +42,29 @@ def run(
     compare: Annotated[bool, typer.Option("--compare", help="Answer without pruning too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Answer a prompt about pictures with a compressed model, and show what was removed."""
+    """Answer a prompt about pictures or videos with a compressed model, and show what was
+    removed."""
     options = method_options(keep, option)
     if method is None and setting is None and (options or overlay or compare):
         given = "--keep/--option" if options else "--overlay" if overlay else "--compare"
         raise BadInput(f"{given} needs --method or --setting; see 'tokprune methods'")
     if overlay is not None:
-        if not image:
-            raise BadInput("--overlay needs an --image to draw on")
+        if not image and not video:
+            raise BadInput("--overlay needs an --image or a --video to draw on")
         _check_target(overlay)
-    pictures = [_open(path) for path in image or []]
+    pictures = [open_picture(path) for path in image or []]
+    clips = [open_video(path, frames) for path in video or []]
+    if len({len(clip) for clip in clips}) > 1:
+        raise BadInput("--video: all videos of a prompt should have equally many frames")
     made = named_method(method, options, setting)
     from tokprune.patching import patch, unpatch
+    from tokprune.sweep.known import Known
 
     loaded, processor = _load(model, made, device, dtype)
+    if clips and not Known.of(loaded).facts.videos:
+        raise BadInput(f"--video: model {model} takes pictures only")
     result: dict[str, Any] = {"method": None if made is None else repr(made)}
-    inputs = _inputs(processor, prompt, pictures).to(loaded.device)
+    inputs = _inputs(processor, prompt, pictures, clips).to(loaded.device)
     if compare and made is not None:
         unpatch(loaded)
         result["answer_unpruned"] = _answer(loaded, processor, inputs, max_new_tokens)
@@ -55,7 +73,7 @@ def run(
     if overlay is not None and trace is not None:
         from tokprune.overlay import overlay as draw
 
-        draw(trace, pictures, overlay, processor=processor)
+        draw(trace, [*pictures, *clips], overlay, processor=processor)
         result["overlay"] = str(overlay)
     if as_json:
         result["trace"] = None if trace is None else trace.to_dict()
@@ -69,17 +87,6 @@ def run(
         print(f"\n{trace.summary()}")
     if overlay is not None:
         print(f"\nkept patches: {overlay}")
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        raise BadInput(f"--image {path}: no such file")
-    try:
-        return Image.open(path).convert("RGB")
-    except UnidentifiedImageError:
-        raise BadInput(f"--image {path}: not a picture that Pillow can read") from None
 
 
 def _check_target(path: Path) -> None:
@@ -111,10 +118,14 @@ def _load(path: str, method: Any, device: Device, dtype: Dtype) -> tuple[Any, An
     return model.to(place), processor
 
 
-def _inputs(processor: Any, prompt: str, pictures: list[Any]) -> Any:
-    """Tokens and pixels of one prompt about all the pictures."""
-    text = prompt_text(processor, prompt, len(pictures))
-    return processor(images=pictures or None, text=text, return_tensors="pt")
+def _inputs(processor: Any, prompt: str, pictures: list[Any], clips: list[Any]) -> Any:
+    """Tokens and pixels of one prompt about all the pictures and videos."""
+    text = prompt_text(processor, prompt, len(pictures), len(clips))
+    videos = {"videos": clips} if clips else {}
+    try:
+        return processor(images=pictures or None, text=text, return_tensors="pt", **videos)
+    except ImportError as error:  # pictures for a model that takes videos, without torchvision
+        raise BadInput(str(error)) from None
 
 
 def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
@@ -123,4 +134,4 @@ def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(processor.decode(new, skip_special_tokens=True)).strip()
+    return str(processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
