@@ -1,6 +1,9 @@
 """Shared pytest options and fixtures."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,3 +44,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "golden_file", files, ids=[str(f.relative_to(root).with_suffix("")) for f in files]
         )
+
+
+@pytest.fixture(scope="module")
+def loaded_once() -> Callable[..., Any]:
+    """``Subject.load`` that reads a model once for all tests of a module."""
+    from tokprune.sweep.subject import Subject  # not in the environment of the original llava
+
+    return functools.cache(Subject.load)
+
+
+@pytest.fixture
+def load_once(monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., Any]) -> None:
+    """Sweeps of this test share their models with all others of its module."""
+    monkeypatch.setattr("tokprune.sweep.subject.Subject.load", loaded_once)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from tokprune.sweep.progress import Lines
 from tokprune.sweep.store import Store
 from tokprune.sweep.subject import Subject
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,16 +35,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     case.make_model(root / "tiled", "llava_next", layers=6)
     case.make_benchmark(root / "bench")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _load_once(monkeypatch: pytest.MonkeyPatch, _loaded: Callable[..., Any]) -> None:
-    monkeypatch.setattr(Subject, "load", _loaded)
-
-
-@pytest.fixture(scope="module")
-def _loaded() -> Callable[..., Any]:
-    return functools.cache(Subject.load)
 
 
 @pytest.fixture
@@ -75,10 +66,10 @@ def unpatched(model: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, _loaded: Any) -> Any:
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, loaded_once: Any) -> Any:
     """Every method and control at three budgets, with noise floor, timing and overlays."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "load", _loaded)
+        patch.setattr(Subject, "load", loaded_once)
         settings = case.settings(
             home / "model", home / "bench" / "small.jsonl", tmp_path_factory.mktemp("out") / "run",
             methods=(), keep=("1/2", 9), controls=True, noise=True, latency=True,

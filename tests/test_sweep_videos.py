@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import json
 import re
@@ -34,6 +33,9 @@ TOKENS = FRAMES * CELLS
 IN_TOWER = {"flowcut", "mustdrop", "pitome", "tome", "visionzip"}
 
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("videos")
@@ -43,16 +45,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     case.make_model(root / "pictures", layers=6)
     case.make_benchmark(root / "stills")
     return root
-
-
-@pytest.fixture(autouse=True)
-def _load_once(monkeypatch: pytest.MonkeyPatch, _loaded: Callable[..., Any]) -> None:
-    monkeypatch.setattr(Subject, "load", _loaded)
-
-
-@pytest.fixture(scope="module")
-def _loaded() -> Callable[..., Any]:
-    return functools.cache(Subject.load)
 
 
 @pytest.fixture
@@ -65,10 +57,10 @@ def sweep(home: Path, tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture(scope="module")
-def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, _loaded: Any) -> Any:
+def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, loaded_once: Any) -> Any:
     """Every method and control of videos, by name, on both families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "load", _loaded)
+        patch.setattr(Subject, "load", loaded_once)
         out = tmp_path_factory.mktemp("out")
         return {
             family: run_sweep(

@@ -21,7 +21,6 @@ from tokprune.methods.base import Method, available_methods, make_method, option
 from tokprune.models import resolve
 from tokprune.patching import patch
 from tokprune.recommend import load_setting
-from tokprune.video_processor import load_processor
 
 #: options of the hub, for config, model and processor alike
 _HUB = frozenset({
@@ -109,6 +108,8 @@ def load(
         patch(model, made)
     if not processor:
         return loaded
+    from tokprune.video_processor import load_processor  # not for the transformers of llava
+
     return loaded, load_processor(path, model, hub)
 
 
