@@ -26,6 +26,7 @@ from tokprune.report.gallery import on_mosaic
 from tokprune.sweep import Settings, run_sweep
 from tokprune.sweep.pictures import Smaller, evenly_spaced
 from tokprune.sweep.subject import Subject
+from tokprune.video_processor import FramesProcessor
 
 FRAMES, CELLS = 4, 9
 TOKENS = FRAMES * CELLS
@@ -290,6 +291,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(sweep: Any, home: Pat
     with pytest.raises(ValueError, match=r"asks about videos, and model .* takes pictures only"):
         run_sweep(sweep(model="pictures"))
     stills = home / "stills" / "small.jsonl"
+    if isinstance(Subject.load(str(home / "llava_onevision")).processor, FramesProcessor):
+        with pytest.raises(ValueError, match=r"asks about pictures, which model .* torchvision"):
+            run_sweep(sweep(model="llava_onevision", benchmark=stills))
     with pytest.raises(ValueError, match="'frames' is a control of videos"):
         run_sweep(sweep(model="pictures", benchmark=stills, methods=("frames",)))
     with pytest.raises(ValueError, match="keep=37 is more than the 36 visual tokens"):

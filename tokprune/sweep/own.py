@@ -19,6 +19,7 @@ from tokprune.sweep.overlays import gallery_cells, gallery_items, overlay_name
 from tokprune.sweep.results import LATENCY_FILE, OVERLAYS
 from tokprune.sweep.settings import Settings
 from tokprune.sweep.subject import Subject
+from tokprune.video_processor import FramesProcessor
 
 if TYPE_CHECKING:
     from tokprune.sweep.runner import Sweep
@@ -55,6 +56,11 @@ class OwnHarness:
                 f"benchmark {self.benchmark.name} asks about videos, and model {subject.name} "
                 f"({type(subject.model).__name__}) takes pictures only; it should be a "
                 "LLaVA-NeXT-Video or LLaVA-OneVision"
+            )
+        if self.benchmark.media == "image" and isinstance(subject.processor, FramesProcessor):
+            raise ValueError(
+                f"benchmark {self.benchmark.name} asks about pictures, which model {subject.name} "
+                "takes where torchvision is installed only; a benchmark of videos does without"
             )
         return None
 
