@@ -6,7 +6,7 @@ import torch
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import Watched, load_llama, padded_embeds, run
+from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
 from tokprune.methods.dart import DART
 from tokprune.operators.dart import dart, key_norms
 
@@ -49,13 +49,7 @@ def check_e2e(case: Case) -> None:
     p, embeds = case.parameters, case["inputs_embeds"]
     start, length, layer = p["image_token_start_index"], embeds.shape[1], p["K"]
     image = slice(start, start + p["image_token_length"])
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, image] = True
-    alone = {
-        "inputs_embeds": embeds,
-        "attention_mask": torch.ones(1, length, dtype=torch.long),
-        "visual": visual,
-    }
+    alone = one_prompt(embeds, image)
     steps = list(case["decode_embeds"])
     steps = [step if step.dim() == 3 else step[None] for step in steps]
     want = case["keep"]

@@ -6,7 +6,8 @@ import torch
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import Watched, load_llama, padded_embeds, run
+from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
+from golden_checks.staged import image_of
 from tokprune.methods.fastv import FastV
 from tokprune.operators.fastv import last_row_scores, row_scores, select
 from tokprune.operators.topk import rank
@@ -51,15 +52,8 @@ def check_select(case: Case) -> None:
 def check_e2e(case: Case) -> None:
     """Prefill from embeddings, alone and as a row of a left-padded batch."""
     p, embeds = case.parameters, case["inputs_embeds"]
-    image = slice(p["image_start"], p["image_start"] + p["image_len"])
-    length, layer = embeds.shape[1], p["K"]
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, image] = True
-    alone = {
-        "inputs_embeds": embeds,
-        "attention_mask": torch.ones(1, length, dtype=torch.long),
-        "visual": visual,
-    }
+    image, length, layer = image_of(case), embeds.shape[1], p["K"]
+    alone = one_prompt(embeds, image)
     for attention in ("eager", "sdpa"):
         model = load_llama(case.weights(), p["config"], attention)
         plain = run(model, alone).prefill

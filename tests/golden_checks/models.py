@@ -157,6 +157,15 @@ def _left(x: Tensor, gap: int) -> Tensor:
     return nn.functional.pad(x, (0,) * (2 * (x.dim() - 1)) + (gap, 0))
 
 
+def one_prompt(embeds: Tensor, image: slice) -> dict[str, Tensor]:
+    """A prompt of embeddings [1, L, d], alone in its batch; ``image``: columns of its image. Adds
+    ``visual`` [1, L]."""
+    visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
+    visual[:, image] = True
+    mask = torch.ones(1, embeds.shape[1], dtype=torch.long)
+    return {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
+
+
 def padded_embeds(embeds: Tensor, image: slice, gap: int, seed: int = 0) -> dict[str, Tensor]:
     """A prompt of embeddings [1, L, d] as row 0 of a left-padded batch, ``gap`` padding columns;
     row 1 is another prompt, without padding. Adds ``visual`` [2, L + gap]."""

@@ -1,12 +1,11 @@
 """Golden checks of pyramiddrop: one drop of a batch, and a decoder that drops in stages."""
 
-from typing import Any
-
 import torch
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import load_llama, padded_embeds, run
+from golden_checks.models import load_llama, one_prompt, padded_embeds, run
+from golden_checks.staged import check_end, check_stages, image_of
 from golden_checks.transprune import _rotate
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.operators.attention import attention_rows
@@ -61,38 +60,19 @@ def check_rank_drop(case: Case) -> None:
 
 def check_e2e(case: Case) -> None:
     """Prefill and steps from embeddings, alone and as a row of a left-padded batch."""
-    p, embeds = case.parameters, case["inputs_embeds"]
-    image = slice(p["image_start"], p["image_start"] + p["image_len"])
-    visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
-    visual[:, image] = True
-    mask = torch.ones(1, embeds.shape[1], dtype=torch.long)
-    alone = {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
+    p, image = case.parameters, image_of(case)
+    alone = one_prompt(case["inputs_embeds"], image)
     method = PyramidDrop(tuple(p["ratios"]), prune_layers=tuple(p["layer_list"]))
     for attention in ("eager", "sdpa"):
         model = load_llama(case.weights(), p["config"], attention)
         assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")
-        for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
+        for gap, inputs in ((0, alone), (3, padded_embeds(alone["inputs_embeds"], image, 3))):
             rows = len(inputs["inputs_embeds"])
             steps = [step.expand(rows, -1, -1) for step in case["decode_embeds"]]
             with tokprune.compress(model, method) as trace:
                 got = run(model, inputs, embeds=steps)
-            last: Any = trace.last
-            for i, layer in enumerate(p["layer_list"]):
-                seen = last.layers[layer]
-                real = seen.column[0] >= 0
-                kept = seen.column[0][real] - gap
-                assert_equal(kept, case[f"stage{i}_keep_original"], f"stage{i}_keep_original")
-                positions = case[f"stage{i}_positions"].view(-1)
-                assert_equal(seen.position[0][real], positions, f"stage{i}_positions")
-            lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
-            assert_equal(lengths, case["kv_lengths"], "kv_lengths")
-            if not gap:
-                cached = torch.tensor(got.cache_lengths()) - len(steps)
-                assert_equal(cached, case["kv_lengths"], "cached")
-            logits = case["logits"]
-            assert_close(got.prefill[:1, -logits.shape[1] :], logits, "logits")
-            decoded = case["decode_logits"].view(len(steps), -1)
-            assert_close(got.logits[0, 1:], decoded, "decode_logits")
+            check_stages(case, trace.last, gap, p["layer_list"])
+            check_end(case, trace.last, got, gap, len(steps))
 
 
 CHECKS = {"pyramiddrop.e2e_llama": check_e2e, "pyramiddrop.rank_drop": check_rank_drop}

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import Watched, load_llama, padded_embeds, run
+from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
+from golden_checks.staged import check_end, image_of, run_recorded
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.operators.sparsevlm import (
     attention_rank,
@@ -137,16 +137,12 @@ class _Recorder(Watched):
 
 def check_e2e(case: Case) -> None:
     """Prefill from embeddings, alone and as a row of a left-padded batch."""
-    p, embeds = case.parameters, case["inputs_embeds"]
-    image = slice(p["image_start"], p["image_start"] + p["image_len"])
-    mask = torch.ones(1, embeds.shape[1], dtype=torch.long)
-    visual = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
-    visual[:, image] = True
-    alone = {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
+    image = image_of(case)
+    alone = one_prompt(case["inputs_embeds"], image)
     for attention in ("eager", "sdpa"):
-        model = load_llama(case.weights(), p["config"], attention)
+        model = load_llama(case.weights(), case.parameters["config"], attention)
         assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")
-        for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
+        for gap, inputs in ((0, alone), (3, padded_embeds(alone["inputs_embeds"], image, 3))):
             _check_run(case, model, gap, inputs)
 
 
@@ -157,33 +153,16 @@ def _check_run(case: Case, model: Any, gap: int, inputs: dict[str, torch.Tensor]
     method = _Recorder(
         SparseVLM(tuple(p["keep_list"]), version, pruning_layers=layers)  # type: ignore[arg-type]
     )
-    recorded: list[Any] = []
-    with tokprune.compress(model, method) as trace:
-        stage: Any = method.plans[0].decoder[0]
-        start = stage.start
-
-        def watched() -> Any:
-            made = start()
-            recorded.append(method.recorded())
-            return made
-
-        stage.start = watched
-        got = run(model, inputs)
-    assert len(recorded[0]) == len(layers)
-    for i, (score, kept) in enumerate(recorded[0]):
+    last, got, recorded = run_recorded(model, method, inputs)
+    assert len(recorded) == len(layers)
+    for i, (score, kept) in enumerate(recorded):
         assert_close(score[None], case[f"stage{i}_relevance"], f"stage{i}_relevance")
         assert_equal(kept[None], case[f"stage{i}_keep_mask"], f"stage{i}_keep_mask")
-    last: Any = trace.last
     for layer in layers:
         seen = last.layers[layer + 1]
         positions = seen.position[0][seen.column[0] >= 0][None]
         assert_equal(positions, case[f"positions_layer{layer + 1}"], f"positions_layer{layer + 1}")
-    lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
-    assert_equal(lengths, case["kv_lengths"], "kv_lengths")
-    if not gap:
-        assert_equal(torch.tensor(got.cache_lengths()), case["kv_lengths"], "cached")
-    logits = case["logits"]
-    assert_close(got.prefill[:1, -logits.shape[1] :], logits, "logits")
+    check_end(case, last, got, gap)
 
 
 CHECKS = {

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import Watched, load_llama, padded_embeds, run
+from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
+from golden_checks.staged import check_end, check_stages, image_of, run_recorded
 from tokprune.methods.transprune import TransPrune
 from tokprune.operators.attention import attention_rows, mean_rows
 from tokprune.operators.topk import keep_topk, segment_topk
@@ -157,17 +157,16 @@ class _Recorder(Watched):
 
 def check_e2e(case: Case) -> None:
     """Prefill and steps from embeddings, alone and as a row of a left-padded batch."""
-    p, embeds = case.parameters, case["inputs_embeds"]
-    image = slice(p["image_start"], p["image_start"] + p["image_len"])
-    length = embeds.shape[1]
-    visual = torch.zeros(1, length, dtype=torch.bool)
-    visual[:, image] = True
-    mask = torch.ones(1, length, dtype=torch.long)
-    alone = {"inputs_embeds": embeds, "attention_mask": mask, "visual": visual}
-    model = load_llama(case.weights(), p["config"])
+    image = image_of(case)
+    alone = one_prompt(case["inputs_embeds"], image)
+    model = load_llama(case.weights(), case.parameters["config"])
     assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")
-    prompts = ((0, "sample", alone), (0, "batch", alone))
-    for gap, normalize, inputs in (*prompts, (3, "sample", padded_embeds(embeds, image, 3))):
+    padded = padded_embeds(alone["inputs_embeds"], image, 3)
+    for gap, normalize, inputs in (
+        (0, "sample", alone),
+        (0, "batch", alone),
+        (3, "sample", padded),
+    ):
         _check_run(case, model, gap, normalize, inputs)
 
 
@@ -184,48 +183,21 @@ def _check_run(
             normalize=normalize,
         )
     )
-    recorded: list[Any] = []
     steps = [step.expand(len(inputs["inputs_embeds"]), -1, -1) for step in case["decode_embeds"]]
-    with tokprune.compress(model, method) as trace:
-        stage: Any = method.plans[0].decoder[0]
-        start = stage.start
-
-        def watched() -> Any:
-            made = start()
-            recorded.append(method.recorded())
-            return made
-
-        stage.start = watched
-        got = run(model, inputs, embeds=steps)
-    transitions, scores = recorded[0]
+    last, got, (transitions, scores) = run_recorded(model, method, inputs, embeds=steps)
     for layer, weight in transitions.items():
         own = weight[:1, weight.shape[1] - case[f"transition_layer{layer}"].shape[1] :]
         assert_close(own, case[f"transition_layer{layer}"], f"transition_layer{layer}")
     wanted = {int(n.removeprefix("transition_layer")) for n in case.t if n.startswith("transition")}
     assert {n for n in wanted if n < max(prune)} == set(transitions)
-    last: Any = trace.last
-    for i, layer in enumerate(prune):
+    for i, (layer, kept) in enumerate(zip(prune, check_stages(case, last, gap, prune))):
         iga, ttv, score = scores[layer]
         assert_close(iga, case[f"stage{i}_iga"], f"stage{i}_iga")
         assert_close(ttv, case[f"stage{i}_ttv"], f"stage{i}_ttv")
         assert_close(2 * score, case[f"stage{i}_score"], f"stage{i}_score")
-        seen = last.layers[layer]
-        real = seen.column[0] >= 0
-        kept = seen.column[0][real] - gap
-        assert_equal(kept, case[f"stage{i}_keep_original"], f"stage{i}_keep_original")
-        own = kept[seen.segment[0][real] >= 0] - p["image_start"]
+        own = kept - p["image_start"]
         assert_equal(own, case[f"stage{i}_keep_visual"], f"stage{i}_keep_visual")
-        positions = case[f"stage{i}_positions"].view(-1)
-        assert_equal(seen.position[0][real], positions, f"stage{i}_positions")
-    lengths = torch.tensor([layer.lengths[0] for layer in last.layers])
-    assert_equal(lengths, case["kv_lengths"], "kv_lengths")
-    if not gap:
-        cached = torch.tensor(got.cache_lengths()) - len(steps)
-        assert_equal(cached, case["kv_lengths"], "cached")
-    logits = case["logits"]
-    assert_close(got.prefill[:1, -logits.shape[1] :], logits, "logits")
-    decoded = case["decode_logits"].view(len(steps), -1)
-    assert_close(got.logits[0, 1:], decoded, "decode_logits")
+    check_end(case, last, got, gap, len(steps))
 
 
 CHECKS = {
