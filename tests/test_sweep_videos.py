@@ -152,6 +152,16 @@ def test_budgets_of_frames_and_segments(sweep: Any) -> None:
     assert "per" not in run.cells["mustdrop+spatial=false@20"]["options"]
 
 
+def test_variants_that_videos_cannot_have_are_said(sweep: Any) -> None:
+    run = run_sweep(sweep(methods=("centerclip", "evs"), keep=(18,), limit=2, variants=True))
+    cell = run.cells["centerclip+place=encoder@18"]
+    assert cell["status"] == "unreachable"
+    assert "place='encoder' clusters still pictures" in cell["reason"]
+    others = {"centerclip", "centerclip+algorithm=spectral", "centerclip+aggregate=mean", "evs"}
+    for arm in others:
+        assert run.cells[f"{arm}@18"]["status"] == "ok", arm
+
+
 def test_fewer_frames_are_a_control(whole: Any, home: Path) -> None:
     run = whole["llava_next_video"]
     half, other = run.cells["frames@18"], run.cells["frames@16"]

@@ -24,6 +24,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
+from tokprune.errors import UnsupportedVideoError
 from tokprune.methods.base import (
     Budget,
     Method,
@@ -200,7 +201,7 @@ class _TowerStage(EncoderStage):
 
     def start(self, tower: TowerInput) -> EncoderRun:
         if tower.has_videos and self.method.place == "encoder":
-            raise ValueError(
+            raise UnsupportedVideoError(
                 "place='encoder' clusters still pictures; for a video use place='tower' or "
                 "'projector' (or tokprune.reduce_frames on a CLIP model)"
             )
