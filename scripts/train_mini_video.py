@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from mini_training.attention import use_for
+from mini_training.video_joint import restore_video, train_video_joint
 from mini_training.video_language import train_video_language
-from mini_training.video_model import build_video_model
+from mini_training.video_model import build_video_model, save_video
 from mini_training.video_symbols import VideoSymbols
 from mini_training.video_vision import train_video_vision
 
@@ -30,6 +31,9 @@ def main() -> int:
     parser.add_argument("--vision-lr", type=float, default=2e-3)
     parser.add_argument("--language-clips", type=int, default=20_000)
     parser.add_argument("--language-lr", type=float, default=3e-3)
+    parser.add_argument("--joint-clips", type=int, default=5_000)
+    parser.add_argument("--joint-lr", type=float, default=1e-3)
+    parser.add_argument("--save", type=Path, help="write the model folder here when all is done")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -43,6 +47,13 @@ def main() -> int:
     if options.phase in (None, "language"):
         train_video_language(model, symbols, options.out / "language", options.language_clips,
                              options.language_lr, device)  # fmt: skip
+    if options.phase in (None, "joint"):
+        train_video_joint(model, symbols, options.out, options.joint_clips, options.joint_lr,
+                          device)  # fmt: skip
+    if options.save is not None:
+        model = build_video_model()
+        restore_video(model, *(options.out / phase for phase in PHASES))
+        save_video(model, options.save)
     return 0
 
 

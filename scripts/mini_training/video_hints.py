@@ -19,13 +19,15 @@ from mini_training.video_labels import TOKENS, FrameLabels
 #: field → (values, decoder layers below its head); of visual tokens
 #: since: 0 where it was in frame 0, 1…4 elsewhere by direction, 5 not there then; motion: 0 none so
 #: far, 1 from the start and still, 2 over, 3 began later; text: 1 for one that was not in frame 0;
-#: count: objects that have appeared, up to here in the frame
+#: count: objects that have appeared, up to here in the frame; fresh: 1 for what was not there in
+#: the frame before
 TOKEN_HINTS = {
     "frame": (FRAMES, 2),
     "since": (6, 3),
     "motion": (4, 3),
     "text": (2, 3),
     "count": (6, 4),
+    "fresh": (2, 2),
 }
 #: of names in questions
 WORD_HINTS = {"way": (5, 4), "phase": (4, 4)}
@@ -58,6 +60,7 @@ def token_hints(clip: Clip, frame: int, labels: FrameLabels) -> np.ndarray:
             if clip.task == "appeared":
                 out[token, 4] = min(come, 5)
             if frame > 0:
+                out[token, 5] = int(actor.at(frame - 1) is None)
                 out[token, 1] = 5 if new else way_of(actor) if moved else 0
                 if not new:
                     over = frame > actor.moves[1]
@@ -65,6 +68,8 @@ def token_hints(clip: Clip, frame: int, labels: FrameLabels) -> np.ndarray:
                     out[token, 2] = (2 if over else began) if moved else 0
         if frame > 0 and (number := labels.sign[token]) >= 0:
             out[token, 3] = int(clip.signs[number].seen[0] > 0)
+            if labels.actor[token] < 0:
+                out[token, 5] = int(not clip.signs[number].visible(frame - 1))
     return out
 
 
@@ -80,7 +85,8 @@ class VideoHintHeads(nn.Module):
     def forward(
         self, layers: tuple[Tensor, ...], at: tuple[Tensor, Tensor], target: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the mean cross-entropies of the fields, and the share that is right by field.
+        """Sum of the mean cross-entropies of the fields, and the share that is right by field, both
+        weighted by the inverse root of how often a value occurs.
 
         Args:
             layers: hidden states [B, L, width] after every layer, the embeddings first; at: rows
@@ -94,6 +100,9 @@ class VideoHintHeads(nn.Module):
             hidden = layers[after][at[0][known], at[1][known]]
             logits = self.fields[name](self.norms[name](hidden)).float()
             own = target[known, i]
-            total = total + F.cross_entropy(logits, own)
-            told[name] = float((logits.argmax(-1) == own).float().mean())
+            # what is rare counts for more
+            weight = torch.bincount(own, minlength=logits.shape[1]).clamp(min=1).float().rsqrt()
+            total = total + F.cross_entropy(logits, own, weight=weight)
+            good = (logits.argmax(-1) == own).float()
+            told[name] = float((good * weight[own]).sum() / weight[own].sum())
         return total, told

@@ -36,10 +36,10 @@ from mini_training.video_turns import (
 TRAIN_SEED, CHECK_SEED = 1, 2
 #: a batch of which this share of turns is right, over its types, makes the next ones harder
 READY, PACE = 0.7, 0.008
-#: from this level on, the positions of every other clip are squeezed
+#: from this level on, the positions of some clips are squeezed
 SQUEEZED = 0.6
-#: symbols are off by this much, as what the tower writes will be
-NOISE = 0.03
+#: symbols, and the places of objects in pixels, are off by this much, as what the tower writes is
+NOISE, PIXELS = 0.07, 1.5
 TOKEN_WEIGHT, WORD_WEIGHT = 0.5, 0.2
 
 
@@ -138,6 +138,7 @@ def symbolic_clips(
     place = np.zeros((*shape, 2), dtype=np.float32)
     for b in range(len(clips)):
         label[b, : len(labels[b])], place[b, : len(labels[b])] = labels[b], places[b]
+    place += np.random.normal(0, PIXELS, place.shape) * (label[..., 3:4] == 1)
     texture = torch.randn(*shape, TEXTURE)
     return torch.from_numpy(label), torch.from_numpy(place), texture, batch
 

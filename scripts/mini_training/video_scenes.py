@@ -17,7 +17,7 @@ from evals.mini_video.layout import SHAPES_IN_LANES, distractors, lanes, texts
 from evals.mini_video.make import SPEED, make_clip
 
 #: shares of the three layouts
-SHARES = {"motion": 0.45, "appeared": 0.3, "flashed": 0.25}
+SHARES = {"motion": 0.3, "appeared": 0.4, "flashed": 0.3}
 #: what an object of a clip of motion does, and how often
 ROLES = {"still": 0.3, "all": 0.3, "early": 0.2, "late": 0.2}
 #: of clips of motion, those in which exactly one shape moves
@@ -31,7 +31,8 @@ def training_clip(seed: int, number: int, level: float = 1.0) -> Clip:
     rng = random_state((seed, number), "training clip")
     layout = rng.choice(list(SHARES), p=list(SHARES.values()))
     clip = _motion(rng, (seed, number)) if layout == "motion" else make_clip(seed, number, layout)
-    return easier(clip, level, rng)
+    # every other one is easier still, so that what lags behind the level is seen at its own
+    return easier(clip, level if rng.rand() < 0.5 else level * rng.rand(), rng)
 
 
 def easier(clip: Clip, level: float, rng: np.random.RandomState) -> Clip:
