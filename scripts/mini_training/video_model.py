@@ -1,0 +1,144 @@
+"""The embedded video model: mini's parts in transformers' LLaVA-NeXT-Video, and more words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import WordPiece
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from evals.mini_video.clip import FRAMES, WORDS
+from mini_training.model import (
+    BOS,
+    IMAGE,
+    ROPE_BASE,
+    TEMPLATE,
+    VOCABULARY,
+    _edit,
+    build_config,
+    build_processor,
+)
+from mini_training.video_labels import POOL, TOKENS
+
+#: mini's vocabulary first, so that its embeddings keep their numbers
+VIDEO_VOCABULARY = tuple(dict.fromkeys([*VOCABULARY, "<video>", *WORDS]))
+TOKEN = {token: number for number, token in enumerate(VIDEO_VOCABULARY)}
+VIDEO = TOKEN["<video>"]
+SPECIAL = ["<image>", "<video>"]
+VIDEO_TEMPLATE = TEMPLATE.replace(
+    "<image>\n{% else %}", "<image>\n{% elif part['type'] == 'video' %}<video>\n{% else %}"
+)
+MINI = Path(__file__).parents[2] / "tokprune" / "models" / "mini"
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of lower-case words with spaces between them, as the tokenizer gives them."""
+    ids = []
+    for word in text.split():
+        if word in TOKEN:
+            ids.append(TOKEN[word])
+        else:
+            ids += [TOKEN[word[0]], *(TOKEN[f"##{c}"] for c in word[1:])]
+    return ids
+
+
+def build_video_config() -> LlavaNextVideoConfig:
+    mini = build_config()
+    mini.text_config.vocab_size = len(VIDEO_VOCABULARY)
+    return LlavaNextVideoConfig(
+        vision_config=mini.vision_config.to_dict(),
+        text_config=mini.text_config.to_dict(),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[192, 192]],
+        spatial_pool_mode="average",
+        spatial_pool_stride=POOL,
+        image_seq_length=4 * TOKENS,
+        video_seq_length=FRAMES * TOKENS,
+        tie_word_embeddings=True,
+        pad_token_id=mini.pad_token_id,
+        bos_token_id=mini.bos_token_id,
+        eos_token_id=mini.eos_token_id,
+    )
+
+
+def build_video_model(seed: int = 0) -> Any:
+    """Weights of mini; random embeddings for the words that it does not know."""
+    torch.manual_seed(seed)
+    model = LlavaNextVideoForConditionalGeneration(build_video_config())
+    mini = LlavaForConditionalGeneration.from_pretrained(MINI, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        known = mini.get_input_embeddings().weight
+        table.normal_(0, 0.1, generator=generator)[: len(known)] = known
+        model.model.image_newline.normal_(0, 0.1, generator=generator)
+    own, old = model.model, mini.model
+    own.vision_tower.load_state_dict(old.vision_tower.state_dict())
+    own.multi_modal_projector.load_state_dict(old.multi_modal_projector.state_dict())
+    rest = {k: v for k, v in old.language_model.state_dict().items() if "embed" not in k}
+    _, unknown = own.language_model.load_state_dict(rest, strict=False)
+    assert not unknown
+    return model
+
+
+def build_video_tokenizer() -> PreTrainedTokenizerFast:
+    """As mini's, with more words."""
+    pieces = Tokenizer(WordPiece(dict(TOKEN), unk_token="<unk>", continuing_subword_prefix="##"))
+    pieces.normalizer = normalizers.Lowercase()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    pieces.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL,
+        padding_side="left",
+        model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=VIDEO_TEMPLATE,
+    )
+
+
+def save_video(model: Any, folder: Path) -> None:
+    """Weights in half precision, config, tokenizer, preprocessor of frames; under the names that
+    transformers 4.57 and 5.x know. No video processor: it would need torchvision."""
+    model.to(torch.float16).save_pretrained(folder)
+    build_video_tokenizer().save_pretrained(folder)
+    build_processor().image_processor.save_pretrained(folder)
+    tower = "vision_tower.vision_model."
+    weights = {
+        name if "vision_model." in name else name.replace("vision_tower.", tower): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _edit(folder / "config.json", lambda c: c["text_config"].update(rope_theta=ROPE_BASE))
+    _edit(
+        folder / "tokenizer_config.json",
+        lambda c: c.update(
+            tokenizer_class="PreTrainedTokenizerFast",
+            extra_special_tokens={},
+            additional_special_tokens=SPECIAL,
+        ),
+    )
+    _edit(
+        folder / "preprocessor_config.json",
+        lambda c: c.update(image_processor_type="CLIPImageProcessor"),
+    )
