@@ -81,7 +81,7 @@ def test_a_limit_stays_balanced(benchmark: MiniVideoBenchmark) -> None:
 
 def test_groups_cover_the_tasks(benchmark: MiniVideoBenchmark) -> None:
     assert sorted(t for tasks in GROUPS.values() for t in tasks) == sorted(TASKS)
-    assert benchmark.headline == TASKS
+    assert benchmark.headline == tuple(task for task in TASKS if task != "direction")
     assert set(CHANCE) == set(TASKS)
 
 

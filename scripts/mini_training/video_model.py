@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from evals.mini.world import PATCH, SIDE
 from evals.mini_video.clip import FRAMES, WORDS
 from mini_training.model import (
     BOS,
@@ -63,7 +65,7 @@ def build_video_config() -> LlavaNextVideoConfig:
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_grid_pinpoints=[[192, 192]],
+        image_grid_pinpoints=[[SIDE, SIDE]],
         spatial_pool_mode="average",
         spatial_pool_stride=POOL,
         image_seq_length=4 * TOKENS,
@@ -118,11 +120,12 @@ def build_video_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_video(model: Any, folder: Path) -> None:
-    """Weights in half precision, config, tokenizer, preprocessor of frames; under the names that
-    transformers 4.57 and 5.x know. No video processor: it would need torchvision."""
+    """Weights in half precision, config, tokenizer and processor, under the names that transformers
+    4.57 and 5.x know."""
     model.to(torch.float16).save_pretrained(folder)
     build_video_tokenizer().save_pretrained(folder)
     build_processor().image_processor.save_pretrained(folder)
+    _save_processor(folder)
     tower = "vision_tower.vision_model."
     weights = {
         name if "vision_model." in name else name.replace("vision_tower.", tower): value
@@ -138,7 +141,29 @@ def save_video(model: Any, folder: Path) -> None:
             additional_special_tokens=SPECIAL,
         ),
     )
-    _edit(
-        folder / "preprocessor_config.json",
-        lambda c: c.update(image_processor_type="CLIPImageProcessor"),
-    )
+
+
+def _save_processor(folder: Path) -> None:
+    """The files of transformers' own processor, which needs torchvision: here it cannot be made and
+    saved."""
+    path = folder / "preprocessor_config.json"
+    pixels = json.loads(path.read_text())
+    for name in ("image_processor_type", "processor_class"):
+        pixels.pop(name, None)
+    kind = "LlavaNextVideo"
+    images = {
+        **pixels, "do_pad": True, "image_grid_pinpoints": [[SIDE, SIDE]],
+        "image_processor_type": "LlavaNextImageProcessor",
+    }  # fmt: skip
+    videos = {**pixels, "do_sample_frames": False, "video_processor_type": f"{kind}VideoProcessor"}
+    processor = {
+        "processor_class": f"{kind}Processor", "image_token": "<image>", "video_token": "<video>",
+        "patch_size": PATCH, "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default", "image_processor": images,
+        "video_processor": videos,
+    }  # fmt: skip
+    for name, content in (
+        (path.name, images), ("video_preprocessor_config.json", videos),
+        ("processor_config.json", processor),
+    ):  # fmt: skip
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
