@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """Train the embedded video model ("mini-video") from mini's weights; resumes where it stopped.
 
-python3 scripts/dev.py shell -- python scripts/train_mini_video.py --out runs/mini-video
+    python3 scripts/dev.py shell -- python scripts/train_mini_video.py --out runs/mini-video
+
+Phases: ``vision`` and ``language`` are independent of each other, ``joint`` starts from both. What
+comes out is described in tokprune/models/mini-video/README.md.
 """
 
 from __future__ import annotations

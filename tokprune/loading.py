@@ -49,7 +49,7 @@ def load(
     Method, options and model class are checked before any weight is read.
 
     Args:
-        path: folder, hub name, or the name of a shipped model (``"mini"``).
+        path: folder, hub name, or the name of a shipped model (``"mini"``, ``"mini-video"``).
         method: name or object; None loads the model unpatched.
         package: whose model classes: ``"transformers"``, or ``"llava"`` for a checkpoint of the
             original ``llava`` package, loaded by that package's own

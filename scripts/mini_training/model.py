@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +40,23 @@ TEMPLATE = (
 )
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, token: Mapping[str, int] = TOKEN) -> list[int]:
     """Token ids of lower-case words with spaces between them, as the tokenizer gives them."""
     ids = []
     for word in text.split():
-        if word in TOKEN:
-            ids.append(TOKEN[word])
+        if word in token:
+            ids.append(token[word])
         else:
-            ids += [TOKEN[word[0]], *(TOKEN[f"##{c}"] for c in word[1:])]
+            ids += [token[word[0]], *(token[f"##{c}"] for c in word[1:])]
     return ids
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of the benchmark as they are, anything else letter by letter."""
-    pieces = Tokenizer(WordPiece(dict(TOKEN), unk_token="<unk>", continuing_subword_prefix="##"))
+def build_tokenizer(
+    token: Mapping[str, int] = TOKEN, visual: Sequence[str] = ("<image>",)
+) -> PreTrainedTokenizerFast:
+    """Words of the benchmark as they are, anything else letter by letter; ``visual``: the
+    placeholders among them."""
+    pieces = Tokenizer(WordPiece(dict(token), unk_token="<unk>", continuing_subword_prefix="##"))
     pieces.normalizer = normalizers.Lowercase()
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     pieces.decoder = decoders.WordPiece(prefix="##", cleanup=False)
@@ -66,7 +69,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=list(visual),
         padding_side="left",
         model_max_length=2048,
         model_input_names=["input_ids", "attention_mask"],
@@ -171,28 +174,34 @@ def save(model: Any, folder: Path) -> None:
     processor = build_processor()
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)  # 5.x puts it into the processor's file
-    # names and places that both ends of the supported range know
+    edit(
+        folder / "preprocessor_config.json",
+        lambda c: c.update(image_processor_type="CLIPImageProcessor"),
+    )
+    for_all_versions(folder, ["<image>"])
+
+
+def for_all_versions(folder: Path, visual: Sequence[str]) -> None:
+    """Give weights, config and tokenizer of a saved model the names and places that both ends of
+    the supported range know; ``visual``: its placeholders."""
     weights = {
         name if "vision_model." in name else name.replace("vision_tower.", _TOWER): value
         for name, value in load_file(folder / "model.safetensors").items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _edit(folder / "config.json", lambda c: c["text_config"].update(rope_theta=ROPE_BASE))
-    _edit(
+    edit(folder / "config.json", lambda c: c["text_config"].update(rope_theta=ROPE_BASE))
+    edit(
         folder / "tokenizer_config.json",
         lambda c: c.update(
             tokenizer_class="PreTrainedTokenizerFast",
             extra_special_tokens={},
-            additional_special_tokens=["<image>"],
+            additional_special_tokens=list(visual),
         ),
     )
-    _edit(
-        folder / "preprocessor_config.json",
-        lambda c: c.update(image_processor_type="CLIPImageProcessor"),
-    )
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file."""
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import WordPiece
-from tokenizers.processors import TemplateProcessing
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextVideoConfig,
@@ -20,15 +16,15 @@ from transformers import (
 
 from evals.mini.world import PATCH, SIDE
 from evals.mini_video.clip import FRAMES, WORDS
+from mini_training import model as mini_model
 from mini_training.model import (
-    BOS,
     IMAGE,
-    ROPE_BASE,
     TEMPLATE,
     VOCABULARY,
-    _edit,
     build_config,
     build_processor,
+    build_tokenizer,
+    for_all_versions,
 )
 from mini_training.video_labels import POOL, TOKENS
 
@@ -36,7 +32,7 @@ from mini_training.video_labels import POOL, TOKENS
 VIDEO_VOCABULARY = tuple(dict.fromkeys([*VOCABULARY, "<video>", *WORDS]))
 TOKEN = {token: number for number, token in enumerate(VIDEO_VOCABULARY)}
 VIDEO = TOKEN["<video>"]
-SPECIAL = ["<image>", "<video>"]
+VISUAL = ("<image>", "<video>")
 VIDEO_TEMPLATE = TEMPLATE.replace(
     "<image>\n{% else %}", "<image>\n{% elif part['type'] == 'video' %}<video>\n{% else %}"
 )
@@ -44,14 +40,8 @@ MINI = Path(__file__).parents[2] / "tokprune" / "models" / "mini"
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of lower-case words with spaces between them, as the tokenizer gives them."""
-    ids = []
-    for word in text.split():
-        if word in TOKEN:
-            ids.append(TOKEN[word])
-        else:
-            ids += [TOKEN[word[0]], *(TOKEN[f"##{c}"] for c in word[1:])]
-    return ids
+    """As mini's, with more words."""
+    return mini_model.encode(text, TOKEN)
 
 
 def build_video_config() -> LlavaNextVideoConfig:
@@ -99,48 +89,19 @@ def build_video_model(seed: int = 0) -> Any:
 
 def build_video_tokenizer() -> PreTrainedTokenizerFast:
     """As mini's, with more words."""
-    pieces = Tokenizer(WordPiece(dict(TOKEN), unk_token="<unk>", continuing_subword_prefix="##"))
-    pieces.normalizer = normalizers.Lowercase()
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    pieces.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    pieces.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=SPECIAL,
-        padding_side="left",
-        model_max_length=2048,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        chat_template=VIDEO_TEMPLATE,
-    )
+    tokenizer = build_tokenizer(TOKEN, VISUAL)
+    tokenizer.chat_template = VIDEO_TEMPLATE
+    return tokenizer
 
 
-def save_video(model: Any, folder: Path) -> None:
+def save_video(made: Any, folder: Path) -> None:
     """Weights in half precision, config, tokenizer and processor, under the names that transformers
     4.57 and 5.x know."""
-    model.to(torch.float16).save_pretrained(folder)
+    made.to(torch.float16).save_pretrained(folder)
     build_video_tokenizer().save_pretrained(folder)
     build_processor().image_processor.save_pretrained(folder)
     _save_processor(folder)
-    tower = "vision_tower.vision_model."
-    weights = {
-        name if "vision_model." in name else name.replace("vision_tower.", tower): value
-        for name, value in load_file(folder / "model.safetensors").items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _edit(folder / "config.json", lambda c: c["text_config"].update(rope_theta=ROPE_BASE))
-    _edit(
-        folder / "tokenizer_config.json",
-        lambda c: c.update(
-            tokenizer_class="PreTrainedTokenizerFast",
-            extra_special_tokens={},
-            additional_special_tokens=SPECIAL,
-        ),
-    )
+    for_all_versions(folder, VISUAL)
 
 
 def _save_processor(folder: Path) -> None:
