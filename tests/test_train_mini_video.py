@@ -143,7 +143,8 @@ def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    sizes = ["--language-clips", "8", "--vision-clips", "10", "--joint-clips", "4"]
+    sizes = ["--language-clips", "8", "--vision-clips", "10", "--joint-clips", "6",
+             "--joint-checked", "1"]  # fmt: skip
     train(*sizes, "--save", str(tmp_path / "model"))
     for phase in ("language", "vision", "joint"):
         entry = json.loads((tmp_path / phase / "log.jsonl").read_text().splitlines()[-1])
