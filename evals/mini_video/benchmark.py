@@ -21,8 +21,8 @@ class MiniVideoBenchmark(Benchmark):
     No frame alone gives an answer away better than chance (``CHANCE`` in ``clip``). Splits:
     ``quick`` (30 questions per type), ``test`` (200), ``validation`` (60). The questions of a split
     take turns over the types, so that any prefix is balanced. Everything follows from the split's
-    seed; nothing is downloaded. ``direction`` stays out of the headline, since the embedded model
-    does not answer it clearly better than a guess.
+    seed; nothing is downloaded. ``direction`` stays out of the headline: the embedded model is at
+    best a little better than a guess at it.
 
     Args:
         frames: of a clip, at least 4.
