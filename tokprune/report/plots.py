@@ -31,6 +31,10 @@ _STYLE: dict[str, Any] = {
 }
 
 
+#: characters of an arm's name that fit the title of a panel, and a line of the legend
+_TITLE, _LEGEND = 19, 20
+
+
 @dataclass(frozen=True)
 class Axis:
     """A cost: what to plot, in which unit, and what to call it."""
@@ -138,7 +142,8 @@ def panels(analysis: Analysis) -> Plot | None:
             bounds = 100 * np.array([r.interval for r in series[arm]])
             area.fill_between(x, *bounds.T, color=look[arm].colour, alpha=0.18, lw=0)
             _line(area, series[arm], axis, look[arm], size=5)
-            area.set_title(arm, fontsize=10, loc="left", pad=3)
+            size_ = 10 * min(1, _TITLE / len(arm))
+            area.set_title(arm, fontsize=size_, loc="left", pad=3)
             _scales(area, analysis, axis, series, small=True, labels=False)
         for n, (area, _) in enumerate(used):
             if n + across >= len(used):  # the lowest panel of its column
@@ -290,7 +295,9 @@ def _scales(
     area.set_xticks(axis_ticks(low, high, 3 if small else 6, wanted))
     area.xaxis.set_minor_locator(NullLocator())
     area.xaxis.set_minor_formatter(NullFormatter())
-    area.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+    area.xaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{v:.3g}" if v < 1000 else f"{v:.0f}")
+    )
     bottom = min([r.interval[0] for r in every] + [b.accuracy for b in analysis.blind])
     top = max([r.interval[1] for r in every] + [analysis.unpruned.interval[1]])
     margin = 0.04 * max(top - bottom, 0.05)
@@ -354,8 +361,9 @@ def _ranked(series: Mapping[str, list[Result]]) -> list[str]:
 def arm_handle(arm: str, look: Look) -> Any:
     from matplotlib.lines import Line2D
 
+    label = arm if len(arm) <= _LEGEND else arm.replace("+", "\n+", 1)
     return Line2D(
-        [], [], color=look.colour, ls=look.line, lw=1.5, marker=look.marker, ms=6.5, label=arm,
+        [], [], color=look.colour, ls=look.line, lw=1.5, marker=look.marker, ms=6.5, label=label,
         mfc=look.colour if look.filled else "white",
         mec="white" if look.filled else look.colour, mew=0.7 if look.filled else 1.3,
     )  # fmt: skip
