@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from mini_training.attention import use_for  # noqa: E402
 from mini_training.labels import FIELDS, PLATE, patch_labels  # noqa: E402
 from mini_training.model import build_model, build_processor, encode  # noqa: E402
-from mini_training.turns import HEAD, draw_turns, pack  # noqa: E402
+from mini_training.packing import HEAD  # noqa: E402
+from mini_training.turns import draw_turns, pack  # noqa: E402
 from mini_training.vision import pixels_of, tower_features  # noqa: E402
 
 from evals import load_benchmark  # noqa: E402

@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from mini_training.packing import HEAD  # noqa: E402
 from mini_training.video_hints import TOKEN_HINTS, token_hints, way_of  # noqa: E402
 from mini_training.video_labels import BLOCK, TOKENS, frame_labels  # noqa: E402
 from mini_training.video_model import (  # noqa: E402
@@ -24,7 +25,7 @@ from mini_training.video_model import (  # noqa: E402
     encode,
 )
 from mini_training.video_scenes import training_clip  # noqa: E402
-from mini_training.video_turns import HEAD, draw_video_turns, pack_video  # noqa: E402
+from mini_training.video_turns import draw_video_turns, pack_video  # noqa: E402
 from mini_training.video_vision import normalised, pooled_features  # noqa: E402
 
 import tokprune  # noqa: E402

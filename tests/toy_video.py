@@ -1,4 +1,4 @@
-"""A video model for tests, until a family has one: LLaVA-1.5 whose "images" are videos of frames.
+"""A video model without pooling, for tests: LLaVA-1.5 whose "images" are videos of frames.
 
 Each sample's prompt holds the tokens of all its frames as one run; ``pixel_values`` is [B · T, 3,
 H, W]. At the language model's door the tiles of such an image are its frames.

@@ -22,8 +22,9 @@ from mini_training.hints import AFTER, HintHeads
 from mini_training.labels import FIELDS, TEXTURE, patch_labels
 from mini_training.loop import Phase, per_task
 from mini_training.optimizer import Optimizer
+from mini_training.packing import HEAD
 from mini_training.symbols import Symbols
-from mini_training.turns import HEAD, Sequences, draw_squeeze, draw_turns, pack
+from mini_training.turns import Sequences, draw_squeeze, draw_turns, pack
 
 #: seeds of the scene streams; the benchmark's splits use others (see evals/mini)
 TRAIN_SEED, CHECK_SEED = 1, 2

@@ -1,8 +1,4 @@
-"""Question–answer turns of one picture in a single sequence.
-
-The prefix (start, ``user :``, patches) comes first, then every turn. A turn sees the prefix and
-itself, and its positions start right after the prefix: each equals a single-turn prompt.
-"""
+"""Questions about one picture, drawn for training, and packed into single sequences."""
 
 from __future__ import annotations
 
@@ -16,10 +12,9 @@ from evals.mini.questions import TASKS, ask
 from evals.mini.scene import Scene
 from evals.mini.world import GRID
 from mini_training.hints import HINTS, hints_of
-from mini_training.model import BOS, EOS, PAD, encode
+from mini_training.model import EOS, encode
+from mini_training.packing import TAIL, Packed, pack_turns
 
-HEAD = (BOS, *encode("user :"))
-TAIL = encode("assistant :")
 #: how often each type is drawn; from level HARD of a curriculum on, the slow learners more often
 WEIGHT = {"presence": 1.0, "attribute": 0.8, "color": 0.8, "shape": 1.0, "count": 1.6, "tally": 1.4,
           "size": 1.2, "where": 1.0, "relation": 1.6, "number": 0.8, "word": 1.0,
@@ -62,88 +57,32 @@ def draw_turns(
 
 
 @dataclass
-class Sequences:
-    """A batch of packed sequences.
-
-    ``patch`` [B, V]: patch numbers of the visual tokens, −1 padding; ``text`` [B, T]: ids of all
-    turns; ``position`` [B, L] and ``mask`` [B, 1, L, L] (True: may attend) for L = head + V + T;
-    ``row``, ``column`` [A]: where in the sequence each answer token is predicted; ``target`` [A];
-    ``turn`` [A]: number of its turn in ``tasks``; ``hint_at`` [H, 2]: (row, column) of words with
-    hints, ``hint`` [H, len(HINTS)], −100 where nothing is known.
-    """
+class Sequences(Packed):
+    """Packed turns about pictures. ``patch`` [B, V]: patch numbers of the visual tokens, −1
+    padding; ``hint`` [H, len(HINTS)], −100 where nothing is known."""
 
     patch: Tensor
-    text: Tensor
-    position: Tensor
-    mask: Tensor
-    row: Tensor
-    column: Tensor
-    target: Tensor
-    turn: Tensor
-    hint_at: Tensor
     hint: Tensor
-    tasks: list[str]
 
 
 def draw_squeeze(rng: np.random.RandomState) -> float:
-    """A factor for the positions of patches, 1 for two pictures in five; see :func:`pack`."""
+    """A factor for the positions of patches, 1 for two pictures in five; see
+    :func:`mini_training.packing.pack_turns`."""
     return 1.0 if rng.rand() < 0.4 else float(np.exp(rng.uniform(np.log(1 / 36), 0)))
 
 
 def pack(
     patches: list[np.ndarray], turns: list[list[Turn]], squeeze: list[float] | None = None
 ) -> Sequences:
-    """Pack turns behind the given patches (in raster order) of each picture.
-
-    Args:
-        patches: numbers of the patches, per picture.
-        turns: what is asked, per picture.
-        squeeze: factor per picture for the rotary positions of its patches, so that they fill
-            fewer places than there are patches; the text follows right behind. No patch is left
-            out: it keeps the model from depending on the length of the sequence, as language
-            models that were trained on texts of all lengths do not.
-    """
-    batch, head = len(patches), len(HEAD)
-    visual = max(len(p) for p in patches)
-    lengths = [sum(len(t.question) + len(t.answer) - 1 for t in row) for row in turns]
-    text_length = -(-max(lengths) // 8) * 8
-    patch = np.full((batch, visual), -1, dtype=np.int64)
-    text = np.full((batch, text_length), PAD, dtype=np.int64)
-    # −1: prefix; −2: padding; else the number of the turn
-    segment = np.full((batch, head + visual + text_length), -2, dtype=np.int64)
-    position = np.zeros_like(segment)
-    row, column, target, turn_of, tasks = [], [], [], [], []
-    hint_at, hint = [], []
-    factors = [1.0] * batch if squeeze is None else squeeze
-    for b, (own, dialogue, factor) in enumerate(zip(patches, turns, factors)):
-        text_at = head + int(np.ceil(PATCHES * factor))
+    """Pack turns behind the given patches (in raster order) of each picture."""
+    visual = max(len(own) for own in patches)
+    factors = [1.0] * len(patches) if squeeze is None else squeeze
+    packed = pack_turns(patches, visual, PATCHES, turns, factors)
+    patch = np.full((len(patches), visual), -1, dtype=np.int64)
+    for b, own in enumerate(patches):
         patch[b, : len(own)] = own
-        segment[b, : head + len(own)] = -1
-        position[b, :head] = np.arange(head)
-        position[b, head : head + len(own)] = head + (own * factor).astype(np.int64)
-        at = 0
-        for turn in dialogue:
-            question, answer = turn.question, turn.answer
-            ids = [*question, *answer[:-1]]
-            start = head + visual + at
-            text[b, at : at + len(ids)] = ids
-            segment[b, start : start + len(ids)] = len(tasks)
-            position[b, start : start + len(ids)] = text_at + np.arange(len(ids))
-            first = start + len(question) - 1
-            row += [b] * len(answer)
-            column += range(first, first + len(answer))
-            target += answer
-            turn_of += [len(tasks)] * len(answer)
-            tasks.append(turn.task)
-            for i, told in turn.hints:
-                hint_at.append((b, start + i))
-                hint.append([told.get(name, -100) for name in HINTS])
-            at += len(ids)
-    same = torch.from_numpy(segment)
-    mask = (same[:, :, None] == same[:, None, :]) | (same == -1)[:, None, :]
-    mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
+    hint = [[told.get(name, -100) for name in HINTS] for told in packed.told]
     return Sequences(
-        torch.from_numpy(patch), torch.from_numpy(text), torch.from_numpy(position), mask[:, None],
-        *(torch.tensor(x) for x in (row, column, target, turn_of)),
-        torch.tensor(hint_at).view(-1, 2), torch.tensor(hint).view(-1, len(HINTS)), tasks,
+        **vars(packed), patch=torch.from_numpy(patch),
+        hint=torch.tensor(hint).view(-1, len(HINTS)),
     )  # fmt: skip

@@ -20,12 +20,12 @@ from evals.mini_video.make import make_clip
 from mini_training.labels import TEXTURE
 from mini_training.loop import Phase, per_task
 from mini_training.optimizer import Optimizer
+from mini_training.packing import HEAD
 from mini_training.video_hints import TOKEN_HINTS, WORD_HINTS, VideoHintHeads, token_hints
 from mini_training.video_labels import NAMED, TOKENS, frame_labels
 from mini_training.video_scenes import training_clip
 from mini_training.video_symbols import VideoSymbols
 from mini_training.video_turns import (
-    HEAD,
     VideoSequences,
     draw_video_squeeze,
     draw_video_turns,

@@ -1,4 +1,4 @@
-"""Questions about a clip in a single sequence, as turns.py does it for a picture."""
+"""Questions about one clip, drawn for training, and packed into single sequences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 from evals.mini.world import KINDS
 from evals.mini_video.clip import DIRECTIONS, FRAMES, Clip
 from evals.mini_video.make import MOST
-from mini_training.model import BOS, EOS, PAD
+from mini_training.model import EOS
+from mini_training.packing import TAIL, Packed, pack_turns
 from mini_training.video_hints import TOKEN_HINTS, WORD_HINTS, phase_of, way_of
 from mini_training.video_labels import TOKENS
 from mini_training.video_model import encode
 
-HEAD = (BOS, *encode("user :"))
-TAIL = encode("assistant :")
 #: at most this many questions of each of these types
 DIRECTION_TURNS, FIRST_TURNS = 4, 4
 
@@ -74,25 +73,16 @@ def draw_video_turns(clip: Clip, rng: np.random.RandomState) -> list[VideoTurn]:
 
 
 @dataclass
-class VideoSequences:
-    """A batch of packed sequences, named as in turns.Sequences; ``token_hint`` [B, V, TOKEN_HINTS],
-    ``hint_at`` [H, 2], ``hint`` [H, WORD_HINTS]."""
+class VideoSequences(Packed):
+    """Packed turns about clips. ``token_hint`` [B, V, TOKEN_HINTS], ``hint`` [H, WORD_HINTS]."""
 
-    text: Tensor
-    position: Tensor
-    mask: Tensor
-    row: Tensor
-    column: Tensor
-    target: Tensor
-    turn: Tensor
     token_hint: Tensor
-    hint_at: Tensor
     hint: Tensor
-    tasks: list[str]
 
 
 def draw_video_squeeze(rng: np.random.RandomState) -> float:
-    """A factor for the positions of visual tokens, 1 for two clips in three; see turns.pack."""
+    """A factor for the positions of visual tokens, 1 for two clips in three; see
+    :func:`mini_training.packing.pack_turns`."""
     return 1.0 if rng.rand() < 2 / 3 else float(np.exp(rng.uniform(np.log(1 / 8), 0)))
 
 
@@ -106,46 +96,12 @@ def pack_video(
         tokens: their numbers in the clip (frame · TOKENS + block), in order; turns: what is asked;
         hints: [V, TOKEN_HINTS]; squeeze: factor of the tokens' rotary positions; all per clip.
     """
-    batch, head = len(tokens), len(HEAD)
     visual = -(-max(len(own) for own in tokens) // 8) * 8
-    lengths = [sum(len(t.question) + len(t.answer) - 1 for t in row) for row in turns]
-    length = -(-max(lengths) // 8) * 8
-    text = np.full((batch, length), PAD, dtype=np.int64)
-    # −1: prefix; −2: padding; else the number of the turn
-    segment = np.full((batch, head + visual + length), -2, dtype=np.int64)
-    position = np.zeros_like(segment)
-    token_hint = np.full((batch, visual, len(TOKEN_HINTS)), -100, dtype=np.int64)
-    row, column, target, turn_of, tasks, hint_at, hint = [], [], [], [], [], [], []
-    for b, (own, dialogue, factor) in enumerate(zip(tokens, turns, squeeze)):
-        text_at = head + int(np.ceil(FRAMES * TOKENS * factor))
-        segment[b, : head + len(own)] = -1
-        position[b, :head] = np.arange(head)
-        position[b, head : head + len(own)] = head + (own * factor).astype(np.int64)
-        token_hint[b, : len(own)] = hints[b]
-        at = 0
-        for asked in dialogue:
-            question, answer = asked.question, asked.answer
-            ids = [*question, *answer[:-1]]
-            start = head + visual + at
-            text[b, at : at + len(ids)] = ids
-            segment[b, start : start + len(ids)] = len(tasks)
-            position[b, start : start + len(ids)] = text_at + np.arange(len(ids))
-            first = start + len(question) - 1
-            row += [b] * len(answer)
-            column += range(first, first + len(answer))
-            target += answer
-            turn_of += [len(tasks)] * len(answer)
-            tasks.append(asked.task)
-            for i, told in asked.hints:
-                hint_at.append((b, start + i))
-                hint.append(told)
-            at += len(ids)
-    same = torch.from_numpy(segment)
-    mask = (same[:, :, None] == same[:, None, :]) | (same == -1)[:, None, :]
-    mask &= torch.ones(mask.shape[1:], dtype=torch.bool).tril()
+    packed = pack_turns(tokens, visual, FRAMES * TOKENS, turns, squeeze)
+    token_hint = np.full((len(tokens), visual, len(TOKEN_HINTS)), -100, dtype=np.int64)
+    for b, own in enumerate(hints):
+        token_hint[b, : len(own)] = own
     return VideoSequences(
-        torch.from_numpy(text), torch.from_numpy(position), mask[:, None],
-        *(torch.tensor(x) for x in (row, column, target, turn_of)), torch.from_numpy(token_hint),
-        torch.tensor(hint_at, dtype=torch.long).view(-1, 2),
-        torch.tensor(hint, dtype=torch.long).view(-1, len(WORD_HINTS)), tasks,
+        **vars(packed), token_hint=torch.from_numpy(token_hint),
+        hint=torch.tensor(packed.told, dtype=torch.long).view(-1, len(WORD_HINTS)),
     )  # fmt: skip
