@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -116,21 +116,12 @@ def _first_query(model: Any) -> str:
 
 @pytest.mark.slow
 def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
-    def train(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "train_mini.py"), "--out", str(tmp_path),
-             "--device", "cpu", "--threads", "1", *arguments],
-            capture_output=True, text=True, cwd=ROOT, env=_environment(),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     sizes = ["--language-scenes", "8", "--vision-scenes", "16", "--joint-scenes", "8"]
-    train(*sizes, "--save", str(tmp_path / "model"))
+    train("train_mini.py", tmp_path, *sizes, "--save", str(tmp_path / "model"))
     for phase in ("language", "vision", "joint"):
         entry = json.loads((tmp_path / phase / "log.jsonl").read_text().splitlines()[-1])
         assert entry["check"]
-    out = train("--phase", "language", "--language-scenes", "16")
+    out = train("train_mini.py", tmp_path, "--phase", "language", "--language-scenes", "16")
     assert "resumed at 8 scenes" in out
     import tokprune
 
@@ -143,9 +134,3 @@ def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
     )  # fmt: skip
     model.float()
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_run import train
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -134,23 +133,15 @@ def test_packed_turns_equal_single_prompts(model: Any, tokenizer: Any) -> None:
 
 @pytest.mark.slow
 def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
-    def train(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / "train_mini_video.py"), "--out", str(tmp_path),
-             "--device", "cpu", "--threads", "1", *arguments],
-            capture_output=True, text=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     sizes = ["--language-clips", "8", "--vision-clips", "10", "--joint-clips", "6",
              "--joint-checked", "1"]  # fmt: skip
-    train(*sizes, "--save", str(tmp_path / "model"))
+    train("train_mini_video.py", tmp_path, *sizes, "--save", str(tmp_path / "model"))
     for phase in ("language", "vision", "joint"):
         entry = json.loads((tmp_path / phase / "log.jsonl").read_text().splitlines()[-1])
         assert entry["check"]
-    assert "resumed at 8" in train("--phase", "language", "--language-clips", "16")
+    assert "resumed at 8" in train(
+        "train_mini_video.py", tmp_path, "--phase", "language", "--language-clips", "16"
+    )
     model, processor = tokprune.load(tmp_path / "model", "evs", keep=300, processor=True)
     benchmark = load_benchmark("mini-video")
     item = benchmark.items("quick")[0]
