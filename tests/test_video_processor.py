@@ -122,6 +122,11 @@ def test_bad_videos_are_refused(folders: Any, clips: Any) -> None:
         processor(videos=[clips[0], clips[1][:3]], text=["<video> a", "<video> a"])
     with pytest.raises(ValueError, match=r"videos: 1 for prompts with 2 places \(<video>\)"):
         processor(videos=[clips[0]], text=["<video> a", "<video> a"])
+    with pytest.raises(ValueError, match="should be a list of a video's frames"):
+        processor(videos=clips[0], text="<video> a")
     with pytest.raises(ValueError, match="return_tensors='np' should be 'pt'"):
         processor(text="a", return_tensors="np")
-    assert "pixel_values_videos" not in processor(text="what is a house ?")
+    plain = processor(text="what is a house ?")
+    assert "pixel_values_videos" not in plain
+    assert processor.batch_decode(plain["input_ids"]) == ["what is a house ?"]
+    assert processor.decode(plain["input_ids"][0]) == "what is a house ?"

@@ -109,8 +109,8 @@ class FramesProcessor:
 
         Raises:
             ImportError: there are pictures, and torchvision is not installed.
-            ValueError: videos of different lengths, another number of videos than the prompts
-                have places for, or another kind of tensors.
+            ValueError: a video that is no list of frames, videos of different lengths, another
+                number of videos than the prompts have places for, or another kind of tensors.
         """
         if images is not None:
             raise ImportError(
@@ -120,6 +120,9 @@ class FramesProcessor:
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} should be 'pt'")
         texts = [text] if isinstance(text, str) else list(text)
+        for clip in videos or ():
+            if not isinstance(clip, (list, tuple)) or not clip:
+                raise ValueError(f"videos: {clip!r} should be a list of a video's frames")
         clips = [list(clip) for clip in videos or ()]
         places = sum(prompt.count(self.video_token) for prompt in texts)
         if places != len(clips):
@@ -143,6 +146,14 @@ class FramesProcessor:
             data["pixel_values_videos"] = pixels
         encoded = self.tokenizer(texts, padding=padding, return_tensors="pt")
         return BatchFeature({**encoded, **data})
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """By the tokenizer."""
+        return self.tokenizer.decode(*args, **kwargs)
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> Any:
+        """By the tokenizer."""
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = False) -> str:
         """The text of a conversation."""

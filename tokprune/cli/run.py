@@ -134,4 +134,4 @@ def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]
-    return str(processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+    return str(processor.decode(new, skip_special_tokens=True)).strip()
