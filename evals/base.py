@@ -87,8 +87,12 @@ class Benchmark(ABC):
         """The picture of an item, RGB. Made or read when asked; nothing is kept.
 
         Raises:
-            ValueError: the benchmark asks about videos.
+            ValueError: the benchmark asks about videos (what this method itself says).
         """
+        raise ValueError(
+            f"benchmark {self.name} asks about videos, and item {item.id!r} has no picture; "
+            "video(item) gives its frames"
+        )
 
     def video(self, item: Item) -> list[Image.Image]:
         """The frames of an item's video in order, RGB and of one size. Nothing is kept.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,13 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _point(analysis: Any, name: str) -> Any:
     return next(r for r in analysis.results if r.point.name == name)
+
+
+def test_a_report_is_made_without_torch() -> None:
+    """Runs are read on machines that have no torch, and quickly on those that do."""
+    code = "import sys, tokprune.report.build, tokprune.report.oracle_arms; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stdout.split()
 
 
 # ------------------------------------------------------------------------------ numbers

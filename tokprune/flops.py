@@ -176,7 +176,7 @@ def row_macs(prefill: PrefillTrace) -> list[Macs]:
     own token counts, as if it had run alone. Padding of the batch is nobody's."""
     cached = _cached(prefill)
     return [
-        _measured(prefill, _records_of(prefill, row), [row], cached)
+        _measured(prefill, prefill.records_of(row), [row], cached)
         for row in range(len(prefill.original_lengths))
     ]
 
@@ -223,12 +223,6 @@ def model_macs(
             shape, [[n + p for n, p in zip(lengths, past)]] * len(shape.decoder)
         ),
     )
-
-
-def _records_of(prefill: PrefillTrace, row: int) -> list[ImageRecord]:
-    """Encoded images of one batch row, each once."""
-    own = (image.record for image in prefill.images if image.row == row)
-    return list({id(record): record for record in own if record is not None}.values())
 
 
 def _cached(prefill: PrefillTrace) -> list[tuple[list[int], list[int]]]:

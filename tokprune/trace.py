@@ -93,6 +93,11 @@ class PrefillTrace:
         """The encoded images, each once."""
         return list({id(i.record): i.record for i in self.images if i.record is not None}.values())
 
+    def records_of(self, row: int) -> list[ImageRecord]:
+        """The encoded images of a prompt, each once."""
+        own = (image.record for image in self.images if image.row == row)
+        return list({id(record): record for record in own if record is not None}.values())
+
     def visuals(self, row: int) -> list[list[ImageTrace]]:
         """Pictures and videos of a prompt, in order; a video may be in several parts."""
         found: list[list[ImageTrace]] = []

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from tokprune.families import family_of
+from tokprune.sweep.known import Known
 
 #: of a video processor's config: what happens to every frame
 _FRAME_OPTIONS = (
@@ -38,8 +38,7 @@ def load_processor(path: str | PathLike[str], model: Any, hub: Mapping[str, Any]
     try:
         return AutoProcessor.from_pretrained(path, **hub)
     except ImportError:
-        family = family_of(model)
-        if not family.facts(model, family.parts(model)).videos:
+        if not Known.of(model).facts.videos:
             raise
         return FramesProcessor.load(path, model, hub)
 
@@ -64,9 +63,7 @@ class FramesProcessor:
     ) -> None:
         self.image_processor, self.tokenizer = frames, tokenizer
         self.video_token, self.chat_template = video_token, chat_template
-        self._family = family_of(model)
-        self._parts = self._family.parts(model)
-        self._facts = self._family.facts(model, self._parts)
+        self._known = Known.of(model)
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: Any, hub: Mapping[str, Any]) -> FramesProcessor:
@@ -114,8 +111,8 @@ class FramesProcessor:
         """
         if images is not None:
             raise ImportError(
-                f"pictures for a model of family {self._family.name} need torchvision, which is "
-                "not installed (take it from the same build as torch); videos do without"
+                f"pictures for a model of family {self._known.family.name} need torchvision, which "
+                "is not installed (take it from the same build as torch); videos do without"
             )
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} should be 'pt'")
@@ -140,7 +137,8 @@ class FramesProcessor:
             pixels = torch.stack([
                 self.image_processor(clip, return_tensors="pt")["pixel_values"] for clip in clips
             ])  # fmt: skip
-            layout, *_ = self._family.video_layouts(self._parts, pixels, self._facts)
+            known = self._known
+            layout, *_ = known.family.video_layouts(known.parts, pixels, known.facts)
             tokens = self.video_token * len(layout.packed)
             texts = [prompt.replace(self.video_token, tokens) for prompt in texts]
             data["pixel_values_videos"] = pixels

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from evals.mini.scene import Scene, make_scene, random_state
 from mini_training.hints import AFTER, HintHeads
@@ -106,20 +106,29 @@ def symbolic_batch(
     return torch.from_numpy(label), torch.from_numpy(texture), batch
 
 
+def language_phase(
+    model: Any, symbols: nn.Module, hints: nn.Module, folder: Path, total: int, lr: float,
+    device: Any,
+) -> Phase:  # fmt: skip
+    """A phase that trains the decoder and its hint heads, all moved to where it runs."""
+    model.to(device, torch.bfloat16).train()
+    symbols.to(device, torch.bfloat16)
+    hints.to(device, torch.bfloat16)
+    language = model.model.language_model
+    # the token embeddings stay: visual tokens speak in them too
+    language.embed_tokens.weight.requires_grad_(False)
+    named = [(f"language.{n}", p) for n, p in language.named_parameters()]
+    named += [(f"hints.{n}", p) for n, p in hints.named_parameters()]
+    return Phase(folder, Optimizer(named, lr), total)
+
+
 def train_language(
     model: Any, symbols: Symbols, folder: Path, total: int, lr: float, device: Any,
     size: int = 8,
 ) -> None:  # fmt: skip
     """Train the decoder on ``total`` scenes."""
-    hints = HintHeads(model.config.text_config.hidden_size).to(device, torch.bfloat16)
-    model.to(device, torch.bfloat16).train()
-    symbols.to(device, torch.bfloat16)
-    language = model.model.language_model
-    # the token embeddings stay: patches speak in them too
-    language.embed_tokens.weight.requires_grad_(False)
-    named = [(f"language.{n}", p) for n, p in language.named_parameters()]
-    named += [(f"hints.{n}", p) for n, p in hints.named_parameters()]
-    phase = Phase(folder, Optimizer(named, lr), total)
+    hints = HintHeads(model.config.text_config.hidden_size)
+    phase = language_phase(model, symbols, hints, folder, total, lr, device)
 
     def forward(
         seed: int, first: int, level: float

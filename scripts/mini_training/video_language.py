@@ -18,8 +18,8 @@ from evals.mini.scene import random_state
 from evals.mini_video.clip import TASKS, Clip
 from evals.mini_video.make import make_clip
 from mini_training.labels import TEXTURE
-from mini_training.loop import Phase, per_task
-from mini_training.optimizer import Optimizer
+from mini_training.language import language_phase
+from mini_training.loop import per_task
 from mini_training.packing import HEAD
 from mini_training.video_hints import TOKEN_HINTS, WORD_HINTS, VideoHintHeads, token_hints
 from mini_training.video_labels import NAMED, TOKENS, frame_labels
@@ -148,15 +148,8 @@ def train_video_language(
     size: int = 8,
 ) -> None:  # fmt: skip
     """Train the decoder on ``total`` clips."""
-    hints = Hints(model.config.text_config.hidden_size).to(device, torch.bfloat16)
-    model.to(device, torch.bfloat16).train()
-    symbols.to(device, torch.bfloat16)
-    language = model.model.language_model
-    # the token embeddings stay: blocks speak in them too
-    language.embed_tokens.weight.requires_grad_(False)
-    named = [(f"language.{n}", p) for n, p in language.named_parameters()]
-    named += [(f"hints.{n}", p) for n, p in hints.named_parameters()]
-    phase = Phase(folder, Optimizer(named, lr), total)
+    hints = Hints(model.config.text_config.hidden_size)
+    phase = language_phase(model, symbols, hints, folder, total, lr, device)
 
     def forward(
         clips: list[Clip], level: float, asked: bool = False

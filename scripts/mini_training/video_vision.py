@@ -34,9 +34,8 @@ from mini_training.video_labels import (
     patches_of,
 )
 from mini_training.video_symbols import VideoSymbols
-from mini_training.vision import tower_features
+from mini_training.vision import run_vision, tower_features
 
-TRAIN_SEED, CHECK_SEED = 1, 2
 #: frames that are rendered of a clip
 FRAMES = 2
 
@@ -161,14 +160,4 @@ def train_video_vision(
         _, loss, told = vision_losses(base.multi_modal_projector, heads, symbols, pooled, *target)
         return loss, told
 
-    def step(seen: int) -> tuple[int, dict[str, float]]:
-        loss, told = forward(TRAIN_SEED, seen, part if seen < full_from * total else None)
-        loss.backward()
-        return size, told
-
-    def evaluate() -> dict[str, Any]:
-        with torch.no_grad():
-            told = [forward(CHECK_SEED, first, None)[1] for first in range(0, 2 * size, size)]
-        return {"check": {k: round(sum(t[k] for t in told) / len(told), 3) for k in told[0]}}
-
-    phase.run(step, evaluate)
+    run_vision(phase, forward, size, part, full_from, checked=2)

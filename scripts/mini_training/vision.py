@@ -9,6 +9,7 @@ its true places; the end of the phase runs on full pictures.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,29 @@ def train_vision(
                                torch.from_numpy(texture).to(device), scenes)  # fmt: skip
         return loss, told
 
+    run_vision(phase, forward, size, part, full_from, checked=4)
+
+
+def run_vision(
+    phase: Phase, forward: Callable[[int, int, int | None], tuple[Tensor, dict[str, float]]],
+    size: int, part: int, full_from: float, checked: int,
+) -> None:  # fmt: skip
+    """Run a phase that sees parts of its pictures at first and all of them from ``full_from`` on.
+
+    Args:
+        forward: (seed, first, number of parts to see or None) → loss and how it goes.
+        checked: batches of a check.
+    """
+
     def step(seen: int) -> tuple[int, dict[str, float]]:
-        loss, told = forward(TRAIN_SEED, seen, part if seen < full_from * total else None)
+        visible = part if seen < full_from * phase.total else None
+        loss, told = forward(TRAIN_SEED, seen, visible)
         loss.backward()
         return size, told
 
     def evaluate() -> dict[str, Any]:
         with torch.no_grad():
-            told = [forward(CHECK_SEED, first, None)[1] for first in range(0, 4 * size, size)]
+            told = [forward(CHECK_SEED, first, None)[1] for first in range(0, checked * size, size)]
         return {"check": {k: round(sum(t[k] for t in told) / len(told), 3) for k in told[0]}}
 
     phase.run(step, evaluate)

@@ -146,6 +146,8 @@ class TransformersEntry(Entry):
         forward = inspect.signature(type(self.parts.multimodal).forward)
         #: names of the multimodal forward's positional arguments
         self.arguments = list(forward.parameters)[1:]
+        #: by which passes of the encoder are shared
+        self.keys = share_keys(session.plan.encoder)
 
     def install(self) -> list[Any]:
         self._wrap_image_features()
@@ -226,15 +228,16 @@ class TransformersEntry(Entry):
     ) -> tuple[Any, list[ImageRecord]]:
         """What ``encode`` returns, run or remembered, and the records of these images."""
         shared, now = shared_encoder(self.parts.multimodal), self.session.now
-        keys = share_keys(self.session.plan.encoder)
         now.tower = self.tower_pass(layouts, pixels)
-        known = None if shared is None else shared.get(pixels, keys)
+        known = None if shared is None else shared.get(pixels, self.keys)
         try:
             if known is None:
                 result = encode()
                 now.tower.finish()
                 if shared is not None and now.projected is not None:
-                    shared.put(pixels, keys, Encoded(result, now.projected, now.tower.outcomes))
+                    shared.put(
+                        pixels, self.keys, Encoded(result, now.projected, now.tower.outcomes)
+                    )
             else:
                 result, now.projected = known.result, known.projected
                 now.tower.outcomes = known.outcomes

@@ -12,7 +12,7 @@ from tokprune.report.analysis import Analysis, Interval, Result
 from tokprune.report.oracle import Choices, Oracle, chance, choose, oracle
 from tokprune.report.resampling import interval, macro, macro_samples
 from tokprune.report.statistics import RIGHT
-from tokprune.sweep.arms import SMALLER
+from tokprune.sweep.pictures import SMALLER
 
 Floats = NDArray[np.float64]
 

@@ -14,15 +14,15 @@ from tokprune.methods import Method, available_methods, image_methods, make_meth
 from tokprune.methods.base import option_names
 from tokprune.methods.depth import layer_options
 from tokprune.sweep.identity import canonical
+from tokprune.sweep.pictures import SMALLER
 
 #: in this order; ``none`` is the unpruned model, ``blind`` the same on an empty picture, and
 #: ``downsample`` on a smaller one
 CONTROLS = ("none", "blind", "random", "grid", "pool", "downsample")
 #: controls of videos, beside those: ``frames`` shows fewer of them
 VIDEO_CONTROLS = (*CONTROLS, "frames")
-#: controls that leave the model as it is, and those of them that show less
-UNPATCHED = ("none", "blind", "downsample", "frames")
-SMALLER = ("downsample", "frames")
+#: controls that leave the model as it is
+UNPATCHED = ("none", "blind", *SMALLER)
 #: controls without a budget
 UNBUDGETED = ("none", "blind")
 #: options that are budgets of their own, which a sweep sets through ``keep``

@@ -10,10 +10,10 @@ from typing import Any
 
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods import Method, make_method
-from tokprune.sweep.arms import SMALLER, UNBUDGETED, Arm
+from tokprune.sweep.arms import UNBUDGETED, Arm
 from tokprune.sweep.budgets import Budget
 from tokprune.sweep.calibrate import Calibrator, Matched
-from tokprune.sweep.pictures import Smaller
+from tokprune.sweep.pictures import SMALLER, Smaller
 
 
 @dataclass(frozen=True)

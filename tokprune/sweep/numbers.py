@@ -88,8 +88,7 @@ def unpruned_of(prefill: PrefillTrace) -> list[Numbers]:
     size = prefill.kv_itemsize
     rows = []
     for b, length in enumerate(prefill.original_lengths):
-        records = {id(i.record): i.record for i in prefill.images if i.row == b}
-        layouts = [record.layout for record in records.values() if record is not None]
+        layouts = [record.layout for record in prefill.records_of(b)]
         tokens = float(prefill.original_counts[b])
         rows.append(
             Numbers(

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+#: the controls that show less
+SMALLER = ("downsample", "frames")
 #: processors cannot tell height from colour channels on pictures with sides like these
 _TINY = 4
 
