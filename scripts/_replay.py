@@ -16,10 +16,10 @@ from torch import Tensor
 import tokprune
 from tokprune.bench.clock import Spread, milliseconds, no_garbage_collection, once
 from tokprune.bench.ideal import observe, shortened
+from tokprune.bench.instrumented import Place, Watched
 from tokprune.bench.models import PRESETS, Shape, random_model
 from tokprune.bench.prompts import encode, prompt
-from tokprune.bench.watch import Place, Watched
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     DecoderRun,
     DecoderStage,
     EncoderOutcome,

@@ -22,8 +22,8 @@ from typing import Any
 
 import transformers
 
-from tokprune.sweep import Run, Settings, run_sweep
-from tokprune.sweep.progress import Silent
+from tokprune.eval.sweep import Run, Settings, run_sweep
+from tokprune.eval.sweep.progress import Silent
 
 
 class Stopwatch(Silent):

@@ -29,12 +29,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-import evals
 import tokprune
+import tokprune.eval.benchmarks as evals
 from tokprune.families import family_of
+from tokprune.inputs.prompts import encode
 from tokprune.methods import Method, image_methods, make_method
 from tokprune.methods.depth import layer_options
-from tokprune.prompts import encode
 
 #: those of the table in README.md; ``--methods all`` takes every one, and longer
 METHODS = "todre,transprune,flowcut,pitome,tome,mustdrop,visionzip,divprune,fastv"

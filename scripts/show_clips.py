@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import evals
+import tokprune.eval.benchmarks as evals
 
 SIDE, GAP, LINE = 144, 6, 22
 INK, FAINT, PAPER = (30, 30, 30), (100, 100, 100), (255, 255, 255)

@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from evals.mini.world import GRID, PATCH
-from evals.mini_video import MiniVideoBenchmark
-from evals.mini_video.render import NOISE, changed, evidence, render
+from tokprune.eval.benchmarks.mini.world import GRID, PATCH
+from tokprune.eval.benchmarks.mini_video import MiniVideoBenchmark
+from tokprune.eval.benchmarks.mini_video.render import NOISE, changed, evidence, render
 from tokprune.operators.diversity import divprune
 from tokprune.operators.segments import segment_reduce, sparse_positions
 from tokprune.operators.temporal import evs, evs_count, temporal_change

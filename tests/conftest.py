@@ -49,7 +49,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def loaded_once() -> Callable[..., Any]:
     """``Subject.load`` that reads a model once for all tests of a module."""
-    from tokprune.sweep.subject import Subject  # not in the environment of the original llava
+    from tokprune.eval.sweep.loaded_model import (
+        Subject,  # not in the environment of the original llava
+    )
 
     return functools.cache(Subject.load)
 
@@ -57,4 +59,4 @@ def loaded_once() -> Callable[..., Any]:
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., Any]) -> None:
     """Sweeps of this test share their models with all others of its module."""
-    monkeypatch.setattr("tokprune.sweep.subject.Subject.load", loaded_once)
+    monkeypatch.setattr("tokprune.eval.sweep.loaded_model.Subject.load", loaded_once)

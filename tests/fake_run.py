@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from evals.base import Benchmark, Item
-from tokprune.sweep.identity import row_id
+from tokprune.eval.benchmarks.base import Benchmark, Item
+from tokprune.eval.sweep.identity import row_id
 
 N, GRID, LAYERS = 576, 24, 4
 TASKS = ("presence", "colour", "count", "size", "where", "relation", "word", "number", "two_hops")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evals.mini import MiniBenchmark
+from tokprune.eval.benchmarks.mini import MiniBenchmark
 
 PAPER = {"key": "toy", "title": "A Toy", "arxiv": "2501.00001", "year": 2025, "venue": None,
          "code": None}  # fmt: skip

@@ -10,7 +10,7 @@ import tiny_processor
 from pictures import landscape
 from PIL import Image
 
-from tokprune.sweep.settings import Settings
+from tokprune.eval.sweep.settings import Settings
 
 QUESTIONS = {
     "count": "how many are in the picture ?",

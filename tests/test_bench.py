@@ -18,18 +18,19 @@ import torch
 from rich.console import Console
 
 import tokprune
+from tokprune.api import is_patched
 from tokprune.bench import memory
 from tokprune.bench import run as bench_run
 from tokprune.bench.ideal import Lengths, observe, shortened
+from tokprune.bench.instrumented import Place, Watched
 from tokprune.bench.measure import PARTS, Arm, measure, measure_cells
 from tokprune.bench.models import PRESETS, parameters_of, random_model, shape_of
 from tokprune.bench.prompts import encode, prompt
 from tokprune.bench.run import bench, cells_of
 from tokprune.bench.table import tables
-from tokprune.bench.watch import Place, Watched
-from tokprune.engine.shared import SharedEncoder
+from tokprune.engine.shared_encoder import SharedEncoder
+from tokprune.families import bind
 from tokprune.methods import image_methods, make_method
-from tokprune.patching import is_patched
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = {**methods_table.CORE, "visionzip-spatial": methods_table.ALL["visionzip-spatial"]}
@@ -188,7 +189,7 @@ def test_a_patched_model_or_a_shared_encoder_is_refused(model: Any) -> None:
             measure_cells(model, inputs, {"none": None}, 1, 1)
     finally:
         tokprune.unpatch(model)
-    with SharedEncoder(model), pytest.raises(ValueError, match="get_image_features"):
+    with SharedEncoder(bind(model)), pytest.raises(ValueError, match="get_image_features"):
         measure_cells(model, inputs, {"none": None}, 1, 1)
 
 

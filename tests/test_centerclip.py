@@ -32,7 +32,7 @@ from torch import Tensor
 from toy_video import video_family, video_inputs
 
 import tokprune
-from tokprune.engine.stages import ImageTokens
+from tokprune.engine.contracts import ImageTokens
 from tokprune.families import family_of
 from tokprune.operators import segment_bounds
 

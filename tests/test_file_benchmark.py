@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from evals import load_benchmark
-from evals.files import FileBenchmark
+from tokprune.eval.benchmarks import load_benchmark
+from tokprune.eval.benchmarks.files import FileBenchmark
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_methods import DropInDecoder, MergeAtDoor, MergeInTower
 
 import tokprune
-from tokprune.flops import ModelShape, paper_flops, prefill_macs, unpruned_macs
+from tokprune.families import bind
+from tokprune.trace.flops import paper_flops, prefill_macs, unpruned_macs
 
 D, M = 4096, 11008  # Vicuna-7B
 
@@ -125,7 +126,7 @@ def test_later_turn_counts_cached_keys() -> None:
 
 
 def test_shape_by_hand() -> None:
-    shape = ModelShape.of(tiny.llava())
+    shape = bind(tiny.llava()).shape
     layer = shape.decoder[0]
     assert layer.projections == 32 * 32 * 2 + 32 * 16 * 2  # two of four key heads
     assert layer.mlp == 3 * 32 * 48
@@ -152,6 +153,6 @@ def test_pooling_head_is_counted() -> None:
         model.model.vision_tower.vision_model.head = tower.vision_model.head
     else:
         model.model.vision_tower.head = tower.head
-    pooling = ModelShape.of(model).pooling
+    pooling = bind(model).shape.pooling
     assert pooling is not None
     assert 2 * pooling.macs(tiny.PATCHES) == whole - rest

@@ -16,7 +16,7 @@ from toy_video import video_family, video_inputs
 from transformers import CLIPConfig, CLIPModel
 
 import tokprune
-from tokprune.engine.stages import ImageTokens, ModelFacts
+from tokprune.engine.contracts import ImageTokens, ModelFacts
 from tokprune.families import family_of
 from tokprune.methods import DART, M3, CDPruner, ClipRelevance, Pool
 from tokprune.operators.anyres import tile_windows

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_SIZE, PATCHES, llava, llava_next, make_inputs
 
 import tokprune
-from tokprune.engine.stages import Attention, ModelFacts
+from tokprune.engine.contracts import Attention, ModelFacts
 from tokprune.families import family_of
 from tokprune.methods import Grid, PiToMe, Pool, ToMe, VisionZip
 from tokprune.methods.base import Method

@@ -15,10 +15,10 @@ from test_methods_stages import LLAVA, NEXT, SIZES
 from tiny import BUILDERS, PATCHES, llava, make_inputs, single
 
 import tokprune
+from tokprune.eval.sweep.variants import Arm
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.schedule import tokens_after
 from tokprune.methods.sparsevlm import SparseVLM
-from tokprune.sweep.arms import Arm
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 METHODS = {
@@ -142,7 +142,7 @@ def test_presets_of_pyramiddrop(preset: Any) -> None:
     if isinstance(preset.budget, int):
         assert mean_tokens(seen) == pytest.approx(preset.budget, abs=0.75 * tokens / 576)
     elif tokens == 576:
-        from tokprune.flops import paper_flops
+        from tokprune.trace.flops import paper_flops
 
         flops = paper_flops(seen, 4096, 11008, gated=True) / 1e12
         assert round(flops, 2) == {"S=4": 1.78, "S=3": 2.13}[preset.budget]

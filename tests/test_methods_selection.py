@@ -12,9 +12,7 @@ from tiny import BUILDERS, IMAGE_TOKEN, llava, llava_next, make_inputs, single
 from torch import Tensor
 
 import tokprune
-from tokprune.engine.decoder import _Scoring
-from tokprune.engine.encoder import initial_tokens, reduce_tokens
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     ImageTokens,
     ModelFacts,
@@ -22,6 +20,8 @@ from tokprune.engine.stages import (
     SequenceView,
     TowerInput,
 )
+from tokprune.engine.decoder import _Scoring
+from tokprune.engine.encoder import initial_tokens, reduce_tokens
 from tokprune.families import family_of
 from tokprune.methods import DivPrune, FastV, ToDRE, TransPrune
 from tokprune.operators.diversity import divprune, farthest_pivot, max_sum

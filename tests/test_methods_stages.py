@@ -11,7 +11,7 @@ from oracle import assert_same_logits, compressed_logits, continuation_tokens, o
 from tiny import BUILDERS, PATCHES, llava, llava_next, make_inputs, single
 
 import tokprune
-from tokprune.engine.stages import ModelFacts
+from tokprune.engine.contracts import ModelFacts
 from tokprune.families import family_of
 from tokprune.methods.flowcut import FlowCut, _FlowCutDecoderRun, _FlowCutStage
 from tokprune.methods.mustdrop import MustDrop

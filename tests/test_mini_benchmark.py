@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals import load_benchmark
-from evals.mini.benchmark import SPLITS
-from evals.mini.questions import GROUPS, TASKS, ask
-from evals.mini.render import render
-from evals.mini.scene import Scene, Thing, make_scene, random_state
-from evals.mini.world import GRID, KINDS, SIDE, SIZES, WORDS
+from tokprune.eval.benchmarks import load_benchmark
+from tokprune.eval.benchmarks.mini.benchmark import SPLITS
+from tokprune.eval.benchmarks.mini.questions import GROUPS, TASKS, ask
+from tokprune.eval.benchmarks.mini.render import render
+from tokprune.eval.benchmarks.mini.scene import Scene, Thing, make_scene, random_state
+from tokprune.eval.benchmarks.mini.world import GRID, KINDS, SIDE, SIZES, WORDS
 
 numbers = st.integers(0, 10_000)
 

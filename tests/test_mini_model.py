@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tokprune
-from evals import load_benchmark
+from tokprune.eval.benchmarks import load_benchmark
 from tokprune.models import resolve, shipped_models
 
 FOLDER = Path(resolve("mini"))

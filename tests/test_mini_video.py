@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import evals
-from evals.mini.world import CHARACTERS, GRID, PATCH, SIDE
-from evals.mini_video import MiniVideoBenchmark
-from evals.mini_video.benchmark import SPLITS
-from evals.mini_video.clip import CHANCE, GROUPS, TASKS, WORDS, Actor, Clip
-from evals.mini_video.make import SPEED, make_clip
-from evals.mini_video.render import NOISE, changed, evidence, render
-from tokprune.sweep import Settings, run_sweep
+import tokprune.eval.benchmarks as evals
+from tokprune.eval.benchmarks.mini.world import CHARACTERS, GRID, PATCH, SIDE
+from tokprune.eval.benchmarks.mini_video import MiniVideoBenchmark
+from tokprune.eval.benchmarks.mini_video.benchmark import SPLITS
+from tokprune.eval.benchmarks.mini_video.clip import CHANCE, GROUPS, TASKS, WORDS, Actor, Clip
+from tokprune.eval.benchmarks.mini_video.make import SPEED, make_clip
+from tokprune.eval.benchmarks.mini_video.render import NOISE, changed, evidence, render
+from tokprune.eval.sweep import Settings, run_sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 numbers = st.integers(0, 10_000)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import tokprune
-from evals import load_benchmark
-from evals.mini_video.clip import CHANCE
+from tokprune.eval.benchmarks import load_benchmark
+from tokprune.eval.benchmarks.mini_video.clip import CHANCE
+from tokprune.inputs.prompts import encode
 from tokprune.models import resolve, shipped_models
-from tokprune.prompts import encode
 
 FOLDER = Path(resolve("mini-video"))
 

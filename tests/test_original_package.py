@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import tokprune
-from patches.llava.__main__ import app
+from tokprune.cli.llava_v1 import app
 
 INSTALL = r"pip install --no-deps llava-torch==1\.2\.2\.post1 transformers==4\.37\.2"
 

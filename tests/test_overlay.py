@@ -15,8 +15,8 @@ from PIL import Image
 from toy_methods import DropInDecoder, MergeAtDoor, MergeInTower
 
 import tokprune
-from tokprune.overlay import _as_seen, _boards, _draw
-from tokprune.survivors import image_stages
+from tokprune.trace.overlay import _as_seen, _boards, _draw
+from tokprune.trace.provenance import image_stages
 
 SIZE = 120  # 20 pixels per cell
 CELL = SIZE // tiny.GRID

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from evals.published import (
+from tokprune.eval.published import (
     BENCHMARKS,
     MODELS,
     Row,
@@ -23,10 +23,10 @@ from evals.published import (
     papers,
     read_paper,
 )
-from evals.published.ledger import FOLDER
+from tokprune.eval.published.ledger import FOLDER
+from tokprune.eval.published.reproduce.selection import full_options
+from tokprune.eval.sweep.trials import json_options
 from tokprune.methods import available_methods
-from tokprune.reproduce.selection import full_options
-from tokprune.sweep.cells import json_options
 
 PAPERS = {key: load_paper(key) for key in papers()}
 ROWS = [row for rows in PAPERS.values() for row in rows]

@@ -16,11 +16,12 @@ import pytest
 
 import tokprune
 from tokprune.cli import app
+from tokprune.eval.recommend import Recommendation
+from tokprune.eval.recommend import recommend as recommend_slowly
+from tokprune.eval.report import analyse, load_run
 from tokprune.methods import ToMe, available_methods, make_method
 from tokprune.methods.base import Method
-from tokprune.recommend import Recommendation, load_setting, save_setting
-from tokprune.recommend import recommend as recommend_slowly
-from tokprune.report import analyse, load_run
+from tokprune.methods.setting import load_setting, save_setting
 
 COUNT = 180
 
@@ -48,7 +49,7 @@ def _real(folder: Path) -> Path:
         if cell["cell"] in made:
             cell["options"] = _options(made[cell["cell"]])
             cell["repr"] = repr(made[cell["cell"]])
-    from tokprune.sweep.identity import row_id
+    from tokprune.eval.sweep.identity import row_id
 
     cells = {c["cell"]: c for c in run["cells"]}
     for row in rows:

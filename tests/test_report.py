@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from tokprune.cli import app
-from tokprune.report import RunFolderError, analyse, build_report, load_run
-from tokprune.report import data as report_data
-from tokprune.report.analysis import nearest_budget
-from tokprune.report.compare import contest, differences
-from tokprune.report.gallery import draw
-from tokprune.report.groups import group_tables, make_groups, read_groups
-from tokprune.report.palette import looks
-from tokprune.report.statistics import flips, mcnemar, wilson
+from tokprune.eval.report import RunFolderError, analyse, build_report, load_run
+from tokprune.eval.report import data as report_data
+from tokprune.eval.report.analysis import nearest_budget
+from tokprune.eval.report.compare import contest, differences
+from tokprune.eval.report.gallery import draw
+from tokprune.eval.report.groups import group_tables, make_groups, read_groups
+from tokprune.eval.report.palette import looks
+from tokprune.eval.report.statistics import flips, mcnemar, wilson
 
 COUNT = 180
 
@@ -52,7 +52,10 @@ def _point(analysis: Any, name: str) -> Any:
 
 def test_a_report_is_made_without_torch() -> None:
     """Runs are read on machines that have no torch, and quickly on those that do."""
-    code = "import sys, tokprune.report.build, tokprune.report.oracle_arms; print(*sys.modules)"
+    code = (
+        "import sys, tokprune.eval.report.build as b; import tokprune.eval.report.oracle_variants"
+    )
+    code += "; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout.split()
 
@@ -527,7 +530,7 @@ def test_cli_bad_input(small: Path, call: Any, args: list[str], message: str) ->
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokprune.report import extra
+    from tokprune.eval.report import extra
 
     monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "scipy" else object())
     with pytest.raises(ImportError, match=r"need scipy.*pip install 'tokprune\[sweep\]'"):

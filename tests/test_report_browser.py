@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokprune.report import build_report
+from tokprune.eval.report import build_report
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium on this machine")
 COUNT = 108

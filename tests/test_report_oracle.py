@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tokprune.report import RunData, analyse, build_report, load_run
-from tokprune.report.findings import findings
-from tokprune.report.oracle import chance, choose, oracle
-from tokprune.report.oracle_arms import TOGETHER, most_accurate, oracles, together
-from tokprune.report.oracle_section import oracle_section
+from tokprune.eval.report import RunData, analyse, build_report, load_run
+from tokprune.eval.report.highlights import findings
+from tokprune.eval.report.oracle import chance, choose, oracle
+from tokprune.eval.report.oracle_section import oracle_section
+from tokprune.eval.report.oracle_variants import TOGETHER, most_accurate, oracles, together
 
 COUNT = 180
 TITLE = "Oracle: the smallest budget that still answers right"

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fake_run
 import pytest
 
-from evals.published import load_ledger, load_paper
 from tokprune.cli import app
-from tokprune.report import analyse, build_report, load_run
-from tokprune.report.plots import styled
-from tokprune.report.published import find_published
-from tokprune.report.published_plot import published_plot
-from tokprune.sweep.identity import row_id
+from tokprune.eval.published import load_ledger, load_paper
+from tokprune.eval.published.plot import published_plot
+from tokprune.eval.published.section import find_published, published_section
+from tokprune.eval.report import analyse, build_report, load_run
+from tokprune.eval.report.plots import styled
+from tokprune.eval.sweep.identity import row_id
 
 #: tasks of the synthetic run under names that the ledger knows
 NAMES = {"presence": "gqa", "colour": "POPE", "count": "mme", "size": "vqav2_val"}
@@ -174,7 +175,9 @@ def test_nothing_that_fits_is_said(tmp_path: Path) -> None:
     assert named.notes == [
         "no published row of LLaVA-NeXT-7B (Vicuna) in todre is of a task of this run"
     ]
-    page = build_report(folder, published=["todre"], draws=20).html.read_text(encoding="utf-8")
+    page = build_report(
+        folder, further=[partial(published_section, papers=["todre"])], draws=20
+    ).html.read_text(encoding="utf-8")
     assert "The ledger has no row of tiny in todre" in page
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import published_case as case
 import pytest
 
-from evals.published import load_paper
 from tokprune.cli import app
-from tokprune.report.statistics import wilson
-from tokprune.reproduce import compare, execute, read_figures, select
-from tokprune.reproduce.execution import plan
-from tokprune.sweep import read_run
-from tokprune.sweep.arms import build_arms, parse_arm
+from tokprune.eval.published import load_paper
+from tokprune.eval.published.reproduce import compare, execute, read_figures, select
+from tokprune.eval.published.reproduce.execution import plan
+from tokprune.eval.report.statistics import wilson
+from tokprune.eval.sweep import read_run
+from tokprune.eval.sweep.variants import build_arms, parse_arm
 
 COMMAND = str(Path(sys.executable).with_name("tokprune"))
 

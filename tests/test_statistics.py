@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from tokprune.report.frontier import frontier
-from tokprune.report.resampling import Resampler, interval, macro, macro_samples
-from tokprune.report.statistics import agreement, flips, holm, mcnemar, wilson
+from tokprune.eval.report.frontier import frontier
+from tokprune.eval.report.resampling import Resampler, interval, macro, macro_samples
+from tokprune.eval.report.statistics import agreement, flips, holm, mcnemar, wilson
 
 NAN = math.nan
 scores = st.lists(st.sampled_from([0.0, 1.0, NAN]), min_size=1, max_size=60)

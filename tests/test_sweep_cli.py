@@ -18,7 +18,7 @@ import sweep_case as case
 import yaml
 
 from tokprune.cli import app
-from tokprune.sweep import read_run, run_sweep
+from tokprune.eval.sweep import read_run, run_sweep
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_before_any_work(
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tokprune.sweep.subject.load", never)
+        patch.setattr("tokprune.eval.sweep.loaded_model.load", never)
         assert "Missing" in refused("sweep", "--out", out) or "--model is missing" in refused(
             "sweep", "--out", out
         )
@@ -174,7 +174,7 @@ def test_help_needs_no_torch() -> None:
 #: the sweep with a pause before every write, so that kills hit every stage of it
 _SLOW = """
 import random, sys, time
-from tokprune.sweep.store import Store
+from tokprune.eval.sweep.store import Store
 real = Store.append
 def append(store, rows):
     time.sleep(random.Random(len(store.rows)).uniform(0.0, 0.01))

@@ -18,20 +18,20 @@ import fake_lmms
 import pytest
 import sweep_case as case
 
-from evals.base import Item
-from evals.files import FileBenchmark
-from evals.lmms.scores import NoScoreError, check_task, score
 from tokprune.cli import app
-from tokprune.report import build_report
-from tokprune.report.groups import read_groups
-from tokprune.sweep import Settings, read_run, run_sweep
-from tokprune.sweep.cells import Cell
-from tokprune.sweep.harness import CellsFailedError
-from tokprune.sweep.lmms import arguments, child, samples, tasks
-from tokprune.sweep.lmms.benchmark import LmmsBenchmark
-from tokprune.sweep.lmms.tasks import LoadedTasks
-from tokprune.sweep.progress import Lines
-from tokprune.sweep.settings import make_settings, with_options
+from tokprune.eval.benchmarks.base import Item
+from tokprune.eval.benchmarks.files import FileBenchmark
+from tokprune.eval.report import build_report
+from tokprune.eval.report.groups import read_groups
+from tokprune.eval.sweep import Settings, read_run, run_sweep
+from tokprune.eval.sweep.harness import CellsFailedError
+from tokprune.eval.sweep.progress import Lines
+from tokprune.eval.sweep.settings import make_settings, with_options
+from tokprune.eval.sweep.trials import Cell
+from tokprune.integrations.lmms_eval.driver import arguments, child, samples, tasks
+from tokprune.integrations.lmms_eval.driver.benchmark import LmmsBenchmark
+from tokprune.integrations.lmms_eval.driver.tasks import LoadedTasks
+from tokprune.integrations.lmms_eval.tasks.scores import NoScoreError, check_task, score
 
 BASE: dict[str, Any] = {"model": "m", "out": "o"}
 LMMS: dict[str, Any] = {**BASE, "harness": "lmms-eval", "tasks": ("pope",)}
@@ -509,7 +509,7 @@ def test_code_that_changes_meanwhile_is_noticed(sweep: Any, monkeypatch: Any) ->
 
     def meanwhile(*args: Any) -> None:
         real(*args)
-        monkeypatch.setattr("tokprune.sweep.runner.code_hash", lambda runtime: "new")
+        monkeypatch.setattr("tokprune.eval.sweep.runner.code_hash", lambda runtime: "new")
 
     monkeypatch.setattr(child, "run_child", meanwhile)
     with pytest.raises(ValueError, match="have changed while none was answered"):

@@ -13,15 +13,15 @@ import sweep_case as case
 import torch
 
 import tokprune
-from evals.base import load_benchmark
-from evals.files import FileBenchmark
-from tokprune.sweep import Settings, read_run, run_sweep
-from tokprune.sweep import examiner as examiner_module
-from tokprune.sweep.examiner import Examiner
-from tokprune.sweep.pictures import downsample
-from tokprune.sweep.progress import Lines
-from tokprune.sweep.store import Store
-from tokprune.sweep.subject import Subject
+from tokprune.eval.benchmarks.base import load_benchmark
+from tokprune.eval.benchmarks.files import FileBenchmark
+from tokprune.eval.sweep import Settings, read_run, run_sweep
+from tokprune.eval.sweep import examiner as examiner_module
+from tokprune.eval.sweep.evaluator import Examiner
+from tokprune.eval.sweep.loaded_model import Subject
+from tokprune.eval.sweep.progress import Lines
+from tokprune.eval.sweep.reduced_input import downsample
+from tokprune.eval.sweep.store import Store
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -272,7 +272,7 @@ def test_a_changed_option_never_reuses_a_row(sweep: Any) -> None:
 
 def test_changed_code_asks_again(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run_sweep(sweep(methods=("fastv",), keep=(18,)))
-    monkeypatch.setattr("tokprune.sweep.runner.code_hash", lambda runtime: "new")
+    monkeypatch.setattr("tokprune.eval.sweep.runner.code_hash", lambda runtime: "new")
     second = run_sweep(sweep(methods=("fastv",), keep=(18,)))
     assert second.stale == len(first.rows) == len(second.rows)
     assert {r["row"] for r in first.rows}.isdisjoint(r["row"] for r in second.rows)

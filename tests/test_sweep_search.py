@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokprune.sweep.identity import canonical, checkpoint_hash, digest, row_id
-from tokprune.sweep.search import CLOSE, nearest
+from tokprune.eval.sweep.identity import canonical, checkpoint_hash, digest, row_id
+from tokprune.eval.sweep.search import CLOSE, nearest
 
 
 @st.composite

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from tokprune.methods import image_methods
-from tokprune.sweep.arms import CONTROLS, VARIANTS, Arm, build_arms, parse_arm
-from tokprune.sweep.budgets import DEFAULT_KEEP, parse_budget, tolerance
-from tokprune.sweep.settings import (
+from tokprune.eval.sweep.budgets import DEFAULT_KEEP, parse_budget, tolerance
+from tokprune.eval.sweep.settings import (
     Settings,
     make_settings,
     read_settings,
     with_options,
 )
+from tokprune.eval.sweep.variants import CONTROLS, VARIANTS, Arm, build_arms, parse_arm
+from tokprune.methods import image_methods
 
 BASE: dict[str, Any] = {"model": "m", "out": "o"}
 

@@ -9,8 +9,9 @@ import tiny
 import torch
 
 import tokprune
-from tokprune.engine.shared import SharedEncoder, shared_encoder
-from tokprune.flops import prefill_macs, row_macs
+from tokprune.engine.shared_encoder import SharedEncoder, shared_encoder
+from tokprune.families import bind
+from tokprune.trace.flops import prefill_macs, row_macs
 
 #: (method, options, whether it needs a pass of its own)
 METHODS: list[tuple[str | None, dict[str, Any], bool]] = [
@@ -43,7 +44,7 @@ def test_same_answers_and_traces_with_fewer_passes(family: str, tower: str) -> N
     inputs = tiny.make_inputs(model, [[4, "image", 6], [3, "image", 9]])
     methods = [m for m in METHODS if not (tower == "siglip" and m[0] in ("flowcut", "pitome"))]
     alone = [answer(model, inputs, name, options) for name, options, _ in methods]
-    with SharedEncoder(model) as shared:
+    with SharedEncoder(bind(model)) as shared:
         shared.remember(inputs["pixel_values"])
         for (name, options, own), (tokens, told) in zip(methods, alone):
             ran = shared.ran
@@ -60,7 +61,7 @@ def test_same_answers_and_traces_with_fewer_passes(family: str, tower: str) -> N
 def test_other_pixels_are_not_mistaken_for_the_remembered_ones() -> None:
     model = tiny.llava()
     first, second = (tiny.make_inputs(model, [[4, "image", 6]], seed=s) for s in (1, 2))
-    with SharedEncoder(model) as shared:
+    with SharedEncoder(bind(model)) as shared:
         shared.remember(first["pixel_values"])
         told = [model.get_image_features(x["pixel_values"]) for x in (first, second, first, second)]
         assert (shared.ran, shared.spared) == (3, 1)
@@ -75,16 +76,16 @@ def test_other_pixels_are_not_mistaken_for_the_remembered_ones() -> None:
 
 def test_a_failing_block_and_a_patched_model() -> None:
     model = tiny.llava()
-    with pytest.raises(RuntimeError, match="stop"), SharedEncoder(model):
+    with pytest.raises(RuntimeError, match="stop"), SharedEncoder(bind(model)):
         with tokprune.compress(model, "random", keep=5):
             raise RuntimeError("stop")
     assert "get_image_features" not in model.model.__dict__
     tokprune.patch(model, "random", keep=5)
     with pytest.raises(tokprune.AlreadyPatchedError, match="unpatch the model"):
-        SharedEncoder(model).__enter__()
+        SharedEncoder(bind(model)).__enter__()
     tokprune.unpatch(model)
     # a patch that outlives the block goes on without it
-    with SharedEncoder(model) as shared:
+    with SharedEncoder(bind(model)) as shared:
         trace = tokprune.patch(model, "random", keep=5)
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
     with torch.inference_mode():

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tokprune.sweep.identity import row_id
-from tokprune.sweep.results import Run, read_run
-from tokprune.sweep.store import Store
+from tokprune.eval.sweep.identity import row_id
+from tokprune.eval.sweep.results import Run, read_run
+from tokprune.eval.sweep.store import Store
 
 CELL: dict[str, Any] = {
     "cell": "todre@9", "arm": "todre", "method": "todre", "options": {"keep": 9}, "repr": "ToDRE",

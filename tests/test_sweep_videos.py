@@ -18,15 +18,16 @@ import torch
 from PIL import Image
 
 import tokprune
-from evals import load_benchmark
-from tokprune.engine.shared import SharedEncoder
-from tokprune.recommend import recommend
-from tokprune.report import build_report, load_run
-from tokprune.report.gallery import on_mosaic
-from tokprune.sweep import Settings, run_sweep
-from tokprune.sweep.pictures import Smaller, evenly_spaced
-from tokprune.sweep.subject import Subject
-from tokprune.video_processor import FramesProcessor
+from tokprune.engine.shared_encoder import SharedEncoder
+from tokprune.eval.benchmarks import load_benchmark
+from tokprune.eval.recommend import recommend
+from tokprune.eval.report import build_report, load_run
+from tokprune.eval.report.gallery import on_mosaic
+from tokprune.eval.sweep import Settings, run_sweep
+from tokprune.eval.sweep.loaded_model import Subject
+from tokprune.eval.sweep.reduced_input import Smaller, evenly_spaced
+from tokprune.families import bind
+from tokprune.inputs.frames_processor import FramesProcessor
 
 FRAMES, CELLS = 4, 9
 TOKENS = FRAMES * CELLS
@@ -115,8 +116,8 @@ def test_costs_of_the_unpruned_model_are_those_of_its_trace(
     row = whole[family].rows_of("none")[0]
     benchmark = load_benchmark(home / "clips.jsonl")
     item = next(i for i in benchmark.items() if i.id == row["item"])
-    from tokprune.flops import prefill_macs, unpruned_macs
-    from tokprune.sweep.examiner import Batch
+    from tokprune.eval.sweep.evaluator import Batch
+    from tokprune.trace.flops import prefill_macs, unpruned_macs
 
     inputs = Batch(subject, benchmark, [item]).inputs
     with tokprune.compress(subject.model, "random", keep=1.0) as trace, torch.inference_mode():
@@ -232,7 +233,7 @@ def test_the_same_bits_with_fewer_passes(family: str) -> None:
 
     arms = [(None, {}), *chosen]
     alone = [logits(*arm) for arm in arms]
-    with SharedEncoder(model) as shared:
+    with SharedEncoder(bind(model)) as shared:
         shared.remember(inputs["pixel_values_videos"])
         for arm, want in zip(arms, alone):
             assert torch.equal(logits(*arm), want), arm
@@ -267,7 +268,7 @@ def test_report_and_recommendation(whole: Any, home: Path, tmp_path: Path) -> No
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as drawn:
         assert drawn.size == (264, 264)
     found = recommend(run.folder, max_drop=0.99, draws=50)
-    method = tokprune.recommend.load_setting(found.setting)
+    method = tokprune.eval.recommend.load_setting(found.setting)
     assert method.name in tokprune.available_methods()
 
 

@@ -22,9 +22,9 @@ from mini_training.packing import HEAD  # noqa: E402
 from mini_training.turns import draw_turns, pack  # noqa: E402
 from mini_training.vision import pixels_of, tower_features  # noqa: E402
 
-from evals import load_benchmark  # noqa: E402
-from evals.mini.scene import make_scene, random_state  # noqa: E402
-from evals.mini.world import GRID  # noqa: E402
+from tokprune.eval.benchmarks import load_benchmark  # noqa: E402
+from tokprune.eval.benchmarks.mini.scene import make_scene, random_state  # noqa: E402
+from tokprune.eval.benchmarks.mini.world import GRID  # noqa: E402
 
 
 @pytest.fixture(scope="module")

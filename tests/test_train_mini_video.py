@@ -28,12 +28,12 @@ from mini_training.video_turns import draw_video_turns, pack_video  # noqa: E402
 from mini_training.video_vision import normalised, pooled_features  # noqa: E402
 
 import tokprune  # noqa: E402
-from evals import load_benchmark  # noqa: E402
-from evals.mini.scene import random_state  # noqa: E402
-from evals.mini.world import KINDS, SIDE  # noqa: E402
-from evals.mini_video.clip import DIRECTIONS, TASKS  # noqa: E402
-from evals.mini_video.make import make_clip  # noqa: E402
-from evals.mini_video.render import render  # noqa: E402
+from tokprune.eval.benchmarks import load_benchmark  # noqa: E402
+from tokprune.eval.benchmarks.mini.scene import random_state  # noqa: E402
+from tokprune.eval.benchmarks.mini.world import KINDS, SIDE  # noqa: E402
+from tokprune.eval.benchmarks.mini_video.clip import DIRECTIONS, TASKS  # noqa: E402
+from tokprune.eval.benchmarks.mini_video.make import make_clip  # noqa: E402
+from tokprune.eval.benchmarks.mini_video.render import render  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tiny import (
 from torch import Tensor
 
 import tokprune
-from tokprune.families import family_of
+from tokprune.families import bind, family_of
 from tokprune.methods.clip_relevance import TowerRelevance
 
 STEPS = 5
@@ -657,7 +657,7 @@ def test_trace_names_frames(models: Any, family: str) -> None:
 def test_flops_of_videos(pooling: str) -> None:
     """Measured without any drop they are those of the unpruned model; the projector of
     LLaVA-NeXT-Video sees pooled frames only, and a convolution counts."""
-    from tokprune.flops import ModelShape, prefill_macs, unpruned_macs
+    from tokprune.trace.flops import prefill_macs, unpruned_macs
 
     model = llava_next_video(pooling=pooling)
     with tokprune.compress(model, "random", keep=1.0) as trace, torch.no_grad():
@@ -665,7 +665,7 @@ def test_flops_of_videos(pooling: str) -> None:
     last = trace.last
     assert last is not None
     assert prefill_macs(last).to_dict() == unpruned_macs(last).to_dict()
-    shape = ModelShape.of(model)
+    shape = bind(model).shape
     tiles = next(i.record.layout.tiles for i in last.images if not i.record.layout.video)  # type: ignore[union-attr]
     cell = shape.projector + (32 * 32 * 4 if pooling == "conv" else 0)
     assert prefill_macs(last).projector == tiles * 36 * shape.projector + 2 * 4 * 9 * cell
@@ -722,7 +722,7 @@ def test_loading(family: str, tmp_path: Any) -> None:
 def test_prompts_with_videos() -> None:
     from types import SimpleNamespace
 
-    from tokprune.prompts import prompt_text
+    from tokprune.inputs.prompts import prompt_text
 
     plain = SimpleNamespace(chat_template=None)
     assert prompt_text(plain, "Why?", 1, 2) == "USER: <image><video><video>\nWhy? ASSISTANT:"

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import tokprune
-from tokprune.prompts import encode, prompt_text
-from tokprune.video_processor import FramesProcessor
+from tokprune.inputs.frames_processor import FramesProcessor
+from tokprune.inputs.prompts import encode, prompt_text
 
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 without = pytest.mark.skipif(HAS_TORCHVISION, reason="torchvision is installed")

@@ -15,9 +15,8 @@ import torch
 from tiny import IMAGE_SIZE, IMAGE_TOKEN, PATCHES
 from torch import Tensor, nn
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families import base
-from tokprune.families.base import ImageLayout, Parts
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.families import registry
 from tokprune.families.llava import Llava
 
 
@@ -47,12 +46,12 @@ class ToyVideo(Llava):
 @contextmanager
 def video_family(frames: int) -> Iterator[None]:
     """LLaVA-1.5 models are video models inside."""
-    before = base._FAMILIES["LlavaForConditionalGeneration"]
-    base.register_family(ToyVideo(frames))
+    before = registry._FAMILIES["LlavaForConditionalGeneration"]
+    registry.register_family(ToyVideo(frames))
     try:
         yield
     finally:
-        base.register_family(before)
+        registry.register_family(before)
 
 
 def video_inputs(prompts: list[tuple[int, int]], frames: int, seed: int = 1) -> dict[str, Tensor]:

@@ -6,9 +6,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tokprune.overlay import overlay
-
 if TYPE_CHECKING:
+    from tokprune.api import compose, compress, is_patched, patch, trace_of, unpatch
     from tokprune.engine.session import visual_positions
     from tokprune.errors import (
         AlreadyPatchedError,
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from tokprune.families import supported_models
-    from tokprune.frames import FrameFeatures, reduce_frames
+    from tokprune.integrations.clip_retrieval import FrameFeatures, reduce_frames
     from tokprune.loading import load
     from tokprune.methods import *  # noqa: F403
-    from tokprune.patching import compose, compress, is_patched, patch, trace_of, unpatch
     from tokprune.trace import Trace
+    from tokprune.trace.overlay import overlay
 
 __version__ = "0.1.0"
 
@@ -30,20 +29,21 @@ __version__ = "0.1.0"
 _HOME = {
     "AlreadyPatchedError": "tokprune.errors",
     "CompositionError": "tokprune.errors",
-    "FrameFeatures": "tokprune.frames",
+    "FrameFeatures": "tokprune.integrations.clip_retrieval",
     "NonFiniteFeaturesError": "tokprune.errors",
     "PromptMismatchError": "tokprune.errors",
     "Trace": "tokprune.trace",
     "UnsupportedModelError": "tokprune.errors",
-    "compose": "tokprune.patching",
-    "compress": "tokprune.patching",
-    "is_patched": "tokprune.patching",
+    "compose": "tokprune.api",
+    "compress": "tokprune.api",
+    "is_patched": "tokprune.api",
     "load": "tokprune.loading",
-    "patch": "tokprune.patching",
-    "reduce_frames": "tokprune.frames",
+    "overlay": "tokprune.trace.overlay",
+    "patch": "tokprune.api",
+    "reduce_frames": "tokprune.integrations.clip_retrieval",
     "supported_models": "tokprune.families",
-    "trace_of": "tokprune.patching",
-    "unpatch": "tokprune.patching",
+    "trace_of": "tokprune.api",
+    "unpatch": "tokprune.api",
     "visual_positions": "tokprune.engine.session",
 }
 _PACKAGES = ("engine", "families", "methods", "operators")
@@ -52,7 +52,7 @@ _PACKAGES = ("engine", "families", "methods", "operators")
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         methods = importlib.import_module("tokprune.methods").__all__
-        value: Any = sorted({"overlay", *_HOME, *methods})
+        value: Any = sorted({*_HOME, *methods})
     elif name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
     elif name in _PACKAGES:

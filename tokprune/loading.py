@@ -13,14 +13,15 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from tokprune.api import patch
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
-from tokprune.families import family_of, supported_models
-from tokprune.families.llava_original import LlavaOriginal
+from tokprune.families import bind, supported_models
+from tokprune.families.registry import why_refused
 from tokprune.methods.base import Method, available_methods, make_method, option_names
+from tokprune.methods.setting import load_setting
 from tokprune.models import resolve
-from tokprune.patching import patch
-from tokprune.recommend import load_setting
+from tokprune.plugins import plugins
 
 #: options of the hub, for config, model and processor alike
 _HUB = frozenset({
@@ -60,7 +61,7 @@ def load(
         processor: return ``(model, processor)``; with ``package="llava"``, which has no processor,
             the second is the named tuple ``(tokenizer, image_processor)``. Models that take videos
             get transformers' processor where torchvision is installed, else one for videos alone
-            (:class:`tokprune.video_processor.FramesProcessor`).
+            (:class:`tokprune.inputs.frames_processor.FramesProcessor`).
         trust_remote_code: passed on to transformers.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
             ``attn_implementation``, …) to ``from_pretrained``. With ``package="llava"``: to
@@ -83,13 +84,10 @@ def load(
         if method is not None:
             raise ValueError("give method or setting, not both: a setting names its method")
         method = load_setting(setting if isinstance(setting, Mapping) else Path(setting))
-    if package not in ("transformers", "llava"):
-        raise ValueError(f"package={package!r} should be 'transformers' or 'llava'")
-    if package == "llava":
-        from tokprune.loading_llava import load_llava, loader_options
-
-        made, options = _split(method, options, loader_options())
-        return load_llava(path, made, options, processor)
+    if package != "transformers":
+        loader = _loader(package)
+        made, options = _split(method, options, loader.options())
+        return loader.load(path, made, options, processor)
     path = resolve(path)
     own = _HUB | _LOADER | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
     made, options = _split(method, options, own)
@@ -108,9 +106,19 @@ def load(
         patch(model, made)
     if not processor:
         return loaded
-    from tokprune.video_processor import load_processor  # not for the transformers of llava
+    from tokprune.inputs.frames_processor import load_processor  # not for the transformers of llava
 
     return loaded, load_processor(path, model, hub)
+
+
+def _loader(package: str) -> Any:
+    """What loads models of another package: ``options()``, the names of the options that its
+    loader takes, and ``load(path, method, options, processor)``."""
+    loaders = {name: found for name, found, _ in plugins("loaders")}
+    if package not in loaders:
+        known = " or ".join(map(repr, ["transformers", *loaders]))
+        raise ValueError(f"package={package!r} should be {known}")
+    return loaders[package]
 
 
 def _split(
@@ -159,10 +167,10 @@ def model_class(config: Any) -> Any:
         if kind is not None and kind == config.model_type and not config.architectures:
             return cls
     found = ", ".join(getattr(config, "architectures", None) or []) or config.model_type
-    hint = "; it belongs to the original llava package: package='llava'"
+    reason = why_refused(found)
     raise UnsupportedModelError(
         f"checkpoint of class {found} is not supported; known model classes: {', '.join(names)}"
-        + (hint if found in LlavaOriginal.model_classes else "")
+        + ("" if reason is None else f"; {reason}")
     )
 
 
@@ -170,5 +178,4 @@ def check_plan(cls: Any, config: Any, method: Method) -> None:
     """Whether the method fits the model, tried on a copy without weights."""
     with torch.device("meta"):
         skeleton = cls(config)
-    family = family_of(skeleton)
-    method.plan(family.facts(skeleton, family.parts(skeleton)))
+    method.plan(bind(skeleton).facts)

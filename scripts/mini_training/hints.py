@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.mini.scene import Scene, Thing
-from evals.mini.world import CHARACTERS, COLORS, KINDS, PLATES, SIZES
 from mini_training.labels import FIELDS
+from tokprune.eval.benchmarks.mini.scene import Scene, Thing
+from tokprune.eval.benchmarks.mini.world import CHARACTERS, COLORS, KINDS, PLATES, SIZES
 
 #: decoder layers below the heads
 AFTER = 3

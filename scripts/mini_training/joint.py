@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evals.mini.scene import make_scene, random_state
 from mini_training.hints import HintHeads
 from mini_training.labels import patch_labels, patch_texture
 from mini_training.language import answer_loss, symbolic_batch
@@ -25,6 +24,7 @@ from mini_training.optimizer import Optimizer
 from mini_training.symbols import Symbols
 from mini_training.turns import PATCHES, draw_squeeze, draw_turns, pack
 from mini_training.vision import Heads, choose_patches, losses, pixels_of, tower_features
+from tokprune.eval.benchmarks.mini.scene import make_scene, random_state
 
 #: other scenes than in the phases before; the benchmark's splits use further seeds
 TRAIN_SEED, CHECK_SEED = 3, 2

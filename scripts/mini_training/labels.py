@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from evals.mini.scene import Scene
-from evals.mini.world import CELL, CHARACTERS, COLORS, GRID, KINDS, PATCH, PLATES, SIZES
+from tokprune.eval.benchmarks.mini.scene import Scene
+from tokprune.eval.benchmarks.mini.world import (
+    CELL,
+    CHARACTERS,
+    COLORS,
+    GRID,
+    KINDS,
+    PATCH,
+    PLATES,
+    SIZES,
+)
 
 #: fields of a patch and the number of their values; 0 stands for "none"
 FIELDS = {

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.mini.scene import Scene, make_scene, random_state
 from mini_training.hints import AFTER, HintHeads
 from mini_training.labels import FIELDS, TEXTURE, patch_labels
 from mini_training.loop import Phase, per_task
@@ -25,6 +24,7 @@ from mini_training.optimizer import Optimizer
 from mini_training.packing import HEAD
 from mini_training.symbols import Symbols
 from mini_training.turns import Sequences, draw_squeeze, draw_turns, pack
+from tokprune.eval.benchmarks.mini.scene import Scene, make_scene, random_state
 
 #: seeds of the scene streams; the benchmark's splits use others (see evals/mini)
 TRAIN_SEED, CHECK_SEED = 1, 2

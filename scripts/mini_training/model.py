@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evals.mini.world import CHARACTERS, PATCH, SIDE, WORDS
+from tokprune.eval.benchmarks.mini.world import CHARACTERS, PATCH, SIDE, WORDS
 
 PAD, BOS, EOS, UNK, IMAGE = range(5)
 ROPE_BASE = 1e6

@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from evals.mini.world import CHARACTERS, COLORS, GRID, KINDS, PLATES
 from mini_training.labels import DISTRACTOR, FIELDS, PLATE, TEXTURE
 from mini_training.model import TOKEN
+from tokprune.eval.benchmarks.mini.world import CHARACTERS, COLORS, GRID, KINDS, PLATES
 
 
 class Symbols(nn.Module):

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.mini.questions import TASKS, ask
-from evals.mini.scene import Scene
-from evals.mini.world import GRID
 from mini_training.hints import HINTS, hints_of
 from mini_training.model import EOS, encode
 from mini_training.packing import TAIL, Packed, pack_turns
+from tokprune.eval.benchmarks.mini.questions import TASKS, ask
+from tokprune.eval.benchmarks.mini.scene import Scene
+from tokprune.eval.benchmarks.mini.world import GRID
 
 #: how often each type is drawn; from level HARD of a curriculum on, the slow learners more often
 WEIGHT = {"presence": 1.0, "attribute": 0.8, "color": 0.8, "shape": 1.0, "count": 1.6, "tally": 1.4,

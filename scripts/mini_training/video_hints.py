@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.mini_video.clip import DIRECTIONS, FRAMES, Actor, Clip
 from mini_training.video_labels import TOKENS, FrameLabels
+from tokprune.eval.benchmarks.mini_video.clip import DIRECTIONS, FRAMES, Actor, Clip
 
 #: field → (values, decoder layers below its head); of visual tokens
 #: since: 0 where it was in frame 0, 1…4 elsewhere by direction, 5 not there then; motion: 0 none so

@@ -15,10 +15,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from evals.mini.scene import random_state
-from evals.mini_video.clip import TASKS, Clip
-from evals.mini_video.make import make_clip
-from evals.mini_video.render import render
 from mini_training.loop import Phase, per_task
 from mini_training.optimizer import Optimizer
 from mini_training.video_hints import token_hints
@@ -32,6 +28,10 @@ from mini_training.video_vision import (
     normalised,
     pooled_features,
 )
+from tokprune.eval.benchmarks.mini.scene import random_state
+from tokprune.eval.benchmarks.mini_video.clip import TASKS, Clip
+from tokprune.eval.benchmarks.mini_video.make import make_clip
+from tokprune.eval.benchmarks.mini_video.render import render
 
 #: other clips than in the phases before; the benchmark's splits use further seeds
 TRAIN_SEED, CHECK_SEED = 3, 2

@@ -11,9 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.mini.world import CELL, CHARACTERS, COLORS, GRID, KINDS, PATCH, PLATES, SIDE, SIZES
-from evals.mini_video.clip import Clip
 from mini_training.labels import DISTRACTOR, FIELDS, PLATE
+from tokprune.eval.benchmarks.mini.world import (
+    CELL,
+    CHARACTERS,
+    COLORS,
+    GRID,
+    KINDS,
+    PATCH,
+    PLATES,
+    SIDE,
+    SIZES,
+)
+from tokprune.eval.benchmarks.mini_video.clip import Clip
 
 #: patches per side of a block, blocks per side of a frame, pixels per side of a block
 POOL = 2

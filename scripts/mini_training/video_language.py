@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.mini.scene import random_state
-from evals.mini_video.clip import TASKS, Clip
-from evals.mini_video.make import make_clip
 from mini_training.labels import TEXTURE
 from mini_training.language import language_phase
 from mini_training.loop import per_task
@@ -32,6 +29,9 @@ from mini_training.video_turns import (
     pack_video,
     turn,
 )
+from tokprune.eval.benchmarks.mini.scene import random_state
+from tokprune.eval.benchmarks.mini_video.clip import TASKS, Clip
+from tokprune.eval.benchmarks.mini_video.make import make_clip
 
 TRAIN_SEED, CHECK_SEED = 1, 2
 #: a batch of which this share of turns is right, over its types, makes the next ones harder

@@ -14,8 +14,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from evals.mini.world import PATCH, SIDE
-from evals.mini_video.clip import FRAMES, WORDS
 from mini_training import model as mini_model
 from mini_training.model import (
     IMAGE,
@@ -27,6 +25,8 @@ from mini_training.model import (
     for_all_versions,
 )
 from mini_training.video_labels import POOL, TOKENS
+from tokprune.eval.benchmarks.mini.world import PATCH, SIDE
+from tokprune.eval.benchmarks.mini_video.clip import FRAMES, WORDS
 
 #: mini's vocabulary first, so that its embeddings keep their numbers
 VIDEO_VOCABULARY = tuple(dict.fromkeys([*VOCABULARY, "<video>", *WORDS]))

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from evals.mini.scene import random_state
-from evals.mini.world import GRID
-from evals.mini_video.clip import FRAMES, Actor, Clip, Sign
-from evals.mini_video.layout import SHAPES_IN_LANES, distractors, lanes, texts
-from evals.mini_video.make import SPEED, make_clip
+from tokprune.eval.benchmarks.mini.scene import random_state
+from tokprune.eval.benchmarks.mini.world import GRID
+from tokprune.eval.benchmarks.mini_video.clip import FRAMES, Actor, Clip, Sign
+from tokprune.eval.benchmarks.mini_video.layout import SHAPES_IN_LANES, distractors, lanes, texts
+from tokprune.eval.benchmarks.mini_video.make import SPEED, make_clip
 
 #: shares of the three layouts
 SHARES = {"motion": 0.3, "appeared": 0.4, "flashed": 0.3}

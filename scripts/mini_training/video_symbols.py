@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from evals.mini.world import GRID, PATCH, SIDE
 from mini_training.symbols import Symbols
 from mini_training.video_labels import NAMED
+from tokprune.eval.benchmarks.mini.world import GRID, PATCH, SIDE
 
 #: waves per side of the finer code of places, beside that of mini
 FINE = 8

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.mini.world import KINDS
-from evals.mini_video.clip import DIRECTIONS, FRAMES, Clip
-from evals.mini_video.make import MOST
 from mini_training.model import EOS
 from mini_training.packing import TAIL, Packed, pack_turns
 from mini_training.video_hints import TOKEN_HINTS, WORD_HINTS, phase_of, way_of
 from mini_training.video_labels import TOKENS
 from mini_training.video_model import encode
+from tokprune.eval.benchmarks.mini.world import KINDS
+from tokprune.eval.benchmarks.mini_video.clip import DIRECTIONS, FRAMES, Clip
+from tokprune.eval.benchmarks.mini_video.make import MOST
 
 #: at most this many questions of each of these types
 DIRECTION_TURNS, FIRST_TURNS = 4, 4

@@ -16,10 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.mini.scene import random_state
-from evals.mini_video.clip import TASKS
-from evals.mini_video.make import make_clip
-from evals.mini_video.render import render
 from mini_training.labels import FIELDS
 from mini_training.loop import Phase
 from mini_training.optimizer import Optimizer
@@ -35,6 +31,10 @@ from mini_training.video_labels import (
 )
 from mini_training.video_symbols import VideoSymbols
 from mini_training.vision import run_vision, tower_features
+from tokprune.eval.benchmarks.mini.scene import random_state
+from tokprune.eval.benchmarks.mini_video.clip import TASKS
+from tokprune.eval.benchmarks.mini_video.make import make_clip
+from tokprune.eval.benchmarks.mini_video.render import render
 
 #: frames that are rendered of a clip
 FRAMES = 2

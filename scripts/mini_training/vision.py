@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evals.mini.render import render
-from evals.mini.scene import Scene, make_scene
-from evals.mini.world import COLORS, KINDS, PLATES, SHAPES
 from mini_training.labels import FIELDS, patch_labels, patch_texture
 from mini_training.loop import Phase
 from mini_training.optimizer import Optimizer
 from mini_training.symbols import Symbols
+from tokprune.eval.benchmarks.mini.render import render
+from tokprune.eval.benchmarks.mini.scene import Scene, make_scene
+from tokprune.eval.benchmarks.mini.world import COLORS, KINDS, PLATES, SHAPES
 
 TRAIN_SEED, CHECK_SEED = 1, 2
 NAMED = ("kind", "color", "size", "role", "char", "plate", "place")

@@ -19,7 +19,7 @@ import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
 from golden_checks.models import Watched, fill, run
 from golden_checks.towers import clip_tower, run_tower, tower_facts
-from tokprune.engine.stages import EncoderStage
+from tokprune.engine.contracts import EncoderStage
 from tokprune.methods.flowcut import FlowCut
 from tokprune.operators.anyres import flowcut_pack, raster_position, unpad_bounds
 from tokprune.operators.attention import attention_rows, repeat_heads

@@ -20,7 +20,7 @@ from transformers import (
 
 import tokprune
 from golden_checks.case import Case
-from tokprune.engine.stages import DecoderRun, ImageTokens, ModelFacts, Plan, Selection
+from tokprune.engine.contracts import DecoderRun, ImageTokens, ModelFacts, Plan, Selection
 from tokprune.methods.base import Method
 
 CLASSES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}

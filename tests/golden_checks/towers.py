@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from golden_checks.models import fill
+from tokprune.engine.contracts import EncoderStage, ModelFacts, TowerInput
 from tokprune.engine.encoder import EncoderHooks, TowerPass
-from tokprune.engine.stages import EncoderStage, ModelFacts, TowerInput
 from tokprune.families.base import encoder_layers_of
 
 

@@ -21,8 +21,8 @@ from original import (
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 import tokprune
-from tokprune.engine.shared import SharedEncoder
-from tokprune.families import family_of
+from tokprune.engine.shared_encoder import SharedEncoder
+from tokprune.families import bind, family_of
 
 
 @pytest.fixture(params=["square", "anyres"])
@@ -300,7 +300,7 @@ def test_models_that_cannot_be_patched_say_why(form: Any) -> None:
     for model in (sliced, dynamic, unloaded):
         assert not tokprune.is_patched(model)
     with pytest.raises(tokprune.UnsupportedModelError, match="original llava package encode"):
-        SharedEncoder(form.model)
+        SharedEncoder(bind(form.model))
 
 
 def test_classes_that_are_refused_say_why() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import LlavaConfig
 
 import tokprune
-from tokprune.loading_llava import LlavaProcessor
+from tokprune.integrations.llava_v1.loading import LlavaProcessor
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from original import PLACEHOLDER
 
 import tokprune
 from tokprune.families import family_of
-from tokprune.families.llava_original.packing import pack
+from tokprune.integrations.llava_v1.packing import pack
 
 I = PLACEHOLDER  # noqa: E741
 SIDE = 24

@@ -18,7 +18,7 @@ from PIL import Image
 
 import patches.llava
 import tokprune
-from patches.llava.__main__ import NOTHING_COMPRESSED, app
+from tokprune.cli.llava_v1 import NOTHING_COMPRESSED, app
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -196,6 +196,9 @@ def test_from_python(folder: Path) -> None:
         )
     assert tokprune.is_patched(model)
     assert tokprune.trace_of(model) is traces[0]
-    with pytest.raises(ValueError, match="Did you mean"), patches.llava.installed("gird", keep=9):
+    with (
+        pytest.raises(ValueError, match="Did you mean"),
+        patches.llava.installed("gird", keep=9),
+    ):
         pass
     assert torch.equal(torch.tensor(traces[0].prefills), torch.tensor(0))

@@ -9,7 +9,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from tokprune.prompts import encode
+from tokprune.inputs.prompts import encode
 
 #: how the tests name it
 START = "base=test_batched,pretrained=mini"

@@ -34,7 +34,7 @@ def tasks() -> Any:
     """The tasks of this package."""
     from lmms_eval.tasks import TaskManager
 
-    from evals.lmms import TASKS
+    from tokprune.integrations.lmms_eval.tasks import TASKS
 
     return TaskManager("INFO", include_path=str(TASKS), include_defaults=False,
                        model_name="tokprune")  # fmt: skip
@@ -43,7 +43,7 @@ def tasks() -> Any:
 @pytest.fixture
 def load() -> Iterator[Callable[..., Any]]:
     """A wrapped model by the arguments that come after base and checkpoint."""
-    from tokprune.lmms.model import Tokprune, TokpruneChat
+    from tokprune.integrations.lmms_eval.model import Tokprune, TokpruneChat
 
     made: list[Any] = []
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evals.mini import MiniBenchmark
-from tokprune.sweep import Settings
+from tokprune.eval.benchmarks.mini import MiniBenchmark
+from tokprune.eval.sweep import Settings
 
 #: types of question, and how many of each
 KINDS, EACH = ("color", "count", "plate"), 3

@@ -7,9 +7,9 @@ from typing import Any
 
 from lmms_eval.api.instance import Instance
 
-from evals.base import Item
-from evals.lmms import mini
-from evals.mini import MiniBenchmark
+from tokprune.eval.benchmarks.base import Item
+from tokprune.eval.benchmarks.mini import MiniBenchmark
+from tokprune.integrations.lmms_eval.tasks import mini
 
 BENCHMARK = MiniBenchmark()
 

@@ -17,10 +17,10 @@ from pictures import landscape
 from requests_of import BENCHMARK, items, requests, told
 
 import tokprune
-from evals.lmms import mini
-from tokprune.lmms.counts import Sample, mean
-from tokprune.prompts import encode
-from tokprune.sweep.pictures import blank, downsample
+from tokprune.eval.sweep.reduced_input import blank, downsample
+from tokprune.inputs.prompts import encode
+from tokprune.integrations.lmms_eval.counts import Sample, mean
+from tokprune.integrations.lmms_eval.tasks import mini
 
 TODRE = "method=todre,keep=64"
 Load = Callable[..., Any]

@@ -19,9 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tokprune
 from tokprune import UnsupportedModelError
-from tokprune.lmms.arguments import Arguments, read_arguments
-from tokprune.lmms.find import find_model
-from tokprune.lmms.model import Tokprune, TokpruneChat
+from tokprune.integrations.lmms_eval.arguments import Arguments, read_arguments
+from tokprune.integrations.lmms_eval.find import find_model
+from tokprune.integrations.lmms_eval.model import Tokprune, TokpruneChat
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,7 +185,7 @@ def test_wrapped_class_without_a_model_is_refused() -> None:
         def __init__(self) -> None:
             super(bases.Batched, self).__init__()
 
-    from tokprune.lmms.model import make
+    from tokprune.integrations.lmms_eval.model import make
 
     with pytest.raises(UnsupportedModelError, match=r"base=remote: .*it holds no PyTorch model"):
         make(Arguments("remote", Remote))

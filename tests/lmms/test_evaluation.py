@@ -16,8 +16,8 @@ import pytest
 import torch
 from lmms_eval.tasks import TaskManager
 
-from evals.lmms import TASKS
-from tokprune.sweep import Settings, read_run, run_sweep
+from tokprune.eval.sweep import Settings, read_run, run_sweep
+from tokprune.integrations.lmms_eval.tasks import TASKS
 
 TODRE = "method=todre,keep=64"
 Evaluate = Callable[..., Any]
@@ -45,7 +45,10 @@ def test_samples_and_results_tell_what_it_cost(evaluate: Evaluate) -> None:
     )
     assert throughput["total_gen_tokens"] == sum(n["new_tokens"] for n in every)
     assert throughput["avg_tokprune_failed"] == 0
-    assert results["config"]["model_backend"] == "tokprune.lmms.model.TokpruneLlavaHf (chat)"
+    assert (
+        results["config"]["model_backend"]
+        == "tokprune.integrations.lmms_eval.model.TokpruneLlavaHf (chat)"
+    )
     assert results["config"]["model_args"].endswith(TODRE)
 
 

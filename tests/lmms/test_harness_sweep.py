@@ -13,16 +13,16 @@ from typing import Any
 import harness_case as case
 import pytest
 
-from evals.lmms import scores
-from tokprune.report import build_report
-from tokprune.report.groups import read_groups
-from tokprune.sweep import read_run, run_sweep
-from tokprune.sweep.lmms import arguments, tasks
+from tokprune.eval.report import build_report
+from tokprune.eval.report.groups import read_groups
+from tokprune.eval.sweep import read_run, run_sweep
+from tokprune.integrations.lmms_eval.driver import arguments, tasks
+from tokprune.integrations.lmms_eval.tasks import scores
 
 VICTIM = """
 import pathlib, sys
 import harness_case as case
-from tokprune.sweep import run_sweep
+from tokprune.eval.sweep import run_sweep
 run_sweep(case.settings(pathlib.Path(sys.argv[1])))
 """
 

@@ -11,7 +11,7 @@ import yaml
 from lmms_eval.tasks import get_task_dict
 from requests_of import BENCHMARK
 
-from evals.lmms import TASKS, mini
+from tokprune.integrations.lmms_eval.tasks import TASKS, mini
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicLayer
 
+from tokprune.api import compress
 from tokprune.bench.measure import new_cache, on_device
 from tokprune.engine.cache import cache_argument
 from tokprune.families import family_of
 from tokprune.methods.base import Method
-from tokprune.patching import compress
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.api import compress, is_patched
 from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, turns
-from tokprune.bench.watch import Stopwatch, Watched
+from tokprune.bench.instrumented import Stopwatch, Watched
 from tokprune.engine.cache import cache_argument
-from tokprune.engine.shared import ENCODERS
+from tokprune.engine.shared_encoder import ENCODERS
 from tokprune.families import family_of
+from tokprune.inputs.prompts import PIXELS
 from tokprune.methods.base import Method
-from tokprune.patching import compress, is_patched
-from tokprune.prompts import PIXELS
 
 #: seconds by part, see above
 PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokprune.api import compress, is_patched
 from tokprune.bench.break_even import Load, break_even
 from tokprune.bench.clock import Spread
 from tokprune.bench.environment import environment
@@ -17,11 +18,10 @@ from tokprune.bench.measure import PARTS, Arm, measure
 from tokprune.bench.memory import peak_memory
 from tokprune.bench.prompts import Picture, encode, prompt
 from tokprune.families import family_of
-from tokprune.flops import prefill_macs, unpruned_macs
 from tokprune.methods import Method, make_method
 from tokprune.methods.depth import layer_options
-from tokprune.patching import compress, is_patched
-from tokprune.summary import visual_per_layer
+from tokprune.trace.flops import prefill_macs, unpruned_macs
+from tokprune.trace.summary import visual_per_layer
 
 SCHEMA = 1
 #: the unpruned model, and once more as a control

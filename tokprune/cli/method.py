@@ -45,7 +45,7 @@ def named_method(name: str | None, options: dict[str, Any], setting: Path | None
         return None
     # imported late: torch takes seconds
     from tokprune.methods import make_method
-    from tokprune.recommend import load_setting
+    from tokprune.methods.setting import load_setting
 
     try:
         return load_setting(setting) if setting is not None else make_method(str(name), **options)

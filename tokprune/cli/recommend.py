@@ -55,8 +55,8 @@ def recommend(
         )
     if out is not None and not out.absolute().parent.is_dir():
         raise BadInput(f"--out {out}: no such folder")
-    from tokprune.recommend import recommend as choose
-    from tokprune.recommend import save_setting
+    from tokprune.eval.recommend import recommend as choose
+    from tokprune.methods.setting import save_setting
 
     try:
         found = choose(
@@ -83,7 +83,7 @@ def recommend(
 
 
 def _print(found: Any) -> None:
-    from tokprune.report.wording import between, milliseconds, number, percent, signed
+    from tokprune.eval.report.formatting import between, milliseconds, number, percent, signed
 
     r, evidence = found.result, found.setting["evidence"]
     print(found.setting["repr"])

@@ -44,21 +44,26 @@ def report(
             "--groups-from to judge one model on the questions of another"
         )
     try:
-        from tokprune.report import build_report
+        from tokprune.eval.report import build_report
     except ImportError as error:
         raise BadInput(str(error)) from None
     if as_model is not None:
-        from evals.published import MODELS, model_key
+        from tokprune.eval.published import MODELS, model_key
 
         if published is None:
             raise BadInput("--as is for --published")
         as_model = model_key(as_model)
         if as_model not in MODELS:
             raise BadInput(f"--as {as_model} is not in the ledger; it has {', '.join(MODELS)}")
-    papers = [] if published is None else [part.strip() for part in published.split(",")]
-    made = build_report(
-        run[0], out, groups_from=groups_from, at=at, published=papers, published_model=as_model
-    )
+    further: list[Any] = []
+    if published is not None:
+        from functools import partial
+
+        from tokprune.eval.published.section import published_section
+
+        papers = [part.strip() for part in published.split(",")]
+        further = [partial(published_section, papers=papers, model=as_model)]
+    made = build_report(run[0], out, groups_from=groups_from, at=at, further=further)
     _print(made)
     if show:
         import webbrowser
@@ -72,9 +77,9 @@ def _print(made: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tokprune.report.findings import findings, warnings
-    from tokprune.report.tables import tokens
-    from tokprune.report.wording import percent, probability, signed, with_interval
+    from tokprune.eval.report.formatting import percent, probability, signed, with_interval
+    from tokprune.eval.report.highlights import findings, warnings
+    from tokprune.eval.report.tables import tokens
 
     analysis = made.analysis
     table = Table(box=box.SIMPLE_HEAD, title=f"at {analysis.at:g} tokens", title_justify="left")

@@ -80,8 +80,8 @@ def reproduce(
 ) -> None:
     """Compare published figures with ours: published, ours, gap and tolerance; rows that were not
     run say why. Without options: the papers of the ledger."""  # fmt: skip
-    from evals.published import model_key
-    from evals.published.ledger import FOLDER
+    from tokprune.eval.published import model_key
+    from tokprune.eval.published.ledger import FOLDER
 
     folder = FOLDER if ledger is None else ledger
     if not folder.is_dir():
@@ -93,7 +93,7 @@ def reproduce(
         raise BadInput(f"--execute needs --{'model' if model is None else 'out'}")
     if not execute and (benchmark is not None or config is not None):
         raise BadInput(f"--{'config' if benchmark is None else 'benchmark'} is for --execute")
-    from tokprune.reproduce import compare, read_figures, select, show
+    from tokprune.eval.published.reproduce import compare, read_figures, select, show
 
     named = as_model if as_model is not None else model
     if named is None and run:  # the rows of the run's own model
@@ -137,8 +137,8 @@ def _execute(
     config: Path | None, given: dict[str, Any],
 ) -> Any:  # fmt: skip
     from tokprune.cli.sweep import _run
-    from tokprune.reproduce import execute
-    from tokprune.sweep.settings import read_table
+    from tokprune.eval.published.reproduce import execute
+    from tokprune.eval.sweep.settings import read_table
 
     table = {} if config is None else read_table(config)
     table |= {name: value for name, value in given.items() if value is not None}
@@ -149,7 +149,7 @@ def _list_papers(folder: Path, form: Format) -> None:
     """What the ledger holds."""
     import json
 
-    from evals.published import load_paper, papers
+    from tokprune.eval.published import load_paper, papers
 
     entries: list[dict[str, Any]] = []
     for key in papers(folder):
@@ -176,7 +176,7 @@ def _list_papers(folder: Path, form: Format) -> None:
 
 def _print(compared: Sequence[Any]) -> None:
     """The table without columns that hold nothing or the same in every row, and what they hold."""
-    from tokprune.reproduce import show
+    from tokprune.eval.published.reproduce import show
 
     cells = show.table(compared)
     numbers: dict[str, int] = {}

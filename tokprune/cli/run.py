@@ -13,7 +13,7 @@ from tokprune.cli.app import BadInput, app
 from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
 from tokprune.cli.values import Device, Dtype
 from tokprune.cli.visuals import open_picture, open_video
-from tokprune.prompts import prompt_text
+from tokprune.inputs.prompts import prompt_text
 
 
 @app.command()
@@ -57,11 +57,11 @@ def run(
     if len({len(clip) for clip in clips}) > 1:
         raise BadInput("--video: all videos of a prompt should have equally many frames")
     made = named_method(method, options, setting)
-    from tokprune.patching import patch, unpatch
-    from tokprune.sweep.known import Known
+    from tokprune.api import patch, unpatch
+    from tokprune.families import bind
 
     loaded, processor = _load(model, made, device, dtype)
-    if clips and not Known.of(loaded).facts.videos:
+    if clips and not bind(loaded).facts.videos:
         raise BadInput(f"--video: model {model} takes pictures only")
     result: dict[str, Any] = {"method": None if made is None else repr(made)}
     inputs = _inputs(processor, prompt, pictures, clips).to(loaded.device)
@@ -71,7 +71,7 @@ def run(
     trace = None if made is None else patch(loaded, made)
     result["answer"] = _answer(loaded, processor, inputs, max_new_tokens)
     if overlay is not None and trace is not None:
-        from tokprune.overlay import overlay as draw
+        from tokprune.trace.overlay import overlay as draw
 
         draw(trace, [*pictures, *clips], overlay, processor=processor)
         result["overlay"] = str(overlay)

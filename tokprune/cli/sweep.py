@@ -153,7 +153,7 @@ def sweep(
         "processes": processes, "launch": launch, "launcher": launcher,
         "include_path": include_path or None, "model_args": model_args or None,
     }  # fmt: skip
-    from tokprune.sweep.settings import make_settings, read_table, with_options
+    from tokprune.eval.sweep.settings import make_settings, read_table, with_options
 
     table = {} if config is None else read_table(config)
     table |= {name: value for name, value in given.items() if value is not None}
@@ -166,7 +166,7 @@ def sweep(
     settings = make_settings(table, "options" if config is None else str(config))
     if parquet is not None and not parquet.absolute().parent.is_dir():
         raise BadInput(f"--parquet {parquet}: no such folder")
-    from tokprune.sweep.harness import CellsFailedError
+    from tokprune.eval.sweep.harness import CellsFailedError
 
     try:
         run = _run(settings)
@@ -187,8 +187,8 @@ def _run(settings: Any) -> Any:
 
     import transformers
 
-    from tokprune.sweep.progress import progress_for
-    from tokprune.sweep.runner import run_sweep
+    from tokprune.eval.sweep.progress import progress_for
+    from tokprune.eval.sweep.runner import run_sweep
 
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():

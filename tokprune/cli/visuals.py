@@ -27,7 +27,7 @@ def open_video(path: Path, frames: int) -> list[Any]:
     """
     from PIL import ImageSequence
 
-    from tokprune.sweep.pictures import evenly_spaced
+    from tokprune.eval.sweep.reduced_input import evenly_spaced
 
     if path.is_dir():
         names = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: _natural(p.name))

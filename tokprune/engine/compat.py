@@ -2,7 +2,7 @@
 
 Supported are transformers ≥ 4.57 with its own LLaVA classes, and 4.36/4.37 with the classes of the
 original ``llava`` package, which cannot run on anything newer. What the older release lacks is
-made up for in :mod:`tokprune.engine.old_cache` and :mod:`tokprune.engine.old_attention`.
+made up for in :mod:`tokprune.engine.legacy_cache` and in the integration of that package.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING or not OLD:
     from transformers import AttentionInterface, DynamicCache
     from transformers.cache_utils import DynamicLayer
 else:
-    from tokprune.engine.old_cache import GrowingLayer as DynamicLayer
-    from tokprune.engine.old_cache import LayeredCache as DynamicCache
+    from tokprune.engine.legacy_cache import GrowingLayer as DynamicLayer
+    from tokprune.engine.legacy_cache import LayeredCache as DynamicCache
 
     AttentionInterface = None
 

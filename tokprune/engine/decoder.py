@@ -11,9 +11,7 @@ from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer, compressed_layer
 from tokprune.engine.compat import DynamicCache
-from tokprune.engine.masks import decoder_mask
-from tokprune.engine.prompt import take
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     CachePolicy,
     DecoderRun,
@@ -23,6 +21,8 @@ from tokprune.engine.stages import (
     SequenceView,
     visible_rows,
 )
+from tokprune.engine.masks import decoder_mask
+from tokprune.engine.shorten import take
 from tokprune.operators.attention import attention_rows
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.masks import backend_of, check_backend, encoder_mask
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     EncoderOutcome,
     EncoderRun,
@@ -18,6 +17,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
+from tokprune.engine.masks import backend_of, check_backend, encoder_mask
 from tokprune.engine.tap import install_tap
 
 

@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tokprune.engine.cache import cache_in, check_cache
+from tokprune.engine.contracts import TowerInput
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import attach, attached
-from tokprune.engine.layout import PromptLayout, layout_from_mask, read_layout
-from tokprune.engine.shared import ENCODERS, Encoded, share_keys, shared_encoder
-from tokprune.engine.stages import TowerInput
+from tokprune.engine.prompt_layout import PromptLayout, layout_from_mask, read_layout
+from tokprune.engine.shared_encoder import ENCODERS, Encoded, share_keys, shared_encoder
 from tokprune.errors import PromptMismatchError, UnsupportedVideoError
 
 if TYPE_CHECKING:
     from tokprune.engine.images import ImageRecord
+    from tokprune.engine.model import ImageLayout
     from tokprune.engine.session import Session
-    from tokprune.families.base import ImageLayout
 
 _visual_positions: ContextVar[Tensor | None] = ContextVar("visual_positions", default=None)
 

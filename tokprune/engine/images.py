@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokprune.engine.contracts import ImageTokens, ModelFacts, Per
 from tokprune.engine.encoder import TowerPass
-from tokprune.engine.stages import ImageTokens, ModelFacts, Per
 from tokprune.errors import UnsupportedVideoError
 
 if TYPE_CHECKING:
-    from tokprune.families.base import Door, ImageLayout
+    from tokprune.engine.model import Door, ImageLayout
 
 _ATTRIBUTE = "_tokprune_image"
 

@@ -11,18 +11,18 @@ from torch.utils.hooks import RemovableHandle
 
 from tokprune.engine.cache import CompressedLayer, cache_argument, cache_in
 from tokprune.engine.compat import new_cache
+from tokprune.engine.contracts import ImageTokens, Plan, Selection
 from tokprune.engine.decoder import LayerCalls, PrefillPass, StepPass
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
+from tokprune.engine.family import BoundModel
 from tokprune.engine.images import ImageRecord, build_records
-from tokprune.engine.layout import PromptLayout
 from tokprune.engine.masks import backend_of, check_backend
-from tokprune.engine.prompt import native_view, shorten_prompt
-from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Selection
+from tokprune.engine.model import ImageLayout
+from tokprune.engine.prompt_layout import PromptLayout
+from tokprune.engine.recorder import PrefillRecord, Recorder
+from tokprune.engine.shorten import native_view, shorten_prompt
 from tokprune.errors import NonFiniteFeaturesError
-from tokprune.families import family_of
-from tokprune.families.base import ImageLayout
-from tokprune.trace import Trace
 
 __all__ = ["Session", "visual_positions"]
 
@@ -59,11 +59,12 @@ class _Forward(threading.local):
 class Session:
     """A method at work on a model, from :meth:`install` to :meth:`remove`."""
 
-    def __init__(self, model: nn.Module, plan: Plan, trace: Trace) -> None:
-        self.model, self.plan, self.trace = model, plan, trace
-        self.family = family_of(model)
-        self.parts = self.family.parts(model)
-        self.facts: ModelFacts = self.family.facts(model, self.parts)
+    def __init__(self, bound: BoundModel, plan: Plan, trace: Recorder) -> None:
+        self.bound, self.plan = bound, plan
+        #: whoever keeps the record; the api knows its class
+        self.trace: Any = trace
+        self.model, self.family = bound.model, bound.family
+        self.parts, self.facts = bound.parts, bound.facts
         self.handles: list[Any] = []
         self.now = _Forward()
         #: made by compress(), not by patch()
@@ -281,7 +282,13 @@ class Session:
         if now.finite is not None:
             _check_finite(now.finite)
         now.prefill.finish()
-        self.trace.record_prefill(self, now.prefill, now.layout, now.records, now.images)
+        assert now.layout is not None
+        entered, selections = now.images
+        self.trace.record_prefill(
+            PrefillRecord(
+                self.bound, self.plan, now.prefill, now.layout, now.records, entered, selections
+            )
+        )
 
 
 def _check_finite(finite: Tensor) -> None:

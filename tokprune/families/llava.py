@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families.base import Family, ImageLayout, Parts, llava_parts
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.families.base import LlavaShaped
 
 
-class Llava(Family):
+class Llava(LlavaShaped):
     """``LlavaForConditionalGeneration`` with a CLIP or SigLIP tower."""
 
     name = "llava-1.5"
     model_classes = ("LlavaForConditionalGeneration",)
-
-    def parts(self, model: nn.Module) -> Parts:
-        return llava_parts(model)
 
     def max_tiles(self, model: nn.Module) -> int:
         return 1

@@ -11,19 +11,16 @@ from transformers.models.llava_next.modeling_llava_next import (
     image_size_to_num_patches,
 )
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families.base import Family, ImageLayout, Parts, llava_parts
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.families.base import LlavaShaped
 
 
-class LlavaNext(Family):
+class LlavaNext(LlavaShaped):
     """``LlavaNextForConditionalGeneration`` with a CLIP or SigLIP tower."""
 
     name = "llava-next"
     model_classes = ("LlavaNextForConditionalGeneration",)
     tiled = True
-
-    def parts(self, model: nn.Module) -> Parts:
-        return llava_parts(model)
 
     def newline(self, parts: Parts) -> Tensor | None:
         return parts.multimodal.image_newline  # type: ignore[return-value]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families.base import ImageLayout, Parts, with_videos
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
 from tokprune.families.resampling import pooled_video
 

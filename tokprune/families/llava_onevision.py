@@ -12,8 +12,8 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
 )
 
-from tokprune.engine.stages import ModelFacts
-from tokprune.families.base import ImageLayout, Parts, with_videos
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
 from tokprune.families.resampling import pooled_video, shrunk_map
 from tokprune.operators.anyres import stitched_bounds

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from tokprune.families.base import Door, ImageLayout
+from tokprune.engine.model import Door, ImageLayout
 
 #: (top, bottom, left, right), half open
 Bounds = tuple[int, int, int, int]

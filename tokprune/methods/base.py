@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from tokprune.engine.stages import ModelFacts, Per, Plan
+from tokprune.engine.contracts import ModelFacts, Per, Plan
 
 #: a count of tokens, a fraction of them, or one of these per pruning step
 Keep: TypeAlias = "int | float | Sequence[int | float]"

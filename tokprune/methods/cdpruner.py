@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Positions, PromptStage, Selection
+from tokprune.engine.contracts import (
+    ImageTokens,
+    ModelFacts,
+    Plan,
+    Positions,
+    PromptStage,
+    Selection,
+)
 from tokprune.methods.base import (
     Budget,
     Method,
@@ -59,7 +66,7 @@ class CDPruner(Method):
         keep: visual tokens per image (count), all its tiles together, or fraction of its patches.
         relevance: "none", r = 1, the plain process; "text", the substitute above; a
             :class:`ClipRelevance`; or any function of an image's tokens
-            (:class:`tokprune.engine.stages.ImageTokens`) that returns a relevance [n] for them.
+            (:class:`tokprune.engine.contracts.ImageTokens`) that returns a relevance [n] for them.
         scope: "tile" or "image": all tiles of an image in one selection.
         relevance_scope: stretch r over each "image", or, as the official code does, over all
             images of the "call", which lets a batch change a sample's selection.

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
     Keep,

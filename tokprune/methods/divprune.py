@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     ImageTokens,
     ModelFacts,
     Order,

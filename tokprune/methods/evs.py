@@ -9,7 +9,14 @@ from typing import ClassVar
 
 import torch
 
-from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Positions, PromptStage, Selection
+from tokprune.engine.contracts import (
+    ImageTokens,
+    ModelFacts,
+    Plan,
+    Positions,
+    PromptStage,
+    Selection,
+)
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import Budget, Method, check_choice, check_keep, register_method
 from tokprune.methods.grid import index_of_cells, keep_on_grid

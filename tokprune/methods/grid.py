@@ -9,7 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Positions, PromptStage, Selection
+from tokprune.engine.contracts import (
+    ImageTokens,
+    ModelFacts,
+    Plan,
+    Positions,
+    PromptStage,
+    Selection,
+)
 from tokprune.methods.base import (
     Budget,
     Method,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tokprune.engine.stages import ModelFacts, Plan, Positions
+from tokprune.engine.contracts import ModelFacts, Plan, Positions
 from tokprune.methods.base import (
     Budget,
     Method,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     EncoderOutcome,
     EncoderRun,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     CachePolicy,
     DecoderRun,
@@ -34,7 +34,7 @@ from tokprune.engine.stages import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.stages import Keep as Kept
+from tokprune.engine.contracts import Keep as Kept
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import (
     Keep,
@@ -375,7 +375,7 @@ def _whole(value: Any) -> bool:
 
 @torch.no_grad()
 def _mean_tokens(model: nn.Module, method: MustDrop, batches: Sequence[Mapping[str, Any]]) -> float:
-    from tokprune.patching import patch, trace_of, unpatch
+    from tokprune.api import patch, trace_of, unpatch
 
     total, images = 0.0, 0
     if trace_of(model) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tokprune.engine.stages import DecoderRun, DecoderStage, ModelFacts
+from tokprune.engine.contracts import DecoderRun, DecoderStage, ModelFacts
 
 
 def check_cut(layer: int, facts: ModelFacts) -> None:

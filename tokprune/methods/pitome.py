@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from tokprune.engine.stages import ModelFacts, Order, Plan, Positions
+from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions
 from tokprune.methods.base import (
     Budget,
     Method,

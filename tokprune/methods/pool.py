@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     DecoderRun,
     DecoderStage,
     ModelFacts,
@@ -18,7 +18,7 @@ from tokprune.engine.stages import (
     ScoringLayer,
     SequenceView,
 )
-from tokprune.engine.stages import Keep as Kept
+from tokprune.engine.contracts import Keep as Kept
 from tokprune.methods.base import Keep, Method, Preset, check_choice, register_method
 from tokprune.methods.schedule import check_layers, check_steps, check_steps_fit, tokens_after
 from tokprune.operators.pyramiddrop import rank_drop

@@ -8,7 +8,14 @@ from typing import ClassVar
 
 import torch
 
-from tokprune.engine.stages import ImageTokens, ModelFacts, Plan, Positions, PromptStage, Selection
+from tokprune.engine.contracts import (
+    ImageTokens,
+    ModelFacts,
+    Plan,
+    Positions,
+    PromptStage,
+    Selection,
+)
 from tokprune.methods.base import (
     Budget,
     Method,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from tokprune.engine.stages import ModelFacts
+from tokprune.engine.contracts import ModelFacts
 from tokprune.methods.base import Keep, check_fits, check_keep, resolve_keep
 
 #: absorbs rounding of powers, so that 576 · (1/8)^(1/3) is 288

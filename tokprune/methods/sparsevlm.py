@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokprune.engine.stages import (
+from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
     DecoderStage,
@@ -21,7 +21,7 @@ from tokprune.engine.stages import (
     ScoringLayer,
     SequenceView,
 )
-from tokprune.engine.stages import Keep as Kept
+from tokprune.engine.contracts import Keep as Kept
 from tokprune.methods.base import (
     Keep,
     Method,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from tokprune.engine.stages import ModelFacts, Order, Plan, Positions
+from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions
 from tokprune.methods.base import (
     Budget,
     Method,

@@ -1,5 +1,0 @@
-"""The embedded benchmark: cluttered scenes made in code, twelve types of question about them."""
-
-from evals.mini.benchmark import MiniBenchmark
-
-__all__ = ["MiniBenchmark"]

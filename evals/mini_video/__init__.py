@@ -1,5 +1,0 @@
-"""The embedded video task: short clips made in code, five types of question about what happens."""
-
-from evals.mini_video.benchmark import MiniVideoBenchmark
-
-__all__ = ["MiniVideoBenchmark"]

@@ -1,0 +1,174 @@
+"""The user's verbs: patch, unpatch, compress, compose."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from tokprune.engine.contracts import ModelFacts, Plan
+from tokprune.engine.session import Session
+from tokprune.errors import AlreadyPatchedError, CompositionError
+from tokprune.families import bind
+from tokprune.methods.base import Method, make_method
+from tokprune.trace import Trace
+
+# A session is kept alive by the hooks it put on its model, and by nothing here: model and session
+# refer to each other and go together.
+_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+
+
+def _session(model: nn.Module) -> Session | None:
+    reference = _sessions.get(model)
+    return None if reference is None else reference()
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """Several methods at work together, each at its own stage; made by :func:`compose`."""
+
+    name: ClassVar[str] = "compose"
+    methods: tuple[Method, ...] = ()
+
+    def plan(self, facts: ModelFacts) -> Plan:
+        plans = [(type(m).__name__, m.plan(facts)) for m in self.methods]
+        reducing = [n for n, p in plans if any(s.reduces for s in p.encoder)]
+        if len(reducing) > 1:
+            raise CompositionError(
+                f"{' and '.join(reducing)} both drop or merge tokens inside the vision encoder; "
+                "the second would score tokens that the first has already replaced. Keep one"
+            )
+        prompt = [n for n, p in plans if p.prompt]
+        if len(prompt) > 1:
+            raise CompositionError(
+                f"{' and '.join(prompt)} both select after the projector, each to its own budget; "
+                "only the smaller would count. Keep one"
+            )
+        decoder = [n for n, p in plans if p.decoder]
+        if len(decoder) > 1:
+            raise CompositionError(
+                f"{' and '.join(decoder)} both prune inside the decoder; their layer schedules "
+                "and scores assume the full sequence of the other. Keep one (or switch the "
+                "decoder stage of one off)"
+            )
+        return Plan(
+            encoder=tuple(s for _, p in plans for s in p.encoder),
+            prompt=tuple(s for _, p in plans for s in p.prompt),
+            decoder=tuple(s for _, p in plans for s in p.decoder),
+        )
+
+
+def compose(*methods: str | Method) -> Method:
+    """Run an encoder-stage, a prompt-stage and a decoder-stage method together.
+
+    Whether the stages fit is decided per model, when it is patched.
+
+    Raises:
+        CompositionError: fewer than two methods, or different ``per`` (here), or two methods at the
+            same stage (when patched; the message says why).
+    """
+    parts: list[Method] = []
+    for method in methods:
+        made = make_method(method)
+        parts += made.methods if isinstance(made, Composed) else [made]
+    if len(parts) < 2:
+        raise CompositionError(f"compose needs at least two methods, got {len(parts)}")
+    units = list(dict.fromkeys(part.per for part in parts))
+    if len(units) > 1:
+        raise CompositionError(
+            f"methods with different per ({', '.join(map(repr, units))}) see a video in different "
+            "parts; give all of them the same"
+        )
+    return Composed(methods=tuple(parts), per=units[0])
+
+
+def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
+    """Compress the model's visual tokens from now on, until :func:`unpatch`.
+
+    Patching again replaces the earlier method. Nothing of the model is changed but forward
+    hooks; its config, weights and class stay as they are.
+
+    Args:
+        model: a supported transformers model (see :func:`supported_models`).
+        method: a method name with ``options``, or a method object.
+
+    Returns:
+        The trace, which shows the newest prefill.
+
+    Raises:
+        UnsupportedModelError: unknown model class, tower or attention backend.
+        ValueError, TypeError: bad method or option; the model then keeps its earlier state.
+        AlreadyPatchedError: called inside a ``compress`` block of the same model.
+    """
+    if (current := _session(model)) is not None and current.nested:
+        raise AlreadyPatchedError(
+            "the model is inside a tokprune.compress(...) block; leave it first, or combine the "
+            "methods with tokprune.compose(...)"
+        )
+    return _start(model, method, options, nested=False).trace
+
+
+def _start(
+    model: nn.Module, method: str | Method, options: dict[str, Any], nested: bool
+) -> Session:
+    bound = bind(model)
+    made = make_method(method, **options)
+    plan = replace(made.plan(bound.facts), per=made.per)
+    session = Session(bound, plan, Trace(repr(made)))
+    session.nested = nested
+    unpatch(model)
+    session.install()
+    _sessions[model] = weakref.ref(session)
+    return session
+
+
+def unpatch(model: nn.Module) -> None:
+    """Take all hooks out. Does nothing for a model that is not patched."""
+    session = _session(model)
+    _sessions.pop(model, None)
+    if session is not None:
+        session.remove()
+
+
+def is_patched(model: nn.Module) -> bool:
+    return _session(model) is not None
+
+
+def trace_of(model: nn.Module) -> Trace | None:
+    """The trace of a patched model, or None."""
+    session = _session(model)
+    return None if session is None else session.trace
+
+
+@contextmanager
+def compress(model: nn.Module, method: str | Method, **options: Any) -> Iterator[Trace]:
+    """Compress visual tokens inside a ``with`` block; hooks go when it ends, however it ends.
+
+    Arguments and errors as :func:`patch`. A model patched with :func:`patch` before gets its
+    method back afterwards; a ``compress`` inside another one is refused.
+
+    Example::
+
+        with tokprune.compress(model, "todre", keep=64) as trace:
+            out = model.generate(**inputs, max_new_tokens=64)
+        print(trace.summary())
+    """
+    outer = _session(model)
+    if outer is not None and outer.nested:
+        raise AlreadyPatchedError(
+            "compress inside compress on the same model: the inner method would work on what the "
+            "outer one left. Combine them with tokprune.compose(...), or end the outer block"
+        )
+    session = _start(model, method, options, nested=True)
+    try:
+        yield session.trace
+    finally:
+        if _session(model) is session:
+            unpatch(model)
+            if outer is not None:
+                outer.install()
+                _sessions[model] = weakref.ref(outer)

@@ -1,0 +1,188 @@
+"""The language model's door: the embedded prompt, shortened before its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.contracts import ImageTokens, PromptStage, Selection, SequenceView
+from tokprune.engine.images import ImageRecord
+from tokprune.engine.prompt_layout import PromptLayout
+
+
+def native_view(layout: PromptLayout, position_ids: Tensor, device: torch.device) -> SequenceView:
+    """The untouched prompt as a view (padding marked by column −1)."""
+    batch, length = layout.segment.shape
+    arange = torch.arange(length)
+    column = torch.where(layout.valid, arange, torch.full_like(arange, -1))
+    after = layout.after
+    counts = [[len(c) for c in row] for row in layout.columns]
+    both = torch.stack([column, layout.segment, after.long()]).to(device, non_blocking=True)
+    position = position_ids.to(device).expand(batch, length)
+    return SequenceView(
+        column=both[0],
+        position=position,
+        segment=both[1],
+        after=both[2] != 0,
+        counts=counts,
+        entering=counts,
+        text_after=after.sum(1).tolist(),
+        lengths=layout.valid.sum(1).tolist(),
+        next_position=position.masked_fill(both[0] < 0, -1).amax(1) + 1,
+        padded=layout.padded,
+    )
+
+
+def _select(
+    images: list[ImageTokens], stages: Sequence[PromptStage]
+) -> tuple[list[ImageTokens], list[Selection | None]]:
+    """Run the prompt stages one after the other on all images of a batch."""
+    last: list[Selection | None] = [None] * len(images)
+    for stage in stages:
+        answers = stage.select(images)
+        for i, answer in enumerate(answers):
+            if answer is not None:
+                images[i] = _reduced(images[i], answer)
+                last[i] = answer
+    return images, last
+
+
+def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
+    index = selection.index
+    features = image.features[index] if selection.features is None else selection.features
+    return replace(
+        image,
+        features=features,
+        tile=image.tile[index],
+        row=image.row[index],
+        col=image.col[index],
+        column=image.column[index],
+        newline=image.newline[index],
+        patches=index.shape[0],
+        score=None if image.score is None else image.score[index],
+        tag=None if image.tag is None else image.tag[index],
+        raw=None,
+    )
+
+
+def _instruction(embeds: Tensor, layout: PromptLayout, row: int) -> Tensor:
+    """Embeddings [m, D] of the text after a prompt's last image, or of all its text."""
+    text = layout.after[row]
+    if not bool(text.any()):  # host tensors
+        text = layout.valid[row] & (layout.segment[row] < 0)
+    return embeds[row, text.nonzero().view(-1).to(embeds.device)]
+
+
+def shorten_prompt(
+    embeds: Tensor,
+    layout: PromptLayout,
+    records: list[ImageRecord],
+    stages: Sequence[PromptStage],
+    view: SequenceView,
+    compact: bool,
+) -> tuple[Tensor, SequenceView, list[ImageTokens], list[Selection | None]]:
+    """Apply encoder results and prompt stages to an embedded prompt.
+
+    ``embeds`` [B, L, D] with the model's own packed features in place; ``view`` its native
+    view. Where nothing is dropped, moved or merged, ``embeds`` and ``view`` come back unchanged
+    (the same objects). Shorter rows are padded on the left.
+    """
+    batch, length, width = embeds.shape
+    device = embeds.device
+    images: list[ImageTokens] = []
+    places: list[tuple[int, int]] = []
+    wants_text = any(stage.wants_text for stage in stages)
+    for b, row in enumerate(layout.image_of):
+        text = _instruction(embeds, layout, b) if wants_text and row else None
+        for s, number in enumerate(row):
+            columns = layout.columns[b][s].to(device)
+            images.append(replace(records[number].tokens(embeds[b, columns], columns), text=text))
+            places.append((b, s))
+    images, answers = _select(images, stages)
+    untouched = all(a is None for a in answers) and all(
+        records[n].features is None for row in layout.image_of for n in row
+    )
+    if untouched:
+        if any(i.tag is not None for i in images):
+            view.tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            for (b, s), image in zip(places, images):
+                if image.tag is not None:
+                    view.tag[b, layout.columns[b][s].to(device)] = image.tag
+        return embeds, view, images, answers
+
+    flat = embeds.reshape(batch * length, width)
+    bank = torch.cat([flat, *[i.features.to(flat.dtype) for i in images]])
+    start = batch * length
+    tag_bank: list[Tensor] = [torch.zeros(start, dtype=torch.bool, device=device)]
+    of_row: dict[int, list[tuple[int, ImageTokens]]] = {b: [] for b in range(batch)}
+    for (b, _), image in zip(places, images):
+        of_row[b].append((start, image))
+        start += image.count
+        tag = image.tag
+        tag_bank.append(
+            torch.zeros(image.count, dtype=torch.bool, device=device) if tag is None else tag
+        )
+    sources, columns_, counts = [], [], []
+    for b in range(batch):
+        source, column, cursor = [], [], 0
+        for s, (first, image) in enumerate(of_row[b]):
+            begin, end = int(layout.columns[b][s][0]), int(layout.columns[b][s][-1]) + 1
+            text = torch.arange(cursor, begin)[layout.valid[b, cursor:begin]].to(device)
+            source += [text + b * length, torch.arange(first, first + image.count, device=device)]
+            column += [text, image.column]
+            cursor = end
+        text = torch.arange(cursor, length)[layout.valid[b, cursor:]].to(device)
+        sources.append(torch.cat([*source, text + b * length]))
+        columns_.append(torch.cat([*column, text]))
+        counts.append([image.count for _, image in of_row[b]])
+    lengths = [len(s) for s in sources]
+    longest = max(lengths)
+    padded = min(lengths) < longest
+    source_ = torch.stack([torch.nn.functional.pad(s, (longest - len(s), 0)) for s in sources])
+    column_ = torch.stack(
+        [torch.nn.functional.pad(c, (longest - len(c), 0), value=-1) for c in columns_]
+    )
+    tags = torch.cat(tag_bank)[source_] if any(i.tag is not None for i in images) else None
+    new = take(view, column_, counts, lengths, padded, compact)
+    new.tag, new.entering = tags, counts
+    return bank[source_], new, images, answers
+
+
+def take(
+    view: SequenceView,
+    index: Tensor,
+    counts: list[list[int]],
+    lengths: list[int],
+    padded: bool,
+    compact: bool,
+) -> SequenceView:
+    """A shorter view: entries at ``index`` [B, L'] of ``view`` (−1 = padding at the left)."""
+    gone = index < 0
+    place = index.clamp(min=0)
+    position = view.position.gather(1, place)
+    next_position = view.next_position
+    if compact:
+        # renumber from the position of the row's first real token on
+        first = gone.sum(1, keepdim=True).clamp(max=index.shape[1] - 1)
+        rank = torch.arange(index.shape[1], device=index.device)[None, :] - first
+        arange = torch.arange(view.column.shape[1], device=index.device)
+        begin = torch.where(view.valid, arange, view.column.shape[1]).amin(1, keepdim=True)
+        begin = begin.clamp(max=view.column.shape[1] - 1)
+        position = (view.position.gather(1, begin) + rank).clamp(min=0)
+        next_position = position[:, -1] + 1
+    return SequenceView(
+        column=view.column.gather(1, place).masked_fill(gone, -1),
+        position=position.masked_fill(gone, 0),
+        segment=view.segment.gather(1, place).masked_fill(gone, -1),
+        after=view.after.gather(1, place) & ~gone,
+        counts=counts,
+        entering=view.entering,
+        text_after=view.text_after,
+        lengths=lengths,
+        next_position=next_position,
+        tag=None if view.tag is None else view.tag.gather(1, place) & ~gone,
+        padded=padded,
+    )

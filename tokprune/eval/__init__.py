@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, sweeps, reports, recommendations, published figures."""

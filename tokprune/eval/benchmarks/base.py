@@ -1,0 +1,117 @@
+"""The benchmark interface: items with pictures, a score per answer, tasks in groups."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    ``id``: unique in its benchmark and stable between runs; ``task``: question type;
+    ``image_id``: equal for questions about the same picture; ``answers``: all accepted;
+    ``meta``: anything else, in JSON types.
+    """
+
+    id: str
+    task: str
+    image_id: str
+    question: str
+    answers: tuple[str, ...]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """A set of questions about pictures, or about videos.
+
+    Attributes: ``name``; ``media`` ("image": :meth:`image` gives what an item shows; "video":
+    :meth:`video` does); ``version`` (changes whenever an item or a score could); ``splits``
+    (names, the default first); ``tasks`` (question types, in display order); ``groups`` (display
+    name → its tasks; a task may be in none); ``headline`` (tasks that count in the macro average);
+    ``prompt_suffix`` (appended to every question, "" for none); ``max_new_tokens`` (longest
+    answer).
+    """
+
+    name: str
+    version: str
+    splits: tuple[str, ...]
+    tasks: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    headline: tuple[str, ...]
+    media: Literal["image", "video"] = "image"
+    prompt_suffix: str = ""
+    max_new_tokens: int = 16
+
+    @abstractmethod
+    def items(
+        self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
+    ) -> list[Item]:
+        """Items of a split in a fixed order; ``limit`` takes a subset balanced over the tasks.
+
+        Raises:
+            ValueError: unknown split or task (names what there is), or ``limit`` below 1.
+        """
+
+    def asked(
+        self, split: str | None, tasks: Sequence[str] | None, limit: int | None
+    ) -> tuple[str, tuple[str, ...]]:
+        """Split and tasks that arguments of :meth:`items` mean, for benchmarks that have splits.
+
+        Raises:
+            ValueError: see :meth:`items`.
+        """
+        split = self.splits[0] if split is None else split
+        if split not in self.splits:
+            raise ValueError(
+                f"split={split!r} should be one of {', '.join(map(repr, self.splits))}"
+            )
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        for task in wanted:
+            if task not in self.tasks:
+                raise ValueError(f"task={task!r} should be one of {', '.join(self.tasks)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} should be at least 1")
+        return split, wanted
+
+    @abstractmethod
+    def image(self, item: Item) -> Image.Image:
+        """The picture of an item, RGB. Made or read when asked; nothing is kept.
+
+        Raises:
+            ValueError: the benchmark asks about videos (what this method itself says).
+        """
+        raise ValueError(
+            f"benchmark {self.name} asks about videos, and item {item.id!r} has no picture; "
+            "video(item) gives its frames"
+        )
+
+    def video(self, item: Item) -> list[Image.Image]:
+        """The frames of an item's video in order, RGB and of one size. Nothing is kept.
+
+        Raises:
+            ValueError: the benchmark asks about pictures.
+        """
+        raise ValueError(
+            f"benchmark {self.name} asks about pictures, and item {item.id!r} has no video; "
+            "image(item) gives its picture"
+        )
+
+    def score(self, item: Item, answer: str) -> float:
+        """1.0 for a right answer, 0.0 for a wrong one (fractions where a suite has them).
+
+        Exact match after trimming, lower-casing and dropping a final full stop.
+        """
+        given = normalise(answer)
+        return float(any(given == normalise(right) for right in item.answers))
+
+
+def normalise(answer: str) -> str:
+    """An answer as it is compared: one space between words, lower case, no final full stop."""
+    return " ".join(answer.lower().split()).removesuffix(".").rstrip()

@@ -1,0 +1,258 @@
+"""From a sweep to one setting: the cheapest that is accurate enough, or the best that is cheap
+enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tokprune import __version__
+
+if TYPE_CHECKING:
+    from tokprune.eval.report.analysis import Analysis, Result
+
+Cost = Literal["flops", "latency", "tokens"]
+COSTS: tuple[Cost, ...] = ("flops", "latency", "tokens")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a setting must keep to; None = no limit.
+
+    ``max_drop``: of macro accuracy against the unpruned model, in [0, 1]; ``max_latency``:
+    seconds, median of one answer; ``max_tokens``: visual tokens per image, mean over decoder
+    layers; ``min_accuracy``: macro accuracy in [0, 1]; ``confident``: limits on accuracy hold for
+    the 95 % interval, not just for the estimate.
+    """
+
+    max_drop: float | None = None
+    max_latency: float | None = None
+    max_tokens: float | None = None
+    min_accuracy: float | None = None
+    confident: bool = False
+
+
+@dataclass
+class Recommendation:
+    """``setting``: the JSON object; ``result``: the point it stems from; ``warnings``: what to
+    know before using it."""
+
+    setting: dict[str, Any]
+    result: Result
+    warnings: list[str] = field(default_factory=list)
+
+
+def recommend(
+    folder: str | Path,
+    *,
+    max_drop: float | None = None,
+    max_latency: float | None = None,
+    max_tokens: float | None = None,
+    min_accuracy: float | None = None,
+    minimise: Cost | None = None,
+    confident: bool = False,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Recommendation:
+    """The best setting of a run under limits.
+
+    With a limit on accuracy (``max_drop``, ``min_accuracy``): the one of least cost. With limits
+    on cost alone: the one of highest accuracy. Either way no other setting of the run is better in
+    both, so it lies on the Pareto frontier. Points whose answers are not complete do not compete;
+    the controls ``none``, ``downsample``, ``frames`` and ``blind`` are no settings and are never
+    recommended.
+
+    Args:
+        folder: run folder of ``tokprune sweep``.
+        max_drop, max_latency, max_tokens, min_accuracy, confident: see :class:`Limits`.
+        minimise: which cost counts: ``"flops"`` of the prefill (default), measured ``"latency"``
+            or ``"tokens"``.
+        draws, seed: of the bootstrap behind the intervals.
+
+    Raises:
+        ValueError: no limit at all, one out of range, a latency that was not measured, an
+            unreadable run folder, or nothing meets the limits (says what comes nearest).
+        ImportError: an optional library is missing.
+    """
+    limits = Limits(max_drop, max_latency, max_tokens, min_accuracy, confident)
+    _check(limits, minimise)
+    from tokprune.eval.report import analyse, load_run
+
+    analysis = analyse(load_run(folder), draws=draws, seed=seed)
+    candidates = [r for r in analysis.results if _eligible(r, analysis)]
+    if not candidates:
+        raise ValueError(
+            f"{folder}: no method has all its answers and fewer FLOPs than the unpruned model; "
+            "resume or extend the sweep"
+        )
+    by: Cost = minimise or "flops"
+    if (max_latency is not None or by == "latency") and not any(
+        _known(r.cost("latency")) for r in candidates
+    ):
+        raise ValueError(
+            f"{folder}: latency was not measured, so it can be no limit; run the sweep with latency"
+        )
+    fitting = [r for r in candidates if not _excess(r, limits)]
+    if not fitting:
+        nearest = min(candidates, key=lambda r: (sum(_excess(r, limits).values()), -r.accuracy))
+        over = " and ".join(_excess(nearest, limits))
+        raise ValueError(
+            f"{folder}: no setting meets the limits; the nearest misses {over}: "
+            f"{_describe(nearest, confident)}"
+        )
+    if max_drop is not None or min_accuracy is not None:
+        best = min(fitting, key=lambda r: (_cost(r, by), -r.accuracy, _cost(r, "flops")))
+    else:
+        best = min(fitting, key=lambda r: (-r.accuracy, _cost(r, by), _cost(r, "flops")))
+    return Recommendation(
+        _setting(best, analysis, str(folder)), best, _warnings(best, analysis, limits)
+    )
+
+
+# ------------------------------------------------------------------------------ parts
+
+
+def _check(limits: Limits, minimise: str | None) -> None:
+    given = {
+        "max_drop": limits.max_drop,
+        "max_latency": limits.max_latency,
+        "max_tokens": limits.max_tokens,
+        "min_accuracy": limits.min_accuracy,
+    }
+    if all(value is None for value in given.values()):
+        raise ValueError(f"give at least one limit: {', '.join(given)}")
+    tests: dict[str, tuple[Callable[[float], bool], str]] = {
+        "max_drop": (lambda v: 0 <= v < 1, "in [0, 1), for example 0.02 for 2 points"),
+        "max_latency": (lambda v: v > 0, "above 0 seconds"),
+        "max_tokens": (lambda v: v > 0, "above 0 tokens"),
+        "min_accuracy": (lambda v: 0 <= v <= 1, "in [0, 1], for example 0.8"),
+    }
+    for name, value in given.items():
+        fits, right = tests[name]
+        if value is not None and not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"{name}={value!r} should be {right}")
+    if minimise is not None and minimise not in COSTS:
+        raise ValueError(f"minimise={minimise!r} should be one of {', '.join(COSTS)}")
+
+
+def _eligible(r: Result, analysis: Analysis) -> bool:
+    return (
+        r.point.method is not None  # a control that is no setting of a patched model
+        and r.complete
+        and not math.isnan(r.accuracy)
+        and r.cost("flops") < analysis.unpruned.cost("flops")
+    )
+
+
+def _excess(r: Result, limits: Limits) -> dict[str, float]:
+    """Limits that a result breaks, and by how much of the limit."""
+    drop = r.drop_interval[1] if limits.confident else r.drop
+    accuracy = r.interval[0] if limits.confident else r.accuracy
+    pairs = {
+        "max-drop": (drop, limits.max_drop, 0.01),
+        "max-latency": (r.cost("latency"), limits.max_latency, limits.max_latency),
+        "max-tokens": (r.cost("tokens"), limits.max_tokens, limits.max_tokens),
+        "min-accuracy": (
+            -accuracy, None if limits.min_accuracy is None else -limits.min_accuracy, 0.01,
+        ),
+    }  # fmt: skip
+    broken = {}
+    for name, (value, limit, unit) in pairs.items():
+        # NaN (not measured) meets no limit; a rounding error breaks none
+        if limit is not None and not value <= limit + 1e-12:
+            broken[name] = (value - limit) / (unit or 1) if _known(value) else math.inf
+    return broken
+
+
+def _cost(r: Result, kind: Cost) -> float:
+    value = r.cost(kind)
+    return value if _known(value) else math.inf
+
+
+def _known(value: float) -> bool:
+    return not math.isnan(value)
+
+
+def _describe(r: Result, confident: bool) -> str:
+    from tokprune.eval.report.formatting import between, milliseconds, number, percent, signed
+
+    text = (
+        f"{r.point.name}, accuracy {percent(r.accuracy)} % (drop {signed(r.drop)} points"
+        + (f", interval {between(r.drop_interval, sign=True)}" if confident else "")
+        + f"), {number(r.cost('tokens'))} tokens"
+    )
+    return text + (
+        f", {milliseconds(r.cost('latency'))} ms" if _known(r.cost("latency")) else ""
+    )  # fmt: skip
+
+
+def _setting(r: Result, analysis: Analysis, folder: str) -> dict[str, Any]:
+    run, point, base = analysis.data.run, r.point, analysis.unpruned
+    from tokprune.methods.setting import SCHEMA
+
+    return {
+        "schema": SCHEMA,
+        "tokprune": __version__,
+        "method": point.method,
+        "options": dict(point.options),
+        "repr": point.text,
+        "model": {key: run["model"][key] for key in ("name", "class", "family", "hash")},
+        "evidence": {
+            "run": folder,
+            "cell": point.cells[0],
+            "control": point.control,
+            "benchmark": {k: run["benchmark"][k] for k in ("name", "version", "split")},
+            "questions": r.n,
+            "accuracy": r.accuracy,
+            "accuracy_interval": list(r.interval),
+            "unpruned": base.accuracy,
+            "drop": r.drop,
+            "drop_interval": list(r.drop_interval),
+            "loyalty": _or_none(r.loyalty),
+            "tokens_mean": _or_none(point.measured["tokens_mean"]),
+            "tokens_last": _or_none(point.measured["tokens_last"]),
+            "macs": _or_none(point.measured["macs"]),
+            "macs_unpruned": _or_none(base.point.measured["macs"]),
+            "latency": _or_none(r.cost("latency")),
+            "latency_unpruned": _or_none(base.cost("latency")),
+            "dtype": point.dtype,
+            "batch_size": point.batch_size,
+        },
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return value if _known(value) else None
+
+
+def _warnings(r: Result, analysis: Analysis, limits: Limits) -> list[str]:
+    from tokprune.eval.report.formatting import between, percent, signed
+
+    lines = []
+    if r.point.control:
+        lines.append(
+            f"the best setting is the control {r.point.arm!r}: under these limits no method of "
+            "this run beats it"
+        )
+    if limits.max_drop is not None and r.drop_interval[1] > limits.max_drop:
+        lines.append(
+            f"the drop of {signed(r.drop)} points is within the limit, but its 95 % interval "
+            f"{between(r.drop_interval, sign=True)} is not; 'confident' asks for that"
+        )
+    if limits.min_accuracy is not None and r.interval[0] < limits.min_accuracy:
+        lines.append(
+            f"the accuracy of {percent(r.accuracy)} % is within the limit, but its 95 % interval "
+            f"{between(r.interval)} is not; 'confident' asks for that"
+        )
+    gap = analysis.noise_gap
+    if limits.max_drop is not None and gap is not None and limits.max_drop < gap:
+        lines.append(
+            f"the limit is below the noise floor: another batch size or dtype alone changes the "
+            f"unpruned model by {percent(gap, 2)} points"
+        )
+    if not analysis.data.run["finished"]:
+        lines.append("the sweep has not finished: other settings may turn out better")
+    return lines

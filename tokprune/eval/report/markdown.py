@@ -1,0 +1,84 @@
+"""The report as Markdown, with its plots as SVG files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokprune.eval.report.document import (
+    Block,
+    Bullets,
+    Code,
+    Document,
+    Exhibit,
+    Figure,
+    Gallery,
+    Table,
+    Text,
+)
+
+
+def write_markdown(document: Document, folder: Path) -> Path:
+    """``report.md`` and ``plots/*.svg`` in a folder."""
+    lines = [f"# {document.title}", "", document.subtitle, ""]
+    lines += [*_table(Table(("", ""), document.facts, words=frozenset(range(2)))), ""]
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for section in document.sections:
+        lines += [f"## {section.title}", ""]
+        for block in section.blocks:
+            lines += [*_block(block, plots), ""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _block(block: Block, plots: Path) -> list[str]:
+    if isinstance(block, Text):
+        return [f"> **Note:** {_plain(block.text)}" if block.warning else _plain(block.text)]
+    if isinstance(block, Bullets):
+        return [f"- {_plain(line)}" for line in block.lines]
+    if isinstance(block, Code):
+        return ["```bash", block.text, "```"]
+    if isinstance(block, Table):
+        title = [f"### {_plain(block.title)}", ""] if block.title else []
+        note = ["", _plain(block.note)] if block.note else []
+        return [*title, *_table(block), *note]
+    if isinstance(block, Figure):
+        (plots / f"{block.plot.name}.svg").write_text(block.plot.wide, encoding="utf-8")
+        return [f"![{block.plot.alt}](plots/{block.plot.name}.svg)", "", _plain(block.caption)]
+    return _gallery(block)
+
+
+def _gallery(gallery: Gallery) -> list[str]:
+    lines = ["The pictures are in report.html."]
+    for exhibit in gallery.exhibits:
+        lines += ["", *_exhibit(exhibit)]
+    return lines
+
+
+def _exhibit(exhibit: Exhibit) -> list[str]:
+    cards = [*([exhibit.unpruned] if exhibit.unpruned else []), *exhibit.cards]
+    rows = [[c.arm, c.detail, c.answer, "right" if c.right else "wrong"] for c in cards]
+    table = Table(("arm", "tokens", "answer", ""), rows, words=frozenset(range(4)))
+    return [f"**{_plain(exhibit.question)}** ({exhibit.task}; right: "
+            f"{_plain(' or '.join(exhibit.answers))})", "", *_table(table)]  # fmt: skip
+
+
+def _table(table: Table) -> list[str]:
+    rule = [":---" if n in table.words else "---:" for n in range(len(table.header))]
+    rows = [
+        [f"**{_cell(v)}**" if n in table.strong and not c else _cell(v) for c, v in enumerate(row)]
+        for n, row in enumerate(table.rows)
+    ]
+    return [f"| {' | '.join(line)} |" for line in ([_cell(h) for h in table.header], rule, *rows)]
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _plain(text: str) -> str:
+    """Text of others, with what Markdown would take as mark-up escaped."""
+    for mark in ("\\", "`", "*", "_", "<", "["):
+        text = text.replace(mark, f"\\{mark}")
+    return text

@@ -1,0 +1,396 @@
+"""The tables of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tokprune.eval.report.analysis import Analysis, Result
+from tokprune.eval.report.compare import Differences
+from tokprune.eval.report.document import Table
+from tokprune.eval.report.formatting import (
+    NOTHING,
+    between,
+    changes,
+    milliseconds,
+    number,
+    percent,
+    probability,
+    signed,
+    significant,
+    with_interval,
+)
+from tokprune.eval.report.groups import GroupTable, Share
+
+_COSTS = {"tokens": "tokens", "flops": "FLOPs", "latency": "time"}
+
+
+#: controls are marked in every table
+_MARK = " †"
+_MARKED = "† control."
+
+
+def _arm(result: Result) -> str:
+    if result.point.arm == "none":
+        return "unpruned"
+    return result.point.arm + (_MARK if result.point.control else "")
+
+
+def _budget(result: Result) -> str:
+    """The budget, in parentheses where it is nominal."""
+    if result.point.arm == "blind":
+        return NOTHING
+    text = number(result.point.budget)
+    return f"({text})" if result.point.nominal else text
+
+
+def tokens(result: Result) -> str:
+    """Measured tokens, mean per layer."""
+    return number(result.point.measured["tokens_mean"])
+
+
+def _everyone(analysis: Analysis) -> list[Result]:
+    arms = [r for results in analysis.series().values() for r in results]
+    plain = [r for r in analysis.results if r.point.arm == "none"]
+    return [*plain, *analysis.blind, *arms]
+
+
+def results_table(analysis: Analysis) -> Table:
+    """Every point: costs, accuracy, drop, flips, p, loyalty."""
+    rows, strong = [], set()
+    for n, r in enumerate(_everyone(analysis)):
+        lost, gained = changes(r.flips)
+        compared = r.flips is not None
+        small = compared and analysis.noise_gap is not None and abs(r.drop) <= analysis.noise_gap
+        rows.append([
+            _arm(r),
+            _budget(r),
+            tokens(r),
+            number(r.point.measured["tokens_last"]),
+            significant(r.cost("flops") / 1e9),
+            milliseconds(r.cost("latency")),
+            with_interval(r.accuracy, r.interval),
+            (_change(r) + (" ~" if small else "")) if compared else NOTHING,
+            lost,
+            gained,
+            probability(r.p),
+            percent(r.loyalty),
+            ", ".join(_COSTS[kind] for kind in r.on) or NOTHING,
+            number(r.n) + (f" (of {r.n + r.missing})" if r.missing else ""),
+        ])  # fmt: skip
+        if r.on:
+            strong.add(n)
+    return Table(
+        header=("arm", "budget", "tokens, mean", "tokens, last", "FLOPs ×10⁹", "time, ms",
+                "accuracy, % [95 %]", "change, points [95 %]", "right → wrong", "wrong → right",
+                "p (Holm)", "loyalty, %", "on the frontier of", "answers"),
+        rows=rows,
+        title="All points",
+        note="Accuracy: macro average over the headline tasks. Tokens: per "
+        f"{analysis.data.media}, as measured, "
+        "mean over decoder layers and after the last pruning. Change: against the unpruned model "
+        "on the same questions; ~ no larger than what another batch size or dtype changes. Flips, "
+        "exact McNemar p (adjusted for the number of points) and loyalty (same answer as the "
+        "unpruned model): questions of the headline tasks. Time: median of one answer. Shaded: "
+        f"on a frontier. In parentheses: a nominal budget that saves no tokens here. {_MARKED}",
+        words=frozenset({0, 12}),
+        strong=frozenset(strong),
+    )  # fmt: skip
+
+
+def _change(r: Result) -> str:
+    bounds = -r.drop_interval[1], -r.drop_interval[0]
+    return f"{signed(-r.drop)} {between(bounds, sign=True)}"
+
+
+def frontier_table(analysis: Analysis) -> Table:
+    """Points on a frontier, from the cheapest up."""
+    on = sorted((r for r in analysis.results if r.on), key=lambda r: (r.point.tokens, -r.accuracy))
+    return Table(
+        header=("arm", "budget", "tokens, mean", "FLOPs ×10⁹", "time, ms", "accuracy, % [95 %]",
+                "frontier of"),
+        rows=[
+            [_arm(r), number(r.point.budget), number(r.point.tokens),
+             significant(r.cost("flops") / 1e9), milliseconds(r.cost("latency")),
+             with_interval(r.accuracy, r.interval), ", ".join(_COSTS[k] for k in r.on)]
+            for r in on
+        ],
+        title="Pareto frontier",
+        note="No other point is at least as good in accuracy and cost and better in one of them. "
+        "Computed from point estimates: neighbours whose intervals overlap may swap in another "
+        "sample. Budgets that are nominal, and points with missing answers, do not compete. "
+        + _MARKED,
+        words=frozenset({0, 6}),
+    )  # fmt: skip
+
+
+def task_table(
+    analysis: Analysis, results: Sequence[Result], title: str, folded: bool = False
+) -> Table:
+    """Accuracy per task with Wilson intervals and retention."""
+    tasks = analysis.data.tasks
+    headline = set(analysis.data.headline)
+    return Table(
+        header=("arm", *(t if t in headline else f"{t} *" for t in tasks)),
+        rows=[[_arm(r), *(_task_cell(r, t) for t in tasks)] for r in [analysis.unpruned, *results]],
+        title=title,
+        note="Accuracy in % with its 95 % Wilson interval; in parentheses the share of the "
+        "unpruned accuracy that is retained."
+        + ("" if headline == set(tasks) else " * not in the headline average."),
+        folded=folded,
+    )
+
+
+def _task_cell(r: Result, task: str) -> str:
+    own = r.tasks[task]
+    text = with_interval(own.accuracy, own.interval)
+    return text if r.flips is None or math.isnan(own.retention) else (
+        f"{text} ({percent(own.retention, 0)} %)"
+    )  # fmt: skip
+
+
+def harness_metrics(analysis: Analysis, results: Sequence[Result]) -> Table | None:
+    """What the harness itself makes of the answers (totals of MME, F1 of POPE, …), first seeds."""
+    shown = [analysis.unpruned, *results]
+    own = [analysis.data.metrics.get(r.point.cells[0], {}) for r in shown]
+    rows: dict[tuple[str, str], None] = {}
+    for metrics in own:
+        for task, values in metrics.items():
+            rows |= {(task, name): None for name in values if "stderr" not in name}
+    if not rows:
+        return None
+    return Table(
+        header=("task", "metric", *(_arm(r) for r in shown)),
+        rows=[
+            [task, name, *(_metric(metrics.get(task, {}).get(name)) for metrics in own)]
+            for task, name in rows
+        ],
+        title=f"The harness's own metrics at {analysis.at:g} tokens",
+        note="As lmms-eval reports them, in its units; without intervals.",
+        words=frozenset({0, 1}),
+    )  # fmt: skip
+
+
+def _metric(value: float | None) -> str:
+    """Shares with four digits, sums of points with one decimal."""
+    if value is None:
+        return NOTHING
+    return significant(value, 4) if abs(value) < 100 else f"{value:.1f}"
+
+
+def group_averages(analysis: Analysis, results: Sequence[Result]) -> Table:
+    """Macro averages per group of tasks."""
+    names = list(analysis.data.groups)
+    return Table(
+        header=("arm", *names, "all headline tasks"),
+        rows=[
+            [_arm(r), *(with_interval(*r.groups[n]) for n in names),
+             with_interval(r.accuracy, r.interval)]
+            for r in [analysis.unpruned, *analysis.blind, *results]
+        ],
+        title="By group of tasks",
+        note="Macro averages in % with 95 % cluster-bootstrap intervals (pictures are drawn, since "
+        "questions about one picture are not independent). "
+        + "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in analysis.data.groups.items())
+        + ".",
+    )  # fmt: skip
+
+
+def differences_table(found: Differences) -> Table:
+    """Per task, how many pairs of methods differ, and the clearest of them."""
+    rows = []
+    for task, pairs in found.tasks().items():
+        clearest = min(pairs, key=lambda p: (p.p, -p.gap), default=None)
+        possible = sum(p.task == task for p in found.pairs)
+        rows.append([
+            task, f"{len(pairs)} of {possible}",
+            NOTHING if clearest is None else f"{clearest.better} over {clearest.worse}",
+            NOTHING if clearest is None else signed(clearest.gap),
+            NOTHING if clearest is None else probability(clearest.p),
+        ])  # fmt: skip
+    return Table(
+        header=("task", "pairs that differ", "clearest", "gap, points", "p (Holm)"),
+        rows=rows,
+        title="Pairs of methods per task",
+        note="Exact McNemar on paired answers, p adjusted for all pairs and tasks together (Holm); "
+        "a pair differs where p < 0.05. McNemar takes questions as independent.",
+        words=frozenset({0, 2}),
+    )
+
+
+def wins_table(found: Differences) -> Table:
+    """Method against method: on how many tasks is each significantly better?"""
+    return Table(
+        header=("better on … tasks", *(f"than {arm}" for arm in found.arms)),
+        rows=[
+            [a, *("" if a == b else str(found.wins(a, b)) for b in found.arms)] for a in found.arms
+        ],
+        title="Method against method",
+        note="Row significantly better than column: number of tasks.",
+    )
+
+
+def hard_easy_table(table: GroupTable, model: str) -> Table:
+    g = table.groups
+    rows = []
+    for row in table.rows:
+        lost, gained = changes(row.flips)
+        r = row.result
+        rows.append([
+            _arm(r),
+            _share(row.hard), lost, gained, probability(row.p), _share(row.easy),
+        ])  # fmt: skip
+    return Table(
+        header=("arm", "A (hard), % [95 %]", "best right, this wrong", "best wrong, this right",
+                "p against the best (Holm)", "B (easy), % [95 %]"),
+        rows=rows,
+        title=f"Budget {g.budget:g} ({100 * g.fraction:.3g} % of the tokens): "
+        f"A has {len(g.hard)} questions, B {len(g.easy)}"
+        + (f", {len(g.missing)} without a down-sampled answer" if g.missing else ""),
+        note=f"Groups from the answers of {model}. Wilson intervals; McNemar inside A. {_MARKED}",
+    )  # fmt: skip
+
+
+def _share(share: Share) -> str:
+    text = with_interval(share.accuracy, share.interval)
+    return text + (f", {share.missing} missing" if share.missing else "")
+
+
+def noise_table(analysis: Analysis) -> Table:
+    """The unpruned model against itself."""
+    rows = []
+    for r in analysis.noise:
+        lost, gained = changes(r.flips)
+        rows.append([
+            f"{r.point.dtype}, batch {r.point.batch_size}", with_interval(r.accuracy, r.interval),
+            signed(-r.drop), between((-r.drop_interval[1], -r.drop_interval[0]), sign=True),
+            lost, gained, percent(1 - r.loyalty), number(r.flips.n if r.flips else math.nan),
+        ])  # fmt: skip
+    return Table(
+        header=("unpruned model with", "accuracy, % [95 %]", "change, points", "[95 %]",
+                "right → wrong", "wrong → right", "other answer, %", "questions"),
+        rows=rows,
+        title="Noise floor",
+    )  # fmt: skip
+
+
+def seeds_table(analysis: Analysis) -> Table | None:
+    """Accuracy of each seed, where there are several."""
+    import numpy as np
+
+    from tokprune.eval.report.resampling import macro
+
+    several = [r for r in analysis.results if len(r.point.seeds) > 1]
+    if not several:
+        return None
+    data = analysis.data
+    rows = []
+    for r in several:
+        means = [
+            [float(np.nanmean(column[data.in_tasks([t])])) for column in r.point.by_seed.T]
+            for t in data.headline
+        ]
+        own = macro(np.array(means))
+        rows.append([
+            r.point.name, number(len(own)), ", ".join(percent(float(v)) for v in own),
+            percent(float(own.mean())), percent(float(own.std(ddof=1))),
+        ])  # fmt: skip
+    return Table(
+        header=("point", "seeds", "accuracy of each, %", "mean, %", "standard deviation, points"),
+        rows=rows,
+        title="Seeds",
+        note="Accuracies elsewhere are means over the seeds; flips, p and loyalty are those of the "
+        "first seed.",
+    )
+
+
+def latency_table(analysis: Analysis) -> Table | None:
+    """Parts of the measured time, medians and quartiles."""
+    timed = [r for r in _everyone(analysis) if r.point.latency]
+    if not timed:
+        return None
+    parts = ("encoder", "selection", "prefill", "decode_per_token", "total")
+    base = analysis.unpruned.cost("latency")
+    rows = []
+    for r in timed:
+        cells = [_timing(r, part) for part in parts]
+        rows.append([r.point.name, *cells, significant(base / r.cost("latency"))])
+    latency = analysis.data.latency or {}
+    how = latency.get("how") or "all points in turns in one process"
+    told = (
+        f"batch {latency.get('batch_size')}, {latency.get('prompt_tokens')} prompt tokens, "
+        f"{latency.get('new_tokens')} new tokens"
+    )
+    return Table(
+        header=(
+            "point",
+            "encoder",
+            "selection",
+            "prefill",
+            "per new token",
+            "total",
+            "unpruned ÷ this",
+        ),
+        rows=rows,
+        title="Measured time",
+        note=f"Milliseconds, median [quartiles], {how}: {told}.",
+        folded=True,
+    )
+
+
+def _timing(r: Result, part: str) -> str:
+    value = (r.point.latency or {}).get(part)
+    if not value:
+        return NOTHING
+    low, high = (milliseconds(value[q]) if q in value else NOTHING for q in ("q1", "q3"))
+    return f"{milliseconds(value['median'])} [{low}, {high}]"
+
+
+def unreachable_table(analysis: Analysis) -> Table | None:
+    cells = analysis.data.unreachable
+    if not cells:
+        return None
+    return Table(
+        header=("arm", "budget", "why"),
+        rows=[[c["arm"], number(c["budget"]), c["reason"] or "unknown"] for c in cells],
+        title="Budgets that an arm cannot reach",
+        words=frozenset(range(3)),
+    )
+
+
+def failed_table(analysis: Analysis, most: int = 50) -> Table | None:
+    errors = analysis.data.errors
+    if not errors:
+        return None
+    more = len(errors) - most
+    return Table(
+        header=("point", "question", "error"),
+        rows=[list(e) for e in errors[:most]],
+        title=f"Failed questions ({len(errors)})",
+        note="They count as wrong." + (f" {more} more are in rows.jsonl." if more > 0 else ""),
+        words=frozenset(range(3)),
+    )
+
+
+def missing_table(analysis: Analysis) -> Table | None:
+    short = [r for r in _everyone(analysis) if r.missing]
+    if not short:
+        return None
+    return Table(
+        header=("point", "answered", "missing"),
+        rows=[[r.point.name, number(r.n), number(r.missing)] for r in short],
+        title="Points with missing answers",
+        note="The sweep has not finished them. They are compared on what both arms answered, and "
+        "stay off the frontier.",
+    )
+
+
+def options_table(analysis: Analysis) -> Table:
+    """The exact configuration behind every point."""
+    return Table(
+        header=("point", "configuration"),
+        rows=[[r.point.name, r.point.text] for r in _everyone(analysis)],
+        title="Configurations",
+        words=frozenset(range(2)),
+        folded=True,
+    )

@@ -1,0 +1,77 @@
+"""The model under test, with everything that is known of it before the first question."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokprune.eval.sweep.identity import checkpoint_hash
+from tokprune.families import BoundModel, bind
+from tokprune.loading import load
+
+
+@dataclass(frozen=True)
+class Subject(BoundModel):
+    """A loaded model and its processor. ``name``: as given; ``dtype``: "float32", …"""
+
+    name: str
+    processor: Any
+    device: torch.device
+    dtype: str
+
+    @classmethod
+    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> Subject:
+        """Load a checkpoint for answering.
+
+        Raises:
+            ValueError: no CUDA device where one is asked for.
+            OSError: no such checkpoint.
+            UnsupportedModelError: not of a supported class.
+        """
+        place = device
+        if device == "auto":
+            place = "cuda" if torch.cuda.is_available() else "cpu"
+        elif device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda: no CUDA device is available")
+        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+            raise FileNotFoundError(f"model {name}: no such folder")
+        model, processor = load(os.path.expanduser(name), processor=True, dtype=dtype)
+        if dtype == "auto" and place == "cpu" and model.dtype == torch.float16:
+            model = model.float()  # CPUs have no fast half precision
+        model = model.to(place).eval()
+        processor.tokenizer.padding_side = "left"
+        return cls(
+            **vars(bind(model)),
+            name=name,
+            processor=processor,
+            device=model.device,
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The ``model`` entry of run.json."""
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            "family": self.family.name,
+            "hash": checkpoint_hash(self.folder()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "visual_tokens": self.facts.max_visual_tokens,
+            "decoder_layers": self.facts.decoder_layers,
+            "dtype": self.dtype,
+        }
+
+    def folder(self) -> Path:
+        """The folder it was loaded from, or its snapshot in the hub's cache."""
+        home = Path(self.model.name_or_path)
+        if home.is_dir():
+            return home
+        from transformers.utils import cached_file
+
+        config = cached_file(str(self.model.name_or_path), "config.json")
+        assert config is not None
+        return Path(config).parent

@@ -1,0 +1,73 @@
+"""Kept-token records of a few items, for the report's gallery."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokprune.eval.benchmarks.base import Item
+from tokprune.eval.sweep.trials import Cell
+from tokprune.trace import Trace
+
+#: the gallery shows the budget nearest to this share of an image's tokens
+_SHARE = 0.11
+
+
+def gallery_items(items: Sequence[Item]) -> set[str]:
+    """Ids of the first item of each task."""
+    first: dict[str, str] = {}
+    for item in items:
+        first.setdefault(item.task, item.id)
+    return set(first.values())
+
+
+def gallery_cells(cells: Sequence[Cell], visual_tokens: float) -> set[str]:
+    """Ids of the cells with a method at the budget nearest to 11 % of the tokens."""
+    main = [c for c in cells if c.runs and c.method is not None and not c.entry["seed"]]
+    target = _SHARE * visual_tokens
+    budget = min((c.entry["budget"] for c in main), key=lambda b: abs(b - target), default=None)
+    return {c.id for c in main if c.entry["budget"] == budget}
+
+
+def overlay_name(item: str, cell: str) -> str:
+    """File name of a record."""
+    slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", item)
+    if slug != item:
+        slug += "-" + hashlib.sha256(item.encode()).hexdigest()[:6]
+    return f"{slug}__{cell}.json"
+
+
+def overlay_record(trace: Trace, row: int, item: str, cell: str) -> dict[str, Any]:
+    """Patches alive in the last decoder layer that holds any, for one row of a batch."""
+    assert trace.last is not None
+    layers = trace.last.layers
+    alive = [n for n, layer in enumerate(layers) if any(layer.counts[row])]
+    layer = alive[-1] if alive else len(layers) - 1
+    tokens = [t for t in trace.kept(layer, row) if t.kind == "patch"]
+    merged = any(len(t.sources) > 1 for t in tokens)
+    record: dict[str, Any] = {
+        "item": item,
+        "cell": cell,
+        "layer": layer,
+        "kept": [[t.row, t.col, t.tile] for t in tokens],
+        "merged": merged,
+        **_video(trace, row),
+    }
+    if merged:
+        record["sources"] = [[[row, col, tile] for tile, row, col in t.sources] for t in tokens]
+    return record
+
+
+def _video(trace: Trace, row: int) -> dict[str, Any]:
+    """Of a video: its ``frames``, which are the tiles of the patches, and the ``grid`` (height,
+    width) of each."""
+    assert trace.last is not None
+    (parts, *_) = trace.last.visuals(row)
+    records = [part.record for part in parts if part.record is not None]
+    if not records or not records[0].layout.video:
+        return {}
+    door = records[0].door
+    grid = records[0].facts.grid if door is None else door.grids[0]
+    return {"frames": sum(record.layout.frames for record in records), "grid": list(grid)}

@@ -1,0 +1,356 @@
+"""What to sweep, from options or a YAML or TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokprune.eval.sweep.budgets import DEFAULT_KEEP, Budget, parse_budget
+from tokprune.eval.sweep.variants import Arm, build_arms, check_arm, parse_arm, parse_option
+
+HARNESSES = ("own", "lmms-eval")
+MATCHES = ("mean", "last")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a sweep does.
+
+    Args:
+        model: folder or hub name.
+        out: run folder; made where missing, resumed where it holds the same sweep.
+        benchmark: name, or a ``.jsonl`` or ``.parquet`` file.
+        methods: names, ``"name:option=value"``, or tables with a name; empty: every method.
+        keep: budgets, see :func:`tokprune.eval.sweep.budgets.parse_budget`.
+        tasks: question types; None: all of the benchmark.
+        split: of the benchmark; None: its first.
+        limit: most items, balanced over the tasks.
+        seeds: for methods that draw.
+        match: what has to hit a budget: the "mean" of visual tokens over the decoder layers, or
+            the tokens left after the "last" pruning.
+        dtype: "auto": as the checkpoint says; float16 weights run in float32 on a CPU.
+        device: "auto" takes CUDA where there is some.
+        batch_size: questions that are answered together; None: 16, in lmms-eval 1.
+        max_new_tokens: longest answer; None: as the benchmark, or each task, says.
+        controls: run ``blind``, ``random``, ``grid``, ``pool`` and ``downsample`` as well.
+        variants: run the published variants of the methods as well.
+        noise: run the unpruned model at another batch size and another dtype first.
+        latency: time every cell at the end.
+        latency_rounds: measurements of each part.
+        share: run the encoder once for all cells that leave it alone.
+        calibrate: items on which budgets are matched.
+        fresh: throw away what the run folder holds.
+        harness: who asks the questions: "own", or "lmms-eval" in processes of its own, one per
+            cell. There ``tasks`` names lmms-eval's tasks (groups and tags as well), and ``limit``
+            counts per task, as lmms-eval does; ``benchmark``, ``split``, ``share`` and
+            ``latency_rounds`` belong to the own harness, what follows to lmms-eval.
+        base: id of the lmms-eval model that the method is put into; None: by the model's family.
+        processes: data-parallel processes, started by ``accelerate launch``.
+        launch: further arguments of ``accelerate launch``, in one text or as a list.
+        launcher: words put before it, which start it on every node (``srun --nodes 2 …``).
+        include_path: folders with further tasks; those of this package are always known.
+        model_args: further arguments of the base, as a table or ``"name=value"`` texts.
+
+    Raises:
+        ValueError: a value that cannot be used; names it and says what would be right.
+    """
+
+    model: str
+    out: str
+    benchmark: str = "mini"
+    methods: tuple[Any, ...] = ()
+    keep: tuple[Any, ...] = DEFAULT_KEEP
+    tasks: tuple[str, ...] | None = None
+    split: str | None = None
+    limit: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    match: str = "mean"
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = None  # type: ignore[assignment]
+    max_new_tokens: int | None = None
+    controls: bool = True
+    variants: bool = False
+    noise: bool = True
+    latency: bool = True
+    latency_rounds: int = 5
+    share: bool = True
+    calibrate: int = 8
+    fresh: bool = False
+    harness: str = "own"
+    base: str | None = None
+    processes: int = 1
+    launch: tuple[str, ...] = ()
+    launcher: tuple[str, ...] = ()
+    include_path: tuple[str, ...] = ()
+    model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", 1 if self.harness == "lmms-eval" else 16)
+        object.__setattr__(self, "model_args", _model_args(self.model_args))
+        for name in ("launch", "launcher"):
+            if isinstance(words := getattr(self, name), str):
+                object.__setattr__(self, name, _words(name, words))
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if kind is tuple:
+                if value is None and name == "tasks":
+                    continue
+                value = (value,) if isinstance(value, (str, int, float, Path, Mapping)) else value
+                if not isinstance(value, Sequence):
+                    raise ValueError(f"{name}={value!r} should be a list")
+                object.__setattr__(self, name, tuple(value))
+            elif name in ("model", "out", "benchmark"):
+                object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
+        self._check_types()
+        for name, choices in (
+            ("match", MATCHES), ("dtype", DTYPES), ("device", DEVICES), ("harness", HARNESSES),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} should be one of {', '.join(choices)}"
+                )
+        if not self.keep:
+            raise ValueError("keep names no budget; it should hold at least one, for example 64")
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("tasks names no task; leave it out for all of them")
+        if not self.seeds:
+            raise ValueError("seeds names no seed; it should hold at least one, for example 0")
+        self._check_harness()
+        self.budgets()
+        for spec in self.methods:
+            parse_arm(spec)
+
+    def _check_harness(self) -> None:
+        """No setting of the other harness is used."""
+        lmms = self.harness == "lmms-eval"
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _OWN_ONLY if lmms else _LMMS_ONLY:
+            value = getattr(self, name)
+            if value != defaults[name] and value != {}:
+                raise ValueError(
+                    f"{name}={_shown(value)} belongs to harness "
+                    f"{'own' if lmms else 'lmms-eval'}, and harness is {self.harness}"
+                )
+        if lmms and self.tasks is None:
+            raise ValueError("tasks is missing; with harness lmms-eval it names lmms-eval's tasks")
+
+    def _check_types(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if kind is int:
+                if value is None and name in ("limit", "max_new_tokens"):
+                    continue
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
+            elif kind is bool and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} should be true or false")
+            elif value is None and name in ("split", "base"):
+                continue
+            elif kind is str and not (isinstance(value, str) and value):
+                raise ValueError(f"{name}={value!r} should be text")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+                raise ValueError(f"seeds: {seed!r} should be a whole number, at least 0")
+        for name in ("tasks", "launch", "launcher"):
+            for text in getattr(self, name) or ():
+                if not isinstance(text, str):
+                    raise ValueError(f"{name}: {text!r} should be text")
+        paths = tuple(str(path) if isinstance(path, Path) else path for path in self.include_path)
+        for path in paths:
+            if not isinstance(path, str) or not Path(path).expanduser().is_dir():
+                raise ValueError(f"include_path: {path!r} should be a folder of tasks")
+        object.__setattr__(self, "include_path", paths)
+
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets, each once."""
+        parsed = [parse_budget(value) for value in self.keep]
+        return tuple({(b.count, b.share): b for b in parsed}.values())
+
+    def arms(self, media: str = "image") -> list[Arm]:
+        """What is compared on pictures (``media`` "image") or videos ("video"), controls first."""
+        methods = [parse_arm(spec) for spec in self.methods]
+        return build_arms(methods, self.controls, self.variants, media)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings in JSON types; methods with their options."""
+        told = dataclasses.asdict(self)
+        for name in _OWN_ONLY if self.harness == "lmms-eval" else _LMMS_ONLY:
+            del told[name]
+        told["methods"] = [
+            name if not options else {"name": name, **options}
+            for name, options in map(parse_arm, self.methods)
+        ]
+        told["keep"] = [budget.asked for budget in self.budgets()]
+        return told
+
+
+_KINDS: dict[str, type] = {
+    "model": str, "out": str, "benchmark": str, "methods": tuple, "keep": tuple, "tasks": tuple,
+    "split": str, "limit": int, "seeds": tuple, "match": str, "dtype": str, "device": str,
+    "batch_size": int, "max_new_tokens": int, "controls": bool, "variants": bool, "noise": bool,
+    "latency": bool,
+    "latency_rounds": int, "share": bool, "calibrate": int, "fresh": bool, "harness": str,
+    "base": str, "processes": int, "launch": tuple, "launcher": tuple, "include_path": tuple,
+    "model_args": dict,
+}  # fmt: skip
+
+#: settings that mean something in one harness only
+_OWN_ONLY = ("benchmark", "split", "share", "latency_rounds")
+_LMMS_ONLY = ("base", "processes", "launch", "launcher", "include_path", "model_args")
+#: what the sweep itself tells the model
+_SET_BY_SWEEP = frozenset({
+    "base", "pretrained", "method", "keep", "setting", "setting_sha", "control", "factor", "dtype",
+    "device", "batch_size",
+})  # fmt: skip
+
+
+def _model_args(given: Any) -> dict[str, Any]:
+    """A table of arguments, from one or from ``name=value`` texts."""
+    if isinstance(given, Mapping):
+        args = dict(given)
+    else:
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, Sequence):
+            raise ValueError(f"model_args={given!r} should be a table, or name=value texts")
+        args = {}
+        for text in texts:
+            name, value = parse_option(text, "model_args") if isinstance(text, str) else ("", None)
+            if name in args or not name:
+                what = "is given twice" if name else "should be name=value"
+                raise ValueError(f"model_args: {text!r} {what}")
+            args[name] = value
+    for name, value in args.items():
+        if name in _SET_BY_SWEEP:
+            raise ValueError(f"model_args: {name!r} is set by the sweep itself")
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
+            raise ValueError(f"model_args: {name!r}={value!r} should be text or a number")
+    return args
+
+
+def _words(name: str, text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+
+
+def with_options(methods: Sequence[Any], options: Sequence[str]) -> tuple[Any, ...]:
+    """Methods with ``"todre.select=k_center"`` options put in; an option changes every arm of its
+    method, or makes one where the method is not listed but all methods are meant.
+
+    Raises:
+        ValueError: not of that form, an unknown option, or a method that is not swept.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for text in options:
+        name, dot, rest = text.partition(".")
+        if not dot or not name:
+            raise ValueError(f"option {text!r} should be method.option=value")
+        option, value = parse_option(rest, text)
+        changes.setdefault(name.strip().lower(), {})[option] = value
+    if not changes:
+        return tuple(methods)
+    for name, own in changes.items():
+        check_arm(name, own)
+    arms = [parse_arm(spec) for spec in methods]
+    if not arms:
+        arms = [(arm.method, {}) for arm in build_arms([], False, False) if arm.method]
+    listed = {name for name, _ in arms}
+    for name in changes:
+        if name not in listed:
+            raise ValueError(f"option of {name!r}: that method is not among the swept ones")
+    return tuple({"name": n, **own, **changes.get(n, {})} for n, own in arms)
+
+
+def read_settings(path: str | Path, **changes: Any) -> Settings:
+    """Settings from a YAML or TOML file; ``changes`` (None: not given) go before what it says.
+
+    Raises:
+        OSError: unreadable file.
+        ValueError: not YAML or TOML, an unknown key (names the nearest), or a bad value.
+    """
+    given = {**read_table(path), **{k: v for k, v in changes.items() if v is not None}}
+    return make_settings(given, str(path))
+
+
+def make_settings(given: Mapping[str, Any], where: str) -> Settings:
+    """Settings from a table.
+
+    Raises:
+        ValueError: an unknown or missing key, or a bad value.
+    """
+    for name in given:
+        if name not in _KINDS:
+            near = difflib.get_close_matches(str(name), _KINDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: setting {name!r} is unknown.{hint}")
+    for name in ("model", "out"):
+        if name not in given:
+            raise ValueError(f"{where}: setting {name!r} is missing")
+    return Settings(**given)
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """The table of a YAML or TOML file.
+
+    Raises:
+        OSError: unreadable file.
+        ValueError: not a table, another kind of file, or a reader that is not installed.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".yaml", ".yml", ".toml"):
+        raise ValueError(f"config {path}: should be a .yaml or a .toml file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path}: {error}") from None
+    table = _toml(path, text) if suffix == ".toml" else _yaml(path, text)
+    if not isinstance(table, dict):
+        raise ValueError(f"config {path}: should be a table of settings")
+    return table
+
+
+def _toml(path: Path, text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ValueError(
+                "TOML files need tomli, which is not installed: pip install 'tokprune[sweep]'"
+            ) from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path}: {error}") from None
+
+
+def _yaml(path: Path, text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            "YAML files need pyyaml, which is not installed: pip install 'tokprune[sweep]'"
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        at = "" if place is None else f", line {place.line + 1}"
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        raise ValueError(f"config {path}{at}: {problem}") from None

@@ -1,0 +1,83 @@
+"""Families by the model classes that they cover."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from tokprune.engine.family import BoundModel, Family
+from tokprune.errors import UnsupportedModelError
+from tokprune.plugins import plugins
+
+_FAMILIES: dict[str, Family] = {}
+_REFUSED: dict[str, str] = {}
+
+
+def register_family(family: Family) -> None:
+    """Make a family known; later registrations of the same model class win.
+
+    Raises:
+        TypeError: no object of a class derived from :class:`~tokprune.engine.family.Family`.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family={family!r} should be an object of a class derived from Family")
+    reason = family.unavailable()
+    for name in family.model_classes:
+        if reason is None:
+            _FAMILIES[name] = family
+        else:
+            _REFUSED[name] = reason
+    if reason is None:
+        _REFUSED.update(family.refused)
+
+
+@functools.cache
+def _load_plugins() -> None:
+    """Families of other packages, once; those built in win for the classes that they cover."""
+    built_in = dict(_FAMILIES)
+    for _, family, _ in plugins("families"):
+        register_family(family() if isinstance(family, type) else family)
+    _FAMILIES.update(built_in)
+
+
+def supported_models() -> list[str]:
+    """Names of the transformers model classes that can be patched."""
+    _load_plugins()
+    return sorted(_FAMILIES)
+
+
+def why_refused(name: str) -> str | None:
+    """Why models of a class that is known by name cannot be patched; None: nothing is known."""
+    _load_plugins()
+    return _REFUSED.get(name)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Family of a model.
+
+    Raises:
+        UnsupportedModelError: the model's class is refused (says why) or not known (lists those
+            that are).
+    """
+    _load_plugins()
+    for cls in type(model).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__]
+        if cls.__name__ in _REFUSED:
+            raise UnsupportedModelError(
+                f"model {cls.__name__} is not supported: {_REFUSED[cls.__name__]}"
+            )
+    raise UnsupportedModelError(
+        f"model {type(model).__name__} is not supported; known model classes: "
+        + ", ".join(supported_models())
+    )
+
+
+def bind(model: nn.Module) -> BoundModel:
+    """A model with its family, the modules that are hooked, its facts and its widths.
+
+    Raises:
+        UnsupportedModelError: its class is not supported, or it lacks something that is needed.
+    """
+    return family_of(model).bind(model)

@@ -1,0 +1,1 @@
+"""What goes into a model: prompts, images and frames."""

@@ -1,0 +1,1 @@
+"""Other packages that tokprune works in, or works on."""

@@ -1,0 +1,77 @@
+"""Settings: a method with its options as JSON, as ``tokprune recommend`` writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokprune.methods.base import Method, make_method
+
+SCHEMA = 1
+
+
+def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
+    """A method from the JSON of ``tokprune recommend``: a file, or the object itself.
+
+    Lists become tuples, since JSON has none, unless only a list will do; where the setting also
+    holds the method's ``repr``, that decides.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: not a setting, or one with an unknown method or option; says which.
+        TypeError: an option of the wrong type.
+    """
+    where, value = _read(setting)
+    if value.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{where}: schema={value.get('schema')!r} is unknown; known: {SCHEMA}. It should be a "
+            "file made by 'tokprune recommend'"
+        )
+    name, options = value.get("method"), value.get("options")
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: 'method'={name!r} should be the name of a method")
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where}: 'options'={options!r} should be a JSON object")
+    text = value.get("repr")
+    problems: list[Exception] = []
+    made: list[Method] = []
+    for form in ({k: _tuples(v) for k, v in options.items()}, dict(options)):
+        try:
+            made.append(make_method(name, **form))
+        except (ValueError, TypeError) as error:
+            problems.append(error)
+            continue
+        if text is None or repr(made[-1]) == text:
+            return made[-1]
+    if not made:
+        raise type(problems[0])(f"{where}: {problems[0]}")
+    raise ValueError(
+        f"{where}: 'options' make {made[0]!r}, but 'repr' is {text}; remove 'repr' to use options "
+        "that were changed by hand"
+    )
+
+
+def save_setting(setting: Mapping[str, Any], path: str | Path) -> None:
+    """Write a setting as JSON."""
+    Path(path).write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(setting: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(setting, Mapping):
+        return "setting", setting
+    path = Path(setting)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"setting {path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"setting {path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"setting {path}: should hold a JSON object, is {type(value).__name__}")
+    return f"setting {path}", value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

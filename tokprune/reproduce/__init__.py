@@ -1,9 +1,0 @@
-"""Published figures beside ours: which rows of the ledger a run repeats, and how far it is off."""
-
-from tokprune.reproduce.comparison import Comparison, compare
-from tokprune.reproduce.execution import execute
-from tokprune.reproduce.figures import Ours, RunFigures, read_figures
-from tokprune.reproduce.selection import select, why_not
-
-__all__ = ["Comparison", "Ours", "RunFigures", "compare", "execute", "read_figures", "select",
-           "why_not"]  # fmt: skip
