@@ -26,7 +26,7 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     PromptStage,
@@ -74,7 +74,7 @@ class Tape:
     rows: dict[tuple[int, str, int], Reduction] = field(default_factory=dict)
     outcomes: dict[int, EncoderOutcome] = field(default_factory=dict)
     selections: dict[int, list[Selection | None]] = field(default_factory=dict)
-    keeps: dict[tuple[int, int], Keep] = field(default_factory=dict)
+    keeps: dict[tuple[int, int], KeepDecision] = field(default_factory=dict)
 
     def __call__(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Any:
         answer = function(*arguments)
@@ -92,12 +92,12 @@ class Tape:
             ]
         elif place.call == "before_layer":
             assert place.layer is not None
-            view: SequenceView = arguments[2]
+            sequence: SequenceView = arguments[2]
             counts = [
-                [int((answer.mask[b] & (view.segment[b] == s)).sum()) for s in range(len(row))]
-                for b, row in enumerate(view.counts)
+                [int((answer.mask[b] & (sequence.segment[b] == s)).sum()) for s in range(len(row))]
+                for b, row in enumerate(sequence.counts)
             ]
-            self.keeps[place.stage, place.layer] = Keep(
+            self.keeps[place.stage, place.layer] = KeepDecision(
                 answer.mask.clone(), counts, answer.positions
             )
         return answer
@@ -174,8 +174,8 @@ class _ReplayDecoderRun(DecoderRun):
         self.number, self.tape = number, tape
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         return self.tape.keeps.get((self.number, layer))
 
 

@@ -295,12 +295,12 @@ def test_ideal_after_dropping_a_head_of_the_prompt_is_that_shorter_prompt(model:
     count = full.original - 9
     lengths = Lengths(full.encoder, full.projected, (count,) * 8, (count,) * 8, full.original)
     seen: list[torch.Tensor] = []
-    door = model.model.language_model.register_forward_pre_hook(
+    token_grid = model.model.language_model.register_forward_pre_hook(
         lambda m, a, k: seen.append(k["inputs_embeds"]), with_kwargs=True
     )
     with torch.inference_mode():
         model(**inputs)
-        door.remove()
+        token_grid.remove()
         with shortened(model, lengths):
             short = model(**inputs).logits[:, -1]
         # rotary attention sees distances only, so where the numbering starts does not matter

@@ -133,7 +133,7 @@ PICTURE_CASES: list[tuple[str, dict[str, Any], Any]] = [
         partial(in_the_tower, keep=12, after=1, mean=True, kind=("cosine", 2.0)),
     ),
     (
-        "door-mean",
+        "input-mean",
         {"keep": 0.2, "place": "projector", "aggregate": "mean"},
         partial(at_the_door, keep=0.2, mean=True),
     ),
@@ -157,7 +157,7 @@ def test_pictures_without_class_token(models: Any, case: Any, family: str) -> No
     check(model, "single", "centerclip", options, image_tokens)
 
 
-def test_medoids_at_the_door_keep_newlines(models: Any) -> None:
+def test_medoids_at_language_model_keep_newlines(models: Any) -> None:
     model = build(models, "llava_next", "sdpa")
     inputs = make_inputs(model, BATCHES["four"], SIZES)
     with tokprune.compress(model, "centerclip", keep=5, place="projector") as trace:

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from toy_methods import DropInDecoder, MergeAtDoor, MergeInTower
+from toy_methods import DropInDecoder, MergeAtInput, MergeInTower
 
 import tokprune
 from tokprune.families import bind
@@ -59,7 +59,7 @@ def counted(run: Any) -> int:
 CASES = {
     "all": tokprune.Random(keep=1.0),
     "prompt": tokprune.Random(keep=10),
-    "merge-at-door": MergeAtDoor(),
+    "merge-at-input": MergeAtInput(),
     "between": MergeInTower(between=True),
     "after": MergeInTower(between=False),
     "between-after": MergeInTower(between=True, drop=4),

@@ -219,9 +219,9 @@ def test_flowcut_ranks_each_image_of_a_prompt_alone(monkeypatch: pytest.MonkeyPa
     seen: list[tuple[Any, Any]] = []
     attention = _FlowCutDecoderRun.attention
 
-    def watched(self: Any, layer: int, call: Any, view: Any) -> None:
-        seen.append((call, view))
-        attention(self, layer, call, view)
+    def watched(self: Any, layer: int, call: Any, sequence: Any) -> None:
+        seen.append((call, sequence))
+        attention(self, layer, call, sequence)
 
     monkeypatch.setattr(_FlowCutDecoderRun, "attention", watched)
     model = llava_next()
@@ -230,15 +230,15 @@ def test_flowcut_ranks_each_image_of_a_prompt_alone(monkeypatch: pytest.MonkeyPa
         model(**inputs)
     layers = trace.last.layers
     assert layers[-1].counts == [[13, 13], [13]]
-    ((call, view),) = seen
+    ((call, sequence),) = seen
     for b, images in enumerate(layers[-1].counts):
-        last = int((view.column[b] >= 0).nonzero()[-1])
+        last = int((sequence.column[b] >= 0).nonzero()[-1])
         for image in range(len(images)):
-            block = (view.segment[b] == image).nonzero()[:, 0]
+            block = (sequence.segment[b] == image).nonzero()[:, 0]
             start, n = int(block[0]), len(block)
             keep = llm_select(call.query[b], call.key[b], call.value[b], start, n, last, 13)
             kept = layers[-1].column[b][layers[-1].segment[b] == image]
-            assert view.column[b][start + keep].tolist() == kept.tolist()
+            assert sequence.column[b][start + keep].tolist() == kept.tolist()
 
 
 # ------------------------------------------------------------------------------- mustdrop
@@ -270,7 +270,7 @@ def test_mustdrop_budget_form_protects_key_tokens_as_far_as_it_goes() -> None:
             model(**inputs)
         last = watched.runs[0].filters[-1]  # type: ignore[attr-defined]
         assert last.keep.sum(1).tolist() == [keep] * 3
-        assert (last.keep & last.view.tag).sum(1).tolist() == [kept] * 3
+        assert (last.keep & last.sequence.tag).sum(1).tolist() == [kept] * 3
 
 
 def test_mustdrop_keeps_the_key_set_whatever_the_thresholds() -> None:

@@ -12,7 +12,7 @@ import torch
 from methods_table import ALL
 from pictures import landscape
 from PIL import Image
-from toy_methods import DropInDecoder, MergeAtDoor, MergeInTower
+from toy_methods import DropInDecoder, MergeAtInput, MergeInTower
 
 import tokprune
 from tokprune.trace.overlay import _as_seen, _boards, _draw
@@ -68,7 +68,7 @@ def test_survivors_are_outlined() -> None:
     assert board.getpixel((CELL, CELL // 2)) != (255, 176, 0)
 
 
-@pytest.mark.parametrize("method", [MergeAtDoor(step=2), MergeInTower()])
+@pytest.mark.parametrize("method", [MergeAtInput(step=2), MergeInTower()])
 def test_merged_patches_share_a_colour(method: Any) -> None:
     trace = traced(tiny.llava(), method, [[4, "image", 6]])
     (board,) = drawn(trace, Image.new("RGB", (60, 60), (128, 128, 128)))

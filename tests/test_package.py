@@ -33,8 +33,8 @@ def test_every_method_documents_itself() -> None:
     for name, cls in available_methods().items():
         assert cls.__doc__, name
         for option in option_names(cls):
-            if option == "per":  # the same for all, documented once
-                assert "per:" in (Method.__doc__ or "")
+            if option == "video_unit":  # the same for all, documented once
+                assert "video_unit:" in (Method.__doc__ or "")
                 continue
             assert f"{option}:" in cls.__doc__ or f"{option}," in cls.__doc__, (
                 f"{cls.__name__} does not document {option!r}"

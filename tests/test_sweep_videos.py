@@ -137,20 +137,25 @@ def test_pooled_grids_have_their_own_scales(sweep: Any) -> None:
 
 
 def test_budgets_of_frames_and_segments(sweep: Any) -> None:
-    """``per`` says what a budget's tokens are shared by; the sweep's budget is of the video."""
-    methods = ("divprune:per=frame", "grid:per=2", "mustdrop:spatial=False", "evs:per=2")
+    """``video_unit`` says what shares a budget's tokens; the sweep's budget is of the video."""
+    methods = (
+        "divprune:video_unit=frame",
+        "grid:video_unit=2",
+        "mustdrop:spatial=False",
+        "evs:video_unit=2",
+    )
     run = run_sweep(sweep(methods=methods, keep=(20, 12), limit=4))
     for name, cell in run.cells.items():
         if cell["method"] is None:
             continue
-        if cell["arm"] == "evs+per=2" and cell["budget"] == 12:  # two first frames are whole
+        if cell["arm"] == "evs+video_unit=2" and cell["budget"] == 12:  # two first frames are whole
             assert cell["status"] == "unreachable"
             continue
         assert cell["status"] == "ok", name
         assert abs(cell["calibrated"]["tokens_mean"] - cell["budget"]) <= 0.5, name
-    options = run.cells["divprune+per=frame@20"]["options"]
-    assert (options["keep"], options["per"]) == (5, "frame")
-    assert "per" not in run.cells["mustdrop+spatial=false@20"]["options"]
+    options = run.cells["divprune+video_unit=frame@20"]["options"]
+    assert (options["keep"], options["video_unit"]) == (5, "frame")
+    assert "video_unit" not in run.cells["mustdrop+spatial=false@20"]["options"]
 
 
 def test_variants_that_videos_cannot_have_are_said(sweep: Any) -> None:
@@ -209,7 +214,7 @@ def test_frames_are_taken_evenly() -> None:
 
 @pytest.mark.parametrize("family", tiny.VIDEO_BUILDERS)
 def test_one_pass_of_the_tower_serves_all_methods(sweep: Any, family: str) -> None:
-    methods = ("divprune", "evs", "centerclip", "todre", "fastv:per=frame")
+    methods = ("divprune", "evs", "centerclip", "todre", "fastv:video_unit=frame")
     changes = {"model": family, "methods": methods, "keep": (12,)}
     shared = case.answers(run_sweep(sweep(out="shared", **changes)))
     alone = case.answers(run_sweep(sweep(out="alone", share=False, **changes)))
@@ -221,7 +226,8 @@ def test_the_same_bits_with_fewer_passes(family: str) -> None:
     model = tiny.VIDEO_BUILDERS[family]()
     inputs = tiny.make_inputs(model, [[4, "video", 6], [3, "video", 9]])
     chosen: list[tuple[str, dict[str, Any]]] = [
-        ("divprune", {"keep": 9}), ("evs", {"keep": 12}), ("fastv", {"keep": 4, "per": "frame"}),
+        ("divprune", {"keep": 9}), ("evs", {"keep": 12}),
+        ("fastv", {"keep": 4, "video_unit": "frame"}),
     ]  # fmt: skip
 
     def logits(name: str | None, options: dict[str, Any]) -> torch.Tensor:
@@ -268,7 +274,7 @@ def test_report_and_recommendation(whole: Any, home: Path, tmp_path: Path) -> No
     with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as drawn:
         assert drawn.size == (264, 264)
     found = recommend(run.folder, max_drop=0.99, draws=50)
-    method = tokprune.eval.recommend.load_setting(found.setting)
+    method = X(found.setting)
     assert method.name in tokprune.available_methods()
 
 

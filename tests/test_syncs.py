@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from methods_table import ALL
-from test_video_families import VIDEO_ALL, per_of
+from test_video_families import VIDEO_ALL, unit_of
 from tiny import BUILDERS, VIDEO_BUILDERS, VIDEO_TOKEN, make_inputs
 
 import tokprune
@@ -87,11 +87,11 @@ def test_prefill_and_step_read_nothing_back(
 )
 def test_videos_read_nothing_back(case: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, options = VIDEO_ALL[case]
-    per = per_of(case, method)
+    video_unit = unit_of(case, method)
     prompt = (4, "video", 3, "image", 6)
-    if method == "fastv" and per == "video":
+    if method == "fastv" and video_unit == "video":
         prompt = (4, "video", 6)  # images that share a budget: how many of each stay is read back
-    run_on_meta(family, method, {**options, "per": per}, monkeypatch, prompt)
+    run_on_meta(family, method, {**options, "video_unit": video_unit}, monkeypatch, prompt)
 
 
 def test_the_meta_device_catches_reads() -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from methods_table import ALL
-from toy_methods import DropInDecoder, MergeAtDoor, MergeInTower
+from toy_methods import DropInDecoder, MergeAtInput, MergeInTower
 
 import tokprune
 
@@ -73,8 +73,8 @@ def test_decoder_drop_by_layer_with_padding_and_two_images() -> None:
     assert entry["visual_tokens_out"] == [10, 5]
 
 
-def test_merge_at_the_door_lists_sources() -> None:
-    trace, entry = traced(tiny.llava(), MergeAtDoor(step=3), [[4, "image", 6]])
+def test_merge_at_language_model_lists_sources() -> None:
+    trace, entry = traced(tiny.llava(), MergeAtInput(step=3), [[4, "image", 6]])
     for number, token in enumerate(trace.kept()):
         held = [divmod(3 * number + i, tiny.GRID) for i in range(3)]
         assert token.sources == tuple((0, r, c) for r, c in held)
@@ -86,7 +86,7 @@ def test_merge_at_the_door_lists_sources() -> None:
 @pytest.mark.parametrize("between", [True, False])
 def test_merge_in_the_tower_then_everywhere(between: bool) -> None:
     method = tokprune.compose(
-        MergeInTower(layer=2, between=between, drop=4), MergeAtDoor(step=2), DropInDecoder(keep=3)
+        MergeInTower(layer=2, between=between, drop=4), MergeAtInput(step=2), DropInDecoder(keep=3)
     )
     trace, entry = traced(tiny.llava(), method, [[4, "image", 6]])
     stages = entry["images"][0]["stages"]

@@ -81,7 +81,7 @@ def inputs_of(model: Any, prompts: list[list[Any]], **options: Any) -> dict[str,
     return make_inputs(model, prompts, SIZES[:images], **options)
 
 
-def per_of(case: str, method: str) -> Any:
+def unit_of(case: str, method: str) -> Any:
     """One of the units of budgets; a different one for different cases, always the same."""
     choices = ["video", "frame", 3] if method != "evs" else ["video", 3]
     return choices[zlib.crc32(case.encode()) % len(choices)]
@@ -102,9 +102,9 @@ def check_oracle(model: Any, prompts: list[list[Any]], method: str, options: Any
 # ------------------------------------------------------------------------------- videos
 
 
-def smaller(options: dict[str, Any], per: Any) -> dict[str, Any]:
+def smaller(options: dict[str, Any], video_unit: Any) -> dict[str, Any]:
     """Budgets that drop something of a single frame of nine tokens."""
-    if per == "frame" and isinstance(options.get("keep"), int):
+    if video_unit == "frame" and isinstance(options.get("keep"), int):
         return {**options, "keep": min(options["keep"], 5)}
     return options
 
@@ -116,25 +116,29 @@ def test_pruned_videos_equal_the_masked_oracle(
     models: Any, case: str, family: str, kind: str
 ) -> None:
     method, options = VIDEO_PRUNING[case]
-    per = per_of(case + kind, method)
+    video_unit = unit_of(case + kind, method)
     model = build(models, family)
-    check_oracle(model, KINDS[kind], method, {**smaller(options, per), "per": per})
+    check_oracle(
+        model, KINDS[kind], method, {**smaller(options, video_unit), "video_unit": video_unit}
+    )
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("per", ["video", "frame", 2])
+@pytest.mark.parametrize("video_unit", ["video", "frame", 2])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 @pytest.mark.parametrize("case", VIDEO_PRUNING)
 def test_every_pruned_video_equals_the_masked_oracle(
-    models: Any, case: str, family: str, kind: str, per: Any, attention: str
+    models: Any, case: str, family: str, kind: str, video_unit: Any, attention: str
 ) -> None:
     method, options = VIDEO_PRUNING[case]
-    if method == "evs" and per == "frame":
+    if method == "evs" and video_unit == "frame":
         return
     model = build(models, family, attention=attention)
-    check_oracle(model, KINDS[kind], method, {**smaller(options, per), "per": per})
+    check_oracle(
+        model, KINDS[kind], method, {**smaller(options, video_unit), "video_unit": video_unit}
+    )
 
 
 @pytest.mark.parametrize("pooling", ["max", "conv"])
@@ -171,11 +175,11 @@ def test_merging_in_the_decoder_equals_the_same_prompt_as_embeddings(
     assert_same_logits(got, want)
 
 
-@pytest.mark.parametrize("per", ["video", "frame", 3])
+@pytest.mark.parametrize("video_unit", ["video", "frame", 3])
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 @pytest.mark.parametrize(("method", "options"), [("pool", {"window": 3}), ("m3", {"keep": 1})])
 def test_pooled_frames(
-    models: Any, method: str, options: dict[str, Any], family: str, per: Any
+    models: Any, method: str, options: dict[str, Any], family: str, video_unit: Any
 ) -> None:
     """Every frame becomes its mean, in the order of the frames; the newline at the end stays."""
     model = build(models, family)
@@ -189,7 +193,7 @@ def test_pooled_frames(
     handle = model.model.language_model.register_forward_pre_hook(record, with_kwargs=True)
     with torch.no_grad():
         model(**inputs)
-        with tokprune.compress(model, method, **options, per=per) as trace:
+        with tokprune.compress(model, method, **options, video_unit=video_unit) as trace:
             handle.remove()
             handle = model.model.language_model.layers[0].register_forward_pre_hook(
                 lambda module, args, kwargs: seen.append((args or [kwargs["hidden_states"]])[0][0]),
@@ -231,7 +235,7 @@ def test_methods_that_take_rows_from_the_tower_refuse_videos(
 
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 def test_the_decoder_cut_of_flowcut_takes_videos(models: Any, family: str) -> None:
-    options = {"keep": 6, "tower_keep": 1.0, "decoder_cut": True, "prune_layer": 3, "per": 3}
+    options = {"keep": 6, "tower_keep": 1.0, "decoder_cut": True, "prune_layer": 3, "video_unit": 3}
     check_oracle(build(models, family), KINDS["mixed"], "flowcut", options)
 
 
@@ -240,21 +244,24 @@ def test_the_decoder_cut_of_flowcut_takes_videos(models: Any, family: str) -> No
 
 @pytest.mark.parametrize("method", ["divprune", "fastv", "random", "dart", "cdpruner"])
 @pytest.mark.parametrize(
-    ("per", "want"), [("video", [5]), ("frame", [5, 5, 5, 5]), (3, [5, 5]), (2, [5, 5]), (9, [5])]
+    ("video_unit", "want"),
+    [("video", [5]), ("frame", [5, 5, 5, 5]), (3, [5, 5]), (2, [5, 5]), (9, [5])],
 )
-def test_what_a_budget_counts(models: Any, per: Any, want: list[int], method: str) -> None:
+def test_what_a_budget_counts(models: Any, video_unit: Any, want: list[int], method: str) -> None:
     model = build(models, "llava_next_video")
-    with tokprune.compress(model, method, keep=5, per=per) as trace, torch.no_grad():
+    with tokprune.compress(model, method, keep=5, video_unit=video_unit) as trace, torch.no_grad():
         model(**inputs_of(model, [[4, "video", 6], [2, "image", 3, "video", 3]]))
     assert trace.last is not None
     counts = trace.last.layers[-1].counts
-    if method == "fastv" and per == "video":  # shared by all images of a prompt, as published
+    if (
+        method == "fastv" and video_unit == "video"
+    ):  # shared by all images of a prompt, as published
         counts = [counts[0], [5, 5]] if sum(counts[1]) == 10 else []
     assert counts == [want, [5, *want]]
 
 
-@pytest.mark.parametrize("per", ["frame", 3])
-def test_every_part_is_selected_as_a_video_of_its_own(models: Any, per: Any) -> None:
+@pytest.mark.parametrize("video_unit", ["frame", 3])
+def test_every_part_is_selected_as_a_video_of_its_own(models: Any, video_unit: Any) -> None:
     model = build(models, "llava_onevision")
     inputs = inputs_of(model, [[4, "video", 6]])
     features: list[Tensor] = []
@@ -266,10 +273,10 @@ def test_every_part_is_selected_as_a_video_of_its_own(models: Any, per: Any) -> 
         model(**inputs)
         handle.remove()
         with tokprune.compress(
-            model, "todre", keep=4, pivot="farthest", stage2=False, per=per
+            model, "todre", keep=4, pivot="farthest", stage2=False, video_unit=video_unit
         ) as t:
             model(**inputs)
-    width = 9 * (1 if per == "frame" else per)
+    width = 9 * (1 if video_unit == "frame" else video_unit)
     want = []
     for start in range(0, 36, width):
         x = features[0][start : min(start + width, 36)]
@@ -312,15 +319,17 @@ class FirstChannel(TowerRelevance):
         return self.seen
 
 
-@pytest.mark.parametrize("per", ["video", "frame", 3])
+@pytest.mark.parametrize("video_unit", ["video", "frame", 3])
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 def test_relevance_from_the_tower_is_averaged_like_the_features(
-    models: Any, family: str, per: Any
+    models: Any, family: str, video_unit: Any
 ) -> None:
     model, relevance = build(models, family), FirstChannel()
     inputs = inputs_of(model, [[4, "video", 6]])
     with torch.no_grad():
-        with tokprune.compress(model, "cdpruner", keep=4, relevance=relevance, per=per) as trace:
+        with tokprune.compress(
+            model, "cdpruner", keep=4, relevance=relevance, video_unit=video_unit
+        ) as trace:
             model(**inputs)
     pooled = relevance.seen.view(4, 3, 2, 3, 2).mean((2, 4)).flatten()
     scores = [part.score for part in trace.last.records]  # type: ignore[union-attr]
@@ -329,24 +338,24 @@ def test_relevance_from_the_tower_is_averaged_like_the_features(
 
 @pytest.mark.parametrize("bad", [0, -1, "tile", 2.5, True, None])
 def test_bad_per(models: Any, bad: Any) -> None:
-    with pytest.raises(ValueError, match="per="):
-        tokprune.patch(build(models, "llava_next_video"), "random", keep=4, per=bad)
+    with pytest.raises(ValueError, match="video_unit="):
+        tokprune.patch(build(models, "llava_next_video"), "random", keep=4, video_unit=bad)
 
 
 def test_evs_needs_two_frames(models: Any) -> None:
-    for per in ("frame", 1):
+    for video_unit in ("frame", 1):
         with pytest.raises(ValueError, match="at least 2"):
-            tokprune.patch(build(models, "llava_next_video"), "evs", keep=9, per=per)
+            tokprune.patch(build(models, "llava_next_video"), "evs", keep=9, video_unit=video_unit)
 
 
 def test_composed_methods_share_the_unit() -> None:
-    first, second = tokprune.Random(keep=9, per="frame"), tokprune.FastV(keep=3)
-    with pytest.raises(tokprune.CompositionError, match="different per"):
+    first, second = tokprune.Random(keep=9, video_unit="frame"), tokprune.FastV(keep=3)
+    with pytest.raises(tokprune.CompositionError, match="different video_unit"):
         tokprune.compose(first, second)
-    both = tokprune.compose(first, tokprune.FastV(keep=3, per="frame"))
-    assert both.per == "frame"
-    assert "per='frame'" in repr(first)
-    assert "per" not in repr(second)
+    both = tokprune.compose(first, tokprune.FastV(keep=3, video_unit="frame"))
+    assert both.video_unit == "frame"
+    assert "video_unit='frame'" in repr(first)
+    assert "video_unit" not in repr(second)
 
 
 # ------------------------------------------------------------------------------- pictures
@@ -391,7 +400,7 @@ def test_what_takes_rows_from_the_tower_is_not_shrunk(models: Any, case: str) ->
         assert trace.last is not None
         for number, image in enumerate(trace.last.images):
             assert image.record is not None
-            assert (image.record.layout.door is not None) == (model is shrinks), number
+            assert (image.record.layout.token_grid is not None) == (model is shrinks), number
     assert_same_logits(*logits)
 
 
@@ -450,21 +459,23 @@ def check_singles(model: Any, method: str, options: dict[str, Any], **generation
 @pytest.mark.parametrize("case", [c for c in {**CORE, **EVS} if c not in REFUSED])
 def test_batch_equals_singles_through_generate(models: Any, case: str, family: str) -> None:
     method, options = VIDEO_ALL[case]
-    per = per_of(case, method)
-    check_singles(build(models, family), method, {**smaller(options, per), "per": per})
+    video_unit = unit_of(case, method)
+    check_singles(
+        build(models, family), method, {**smaller(options, video_unit), "video_unit": video_unit}
+    )
 
 
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:evs found no video")
-@pytest.mark.parametrize("per", ["video", "frame"])
+@pytest.mark.parametrize("video_unit", ["video", "frame"])
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 @pytest.mark.parametrize("case", VIDEO_ALL)
 def test_every_batch_equals_singles_through_generate(
-    models: Any, case: str, family: str, per: str
+    models: Any, case: str, family: str, video_unit: str
 ) -> None:
     method, options = VIDEO_ALL[case]
-    if method != "evs" or per == "video":
-        check_singles(build(models, family), method, {**options, "per": per})
+    if method != "evs" or video_unit == "video":
+        check_singles(build(models, family), method, {**options, "video_unit": video_unit})
 
 
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
@@ -474,7 +485,7 @@ def test_beams_share_the_videos_of_their_prompt(models: Any, case: str, family: 
     model, (method, options) = build(models, family), ALL[case]
     inputs = inputs_of(model, ROWS[:2])
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    with tokprune.compress(model, method, **options, per=2):
+    with tokprune.compress(model, method, **options, video_unit=2):
         together = new_tokens(model, inputs, **beams)
         alone = [new_tokens(model, single(inputs, i, *PARTS[i]), **beams) for i in range(2)]
     assert together.tolist() == torch.cat(alone).tolist()
@@ -488,7 +499,7 @@ def test_beams_share_several_videos_of_their_prompt(models: Any, family: str) ->
     model = build(models, family)
     inputs = inputs_of(model, [[4, "video", 3, "video", 6], [7, "video", 2]])
     videos = (slice(0, 2), slice(2, 3))
-    with tokprune.compress(model, "divprune", keep=5, per=3):
+    with tokprune.compress(model, "divprune", keep=5, video_unit=3):
         together = new_tokens(model, inputs, num_beams=3)
         alone = [
             new_tokens(model, single(inputs, i, slice(0, 0), videos[i]), num_beams=3)
@@ -503,7 +514,7 @@ def test_a_video_in_a_later_turn(models: Any, case: str, family: str) -> None:
     """On a cache that is compressed already, batch and single runs agree."""
     model, (method, options) = build(models, family), ALL[case]
     first, second = inputs_of(model, [[4, "video", 6]]), inputs_of(model, [[3, "video", 5]], seed=9)
-    with tokprune.compress(model, method, **options, per="frame"), torch.no_grad():
+    with tokprune.compress(model, method, **options, video_unit="frame"), torch.no_grad():
         logits = []
         for copies in (1, 2):
             turn = {n: v.repeat(copies, *[1] * (v.dim() - 1)) for n, v in first.items()}
@@ -544,7 +555,7 @@ def test_features_encoded_ahead(models: Any, family: str) -> None:
 
     with torch.no_grad():
         early = encode()
-        with tokprune.compress(model, "todre", keep=6, per="frame"):
+        with tokprune.compress(model, "todre", keep=6, video_unit="frame"):
             want = model(**inputs).logits
             assert torch.equal(model(**rest, mm_encoder_outputs=encode()).logits, want)
             with pytest.raises(ValueError, match=r"get_(video|image)_features on the patched"):
@@ -575,16 +586,16 @@ def test_scores_go_through_the_pooling_that_the_features_go_through() -> None:
     model = llava_onevision()
     model.model.config.vision_config.image_size = 20  # 5×5 patches
     layout = pooled_video(3, (5, 5), (3, 3), None, newline=True)
-    assert layout.door is not None
+    assert layout.token_grid is not None
     want = model.model.apply_pooling(scores[..., None])
-    assert torch.equal(layout.door.mean(scores), want.flatten())
+    assert torch.equal(layout.token_grid.mean(scores), want.flatten())
 
     video = llava_next_video()
     layout = pooled_video(3, (6, 6), (3, 3), 2, newline=False)
-    assert layout.door is not None
+    assert layout.token_grid is not None
     scores = torch.randn(3, 36, generator=torch.Generator().manual_seed(1))
     want = video.model.vision_resampler(scores[..., None].expand(-1, -1, 32))[..., 0]
-    torch.testing.assert_close(layout.door.mean(scores), want.flatten())
+    torch.testing.assert_close(layout.token_grid.mean(scores), want.flatten())
 
     model = llava_onevision(most=1)
     scores = torch.randn(5, 36, generator=torch.Generator().manual_seed(2))
@@ -594,8 +605,8 @@ def test_scores_go_through_the_pooling_that_the_features_go_through() -> None:
     family = family_of(model)
     parts = family.parts(model)
     (own,) = family.layouts(parts, torch.zeros(1), [[30, 40]], family.facts(model, parts))
-    assert own.door is not None
-    torch.testing.assert_close(own.door.mean(scores), packed[0].flatten())
+    assert own.token_grid is not None
+    torch.testing.assert_close(own.token_grid.mean(scores), packed[0].flatten())
     assert shrunk_map((6, 6), (2, 2), (2, 10, 0, 12), (4, 6)).grids == ((6, 6), (4, 6))
 
 
@@ -615,17 +626,17 @@ def test_layouts_of_onevision_are_those_of_its_packing(most: int, size: tuple[in
     )  # fmt: skip
     packed = packed[0].flatten()
     assert torch.equal(packed == -1, layout.packed < 0)
-    if layout.door is None:
+    if layout.token_grid is None:
         assert torch.equal(packed[packed > 0] - 1, layout.packed[layout.packed >= 0].float())
         return
-    near = layout.door.nearest
+    near = layout.token_grid.nearest
     assert near is not None
     assert torch.equal(near[:36], torch.arange(36))
     shown = near[near >= 0]
     # every cell of the map shows patches, in order
-    assert shown.unique().tolist() == list(range(sum(h * w for h, w in layout.door.grids)))
+    assert shown.unique().tolist() == list(range(sum(h * w for h, w in layout.token_grid.grids)))
     # a cell of a picture whose values rise to the right and downwards rises as well
-    _, (rows, columns) = layout.door.grids
+    _, (rows, columns) = layout.token_grid.grids
     assert int((layout.packed < 0).sum()) == rows
     assert int((layout.packed >= 36).sum()) == rows * columns
 
@@ -634,7 +645,7 @@ def test_layouts_of_onevision_are_those_of_its_packing(most: int, size: tuple[in
 def test_trace_names_frames(models: Any, family: str) -> None:
     model = build(models, family)
     inputs = inputs_of(model, [[4, "video", 6], [2, "image", 3, "video", 4]])
-    with tokprune.compress(model, "grid", keep=2, per=3) as trace, torch.no_grad():
+    with tokprune.compress(model, "grid", keep=2, video_unit=3) as trace, torch.no_grad():
         model(**inputs)
     told = trace.to_dict()
     videos = [image for image in told["images"] if "frames" in image]
@@ -678,7 +689,7 @@ def test_overlay_of_videos_and_pictures(models: Any, family: str) -> None:
     model = build(models, family)
     frames = [Image.new("RGB", (24, 24), (60 * f, 90, 200)) for f in range(4)]
     picture = Image.new("RGB", (40, 14), (200, 40, 40))
-    with tokprune.compress(model, "grid", keep=8, per=3) as trace, torch.no_grad():
+    with tokprune.compress(model, "grid", keep=8, video_unit=3) as trace, torch.no_grad():
         model(**inputs_of(model, [[4, "video", 3, "image", 6]]))
     drawn = tokprune.overlay(trace, [frames, picture])
     assert drawn.getcolors(2**20) is not None
@@ -706,17 +717,17 @@ def test_overlay_of_shrunk_tiles(models: Any) -> None:
 def test_loading(family: str, tmp_path: Any) -> None:
     model = VIDEO_BUILDERS[family]()
     model.save_pretrained(tmp_path)
-    loaded = tokprune.load(tmp_path, "cdpruner", keep=3, per="frame")
+    loaded = tokprune.load(tmp_path, "cdpruner", keep=3, video_unit="frame")
     assert type(loaded) is type(model)
     inputs = inputs_of(model, [[4, "video", 6]])
-    with torch.no_grad(), tokprune.compress(model, "cdpruner", keep=3, per="frame"):
+    with torch.no_grad(), tokprune.compress(model, "cdpruner", keep=3, video_unit="frame"):
         assert_same_logits(loaded(**inputs).logits, model(**inputs).logits)
     trace = tokprune.trace_of(loaded)
     assert trace is not None
     assert trace.last is not None
     assert trace.last.layers[-1].counts == [[3, 3, 3, 3]]
-    with pytest.raises(ValueError, match="per="):
-        tokprune.load(tmp_path, "cdpruner", keep=3, per="clip")
+    with pytest.raises(ValueError, match="video_unit="):
+        tokprune.load(tmp_path, "cdpruner", keep=3, video_unit="clip")
 
 
 def test_prompts_with_videos() -> None:

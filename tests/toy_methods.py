@@ -16,7 +16,7 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     PromptStage,
@@ -31,17 +31,17 @@ from tokprune.methods import Method
 
 
 @dataclass(frozen=True)
-class MergeAtDoor(Method):
+class MergeAtInput(Method):
     """Prompt stage: every ``step`` neighbouring patches become one token, newlines go."""
 
-    name: ClassVar[str] = "test-merge-at-door"
+    name: ClassVar[str] = "test-merge-at-input"
     step: int = 3
 
     def plan(self, facts: ModelFacts) -> Plan:
-        return Plan(prompt=(_Door(self.step),))
+        return Plan(prompt=(_Input(self.step),))
 
 
-class _Door(PromptStage):
+class _Input(PromptStage):
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -132,20 +132,20 @@ class _DecoderRun(DecoderRun):
         self.method = method
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
-        mask = torch.zeros_like(view.visual)
-        for s in range(view.segments):
-            mine = view.segment == s
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
+        mask = torch.zeros_like(sequence.visual)
+        for s in range(sequence.segments):
+            mine = sequence.segment == s
             mask |= mine & (mine.long().cumsum(1) <= self.method.keep)
-        counts = [[min(n, self.method.keep) for n in row] for row in view.counts]
-        return Keep(mask, counts)
+        counts = [[min(n, self.method.keep) for n in row] for row in sequence.counts]
+        return KeepDecision(mask, counts)
 
-    def after_prefill(self, views: Sequence[SequenceView]) -> CachePolicy | None:
-        view = views[-1]
-        text = view.valid & ~view.visual
+    def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
+        sequence = sequences[-1]
+        text = sequence.valid & ~sequence.visual
         lengths = text.sum(1).tolist()
         place = torch.where(text, torch.arange(text.shape[1]), -1)
         index = place.sort(1).values[:, -max(lengths) :]
-        last = len(views) - 1
+        last = len(sequences) - 1
         return CachePolicy({last: index}, {last: lengths})

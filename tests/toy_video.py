@@ -1,7 +1,7 @@
 """A video model without pooling, for tests: LLaVA-1.5 whose "images" are videos of frames.
 
 Each sample's prompt holds the tokens of all its frames as one run; ``pixel_values`` is [B · T, 3,
-H, W]. At the language model's door the tiles of such an image are its frames.
+H, W]. At the language-model input the tiles of such an image are its frames.
 """
 
 from __future__ import annotations

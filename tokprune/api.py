@@ -68,8 +68,8 @@ def compose(*methods: str | Method) -> Method:
     Whether the stages fit is decided per model, when it is patched.
 
     Raises:
-        CompositionError: fewer than two methods, or different ``per`` (here), or two methods at the
-            same stage (when patched; the message says why).
+        CompositionError: fewer than two methods, or different ``video_unit`` (here), or two
+            methods at the same stage (when patched; the message says why).
     """
     parts: list[Method] = []
     for method in methods:
@@ -77,13 +77,13 @@ def compose(*methods: str | Method) -> Method:
         parts += made.methods if isinstance(made, Composed) else [made]
     if len(parts) < 2:
         raise CompositionError(f"compose needs at least two methods, got {len(parts)}")
-    units = list(dict.fromkeys(part.per for part in parts))
+    units = list(dict.fromkeys(part.video_unit for part in parts))
     if len(units) > 1:
         raise CompositionError(
-            f"methods with different per ({', '.join(map(repr, units))}) see a video in different "
-            "parts; give all of them the same"
+            f"methods with different video_unit ({', '.join(map(repr, units))}) see a video in "
+            "different parts; give all of them the same"
         )
-    return Composed(methods=tuple(parts), per=units[0])
+    return Composed(methods=tuple(parts), video_unit=units[0])
 
 
 def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
@@ -117,7 +117,7 @@ def _start(
 ) -> Session:
     bound = bind(model)
     made = make_method(method, **options)
-    plan = replace(made.plan(bound.facts), per=made.per)
+    plan = replace(made.plan(bound.facts), video_unit=made.video_unit)
     session = Session(bound, plan, Trace(repr(made)))
     session.nested = nested
     unpatch(model)

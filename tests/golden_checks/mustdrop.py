@@ -299,8 +299,8 @@ def _check_filters(case: Case, filters: list[Any]) -> None:
     assert len(filters) == len(case.parameters["pruning_layers"])
     key_set = case["key_set"].sort().values
     for i, stage in enumerate(filters):
-        block = stage.view.visual[0]
-        keep, tag = stage.keep[0][block], stage.view.tag[0][block]
+        block = stage.sequence.visual[0]
+        keep, tag = stage.keep[0][block], stage.sequence.tag[0][block]
         assert_equal(tag.nonzero()[:, 0], key_set, f"key set entering stage {i}")
         alone = (stage.score[0][block] >= 1).nonzero()[:, 0]
         assert_equal(alone, case[f"stage{i}_filter_keep"], f"stage{i}_filter_keep")

@@ -124,10 +124,10 @@ class _Recorder(Watched):
         made: Any = self.runs[-1]
         before_layer = made.before_layer
 
-        def watched(layer: int, hidden: Any, view: Any, scoring: Any) -> Any:
-            keep = before_layer(layer, hidden, view, scoring)
+        def watched(layer: int, hidden: Any, sequence: Any, scoring: Any) -> Any:
+            keep = before_layer(layer, hidden, sequence, scoring)
             if keep is not None:
-                own = view.visual[0]
+                own = sequence.visual[0]
                 steps.append((made.score[0, own], made.kept[0, own]))
             return keep
 

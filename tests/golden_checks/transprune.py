@@ -143,11 +143,11 @@ class _Recorder(Watched):
             transition(layer, *args)
             transitions[layer] = made.transitions[layer]
 
-        def watched_before(layer: int, hidden: Any, view: Any, scoring: Any) -> Any:
-            total = sum(made.transitions.values(), torch.zeros(view.segment.shape))
-            keep = before_layer(layer, hidden, view, scoring)
-            first = (view.segment[0] >= 0).nonzero().view(-1)
-            share = image_share(total, view.segment, view.segments)
+        def watched_before(layer: int, hidden: Any, sequence: Any, scoring: Any) -> Any:
+            total = sum(made.transitions.values(), torch.zeros(sequence.segment.shape))
+            keep = before_layer(layer, hidden, sequence, scoring)
+            first = (sequence.segment[0] >= 0).nonzero().view(-1)
+            share = image_share(total, sequence.segment, sequence.segments)
             steps[layer] = tuple(x[0, first] for x in (made.instruction, share, made.score))
             return keep
 

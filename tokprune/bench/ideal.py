@@ -1,7 +1,7 @@
 """The ideal: the same model on as many tokens per layer as a method leaves, with no method work.
 
 The model's own forward runs, all of it, so that Python and library code cost the same on both
-sides; where the method made a sequence shorter, the ideal *slices* it (a view: no score, no
+sides; where the method made a sequence shorter, the ideal *slices* it (a sequence: no score, no
 choice, no gather, no merge). The lengths are those the method's layers really worked on, read from
 the tensors of one compressed forward. Which rows survive does not matter for time, so the last
 ones do (text lies at the end); answers are meaningless.
@@ -168,7 +168,9 @@ class _Ideal:
         self.handles += [
             parts.projector.register_forward_pre_hook(self._features),
             parts.projector.register_forward_hook(self._projected),
-            parts.language_model.register_forward_pre_hook(self._door, with_kwargs=True),
+            parts.language_model.register_forward_pre_hook(
+                self._language_model_input, with_kwargs=True
+            ),
             parts.language_model.register_forward_hook(self._done, with_kwargs=True),
         ]
         for number, layer in enumerate(parts.decoder_layers):
@@ -211,7 +213,7 @@ class _Ideal:
         return args[0][:, -self.lengths.projected :], *args[1:]
 
     def _projected(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        # the model packs full grids next; empty rows are cut off again at the decoder's door
+        # the model packs full grids next; empty rows are cut off again at the decoder's input
         missing = self.rows - output.shape[1]
         if missing > 0:
             return F.pad(output, (0, 0, 0, missing))
@@ -223,7 +225,7 @@ class _Ideal:
         """Whether the cache layer holds less than the prompt."""
         return self.lengths.cached[number] != self.lengths.original
 
-    def _door(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _language_model_input(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(self.cache_name)
         past = 0 if cache is None else cache.get_seq_length()
         self.prefill = embeds is not None and not past

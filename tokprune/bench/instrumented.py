@@ -21,7 +21,7 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     PromptStage,
@@ -60,7 +60,7 @@ class Watched(Method):
     watcher: Watcher
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "per", self.inner.per)
+        object.__setattr__(self, "video_unit", self.inner.video_unit)
 
     def plan(self, facts: ModelFacts) -> Plan:
         plan, watcher = self.inner.plan(facts), self.watcher
@@ -150,26 +150,28 @@ class _DecoderRun(DecoderRun):
         place = Place("decoder", self.number, name, layer)
         return self.watcher(place, getattr(self.inner, name), *arguments)
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
-        self._call("attention", layer, layer, attention, view)
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
+        self._call("attention", layer, layer, attention, sequence)
 
     def transition(
         self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
-        view: SequenceView,
+        sequence: SequenceView,
     ) -> None:  # fmt: skip
-        self._call("transition", layer, layer, module, before, after, view)
+        self._call("transition", layer, layer, module, before, after, sequence)
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
-        answer: Keep | None = self._call("before_layer", layer, layer, hidden, view, scoring)
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
+        answer: KeepDecision | None = self._call(
+            "before_layer", layer, layer, hidden, sequence, scoring
+        )
         return answer
 
     def dropped(self, layer: int, index: Tensor) -> None:
         self._call("dropped", layer, layer, index)
 
-    def after_prefill(self, views: Sequence[SequenceView]) -> CachePolicy | None:
-        answer: CachePolicy | None = self._call("after_prefill", None, views)
+    def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
+        answer: CachePolicy | None = self._call("after_prefill", None, sequences)
         return answer
 
 

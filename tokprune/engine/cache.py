@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from tokprune.engine.compat import OLD, DynamicCache, DynamicLayer
+from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer
 from tokprune.errors import UnsupportedModelError
 
 
@@ -227,7 +227,7 @@ def check_cache(cache: Any) -> None:
         return
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         kind = type(cache).__name__
-        if OLD:
+        if LEGACY:
             raise UnsupportedModelError(
                 f"past_key_values={kind} was not made by a patched model: its layers cannot hold "
                 "different numbers of tokens; patch the model before the first turn, or start with "

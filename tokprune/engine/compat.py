@@ -14,15 +14,15 @@ import transformers
 #: (major, minor) of the installed transformers
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 #: transformers of the original ``llava`` package: tuples as cache, rotary tables in each layer
-OLD = (4, 36) <= RELEASE <= (4, 37)
+LEGACY = (4, 36) <= RELEASE <= (4, 37)
 
-if not OLD and RELEASE < (4, 57):
+if not LEGACY and RELEASE < (4, 57):
     raise ImportError(
         f"transformers {transformers.__version__} is not supported: it should be 4.57 or newer, or "
         "4.37 for models of the original llava package"
     )
 
-if TYPE_CHECKING or not OLD:
+if TYPE_CHECKING or not LEGACY:
     from transformers import AttentionInterface, DynamicCache
     from transformers.cache_utils import DynamicLayer
 else:
@@ -31,9 +31,9 @@ else:
 
     AttentionInterface = None
 
-__all__ = ["OLD", "RELEASE", "AttentionInterface", "DynamicCache", "DynamicLayer", "new_cache"]
+__all__ = ["LEGACY", "RELEASE", "AttentionInterface", "DynamicCache", "DynamicLayer", "new_cache"]
 
 
 def new_cache(config: Any) -> DynamicCache:
     """An empty cache whose layers may come to hold different numbers of tokens."""
-    return DynamicCache() if OLD else DynamicCache(config=config)
+    return DynamicCache() if LEGACY else DynamicCache(config=config)

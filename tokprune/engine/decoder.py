@@ -16,7 +16,7 @@ from tokprune.engine.contracts import (
     CachePolicy,
     DecoderRun,
     DecoderStage,
-    Keep,
+    KeepDecision,
     ScoringLayer,
     SequenceView,
     visible_rows,
@@ -37,13 +37,13 @@ class LayerCalls:
     per distinct sequence and reused by all layers that see it."""
 
     def __init__(
-        self, rotary: Any, backend: str, window: int | None, norm: Any, old: bool = False
+        self, rotary: Any, backend: str, window: int | None, norm: Any, legacy: bool = False
     ) -> None:
         self.rotary, self.backend, self.window = rotary, backend, window
         #: the decoder's final norm
         self.norm = norm
         #: layers of transformers 4.37: masks of full shape, and no rotary embeddings from outside
-        self.old = old
+        self.legacy = legacy
         self._embeddings: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         self._masks: dict[tuple[int, ...], tuple[Any, Tensor | None]] = {}
 
@@ -76,7 +76,7 @@ class LayerCalls:
                 self.backend, hidden.shape[1], keys, valid(), hidden.dtype, hidden.device,
                 positions, self.window,
             )  # fmt: skip
-            if self.old and mask is not None and mask.dim() == 4:
+            if self.legacy and mask is not None and mask.dim() == 4:
                 mask = mask.expand(hidden.shape[0], -1, -1, -1)
             self._masks[key] = (name, mask)
         mask = self._masks[key][1]
@@ -85,7 +85,7 @@ class LayerCalls:
     def place(self, kwargs: dict[str, Any], position: Tensor, embeddings: Any) -> None:
         """Hand positions to a layer's call."""
         kwargs["position_ids"] = position
-        if not self.old:
+        if not self.legacy:
             kwargs["position_embeddings"] = embeddings
 
 
@@ -93,7 +93,7 @@ class LayerCalls:
 class Drop:
     """One drop before decoder layer ``layer``: ``segment`` [B, L] of the sequence before it,
     ``index`` [B, L'] old place of every entry after it (−1 = padding), and ``group`` [B, L] of a
-    merge (see :class:`Keep`)."""
+    merge (see :class:`KeepDecision`)."""
 
     layer: int
     segment: Tensor
@@ -108,19 +108,19 @@ class PrefillPass:
         self,
         calls: LayerCalls,
         stages: tuple[DecoderStage, ...],
-        view: SequenceView,
+        sequence: SequenceView,
         native: SequenceView,
         cache: DynamicCache | None,
         past: int,
         attention_mask: Tensor | None,
     ) -> None:
-        self.calls, self.stages, self.view, self.native = calls, stages, view, native
+        self.calls, self.stages, self.sequence, self.native = calls, stages, sequence, native
         self.runs: list[DecoderRun] = [stage.start() for stage in stages]
         self.original_length, self.cache, self.past = native.column.shape[1], cache, past
         self.attention_mask = attention_mask
         #: the language model's own masks and positions are not those of the current sequence
         self.detached = False
-        self.views: list[SequenceView] = []
+        self.sequences: list[SequenceView] = []
         self.drops: list[Drop] = []
         #: rotary positions that each layer worked with
         self.positions: list[Tensor] = []
@@ -132,7 +132,7 @@ class PrefillPass:
 
     @property
     def compressed(self) -> bool:
-        return self.view is not self.native
+        return self.sequence is not self.native
 
     @property
     def total(self) -> int:
@@ -140,12 +140,12 @@ class PrefillPass:
         return self.past + self.original_length
 
     def to(self, device: torch.device) -> None:
-        if self.view.column.device != device:
-            view = self.view
+        if self.sequence.column.device != device:
+            sequence = self.sequence
             for name in ("column", "position", "segment", "after", "tag", "next_position"):
-                value = getattr(view, name)
+                value = getattr(sequence, name)
                 if value is not None:
-                    setattr(view, name, value.to(device))
+                    setattr(sequence, name, value.to(device))
 
     # ------------------------------------------------------------------ one layer
 
@@ -155,11 +155,11 @@ class PrefillPass:
         for stage, run in zip(self.stages, self.runs):
             if number in stage.prune_layers:
                 scoring = _Scoring(self, number, layer)
-                keep = run.before_layer(number, hidden, self.view, scoring)
+                keep = run.before_layer(number, hidden, self.sequence, scoring)
                 if keep is not None:
                     hidden = self._drop(number, hidden, keep)
-        self.views.append(self.view)
-        self.positions.append(self.view.position)
+        self.sequences.append(self.sequence)
+        self.positions.append(self.sequence.position)
         cached = self._cached(number)
         if self.compressed or isinstance(cached, CompressedLayer):
             self._announce(number, hidden, kwargs)
@@ -170,31 +170,32 @@ class PrefillPass:
             return None
         return self.cache.layers[number]
 
-    def _drop(self, number: int, hidden: Tensor, keep: Keep) -> Tensor:
-        view = self.view
+    def _drop(self, number: int, hidden: Tensor, keep: KeepDecision) -> Tensor:
+        sequence = self.sequence
         counts = keep.counts
         if counts is None:
-            most = view.segments
-            one_hot = (view.segment[:, :, None] == torch.arange(most, device=hidden.device)) & (
+            most = sequence.segments
+            one_hot = (sequence.segment[:, :, None] == torch.arange(most, device=hidden.device)) & (
                 keep.mask[:, :, None]
             )
             read = one_hot.sum(1).tolist()  # adaptive: the numbers must reach the host
-            counts = [row[: len(own)] for row, own in zip(read, view.counts)]
-        if counts == view.counts:
+            counts = [row[: len(own)] for row, own in zip(read, sequence.counts)]
+        if counts == sequence.counts:
             return hidden
         lengths = [
-            n - sum(old) + sum(new) for n, old, new in zip(view.lengths, view.counts, counts)
+            n - sum(old) + sum(new)
+            for n, old, new in zip(sequence.lengths, sequence.counts, counts)
         ]
         longest = max(lengths)
-        stays = view.valid & (keep.mask | ~view.visual)
+        stays = sequence.valid & (keep.mask | ~sequence.visual)
         arange = torch.arange(stays.shape[1], device=hidden.device)
         key = torch.where(stays, arange if keep.order is None else keep.order, -1)
         top = key.sort(dim=1, stable=True)
         index = top.indices.masked_fill(top.values < 0, -1)[:, key.shape[1] - longest :]
         padded = min(lengths) < longest
-        self.view = take(view, index, counts, lengths, padded, keep.positions == "compact")
+        self.sequence = take(sequence, index, counts, lengths, padded, keep.positions == "compact")
         self.detached = True
-        self.drops.append(Drop(number, view.segment, index, keep.group))
+        self.drops.append(Drop(number, sequence.segment, index, keep.group))
         hidden = hidden if keep.hidden is None else keep.hidden
         place = index.clamp(min=0)
         for run in self.runs:
@@ -202,18 +203,18 @@ class PrefillPass:
         return hidden.gather(1, place[:, :, None].expand(-1, -1, hidden.shape[2]))
 
     def _shift(self, past_shift: Tensor | None) -> Tensor | None:
-        """[B] original minus layer position of the next token, for layers of this view."""
-        key = (id(self.view), id(past_shift))
+        """[B] original minus layer position of the next token, for layers of this sequence."""
+        key = (id(self.sequence), id(past_shift))
         if key not in self._shifts:
-            here = self.view.next_position
+            here = self.sequence.next_position
             shift = self.native.next_position.to(here.device) - here
             if past_shift is not None:
                 shift = shift + past_shift.to(shift.device)
-            self._shifts[key] = ((self.view, past_shift), shift)
+            self._shifts[key] = ((self.sequence, past_shift), shift)
         return self._shifts[key][1]
 
     def _announce(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        view, past_shift, entries = self.view, None, 0
+        sequence, past_shift, entries = self.sequence, None, 0
         past_padded, past_columns = False, None
         if self.cache is not None:
             layer = compressed_layer(self.cache, number)
@@ -226,8 +227,8 @@ class PrefillPass:
                     past_columns = past_columns.masked_fill(~real, -1)
                     layer.columns, layer.padded, past_padded = past_columns, True, True
             columns = self._columns()
-            layer.expect(columns, self.original_length, view.padded, self._shift(past_shift))
-        position, embeddings = self.calls.embeddings(hidden, view.position, past_shift)
+            layer.expect(columns, self.original_length, sequence.padded, self._shift(past_shift))
+        position, embeddings = self.calls.embeddings(hidden, sequence.position, past_shift)
         self.positions[-1] = position
         window = None
         if self.calls.window is not None:
@@ -238,30 +239,30 @@ class PrefillPass:
             return  # the language model made masks and positions for this very sequence
 
         def valid() -> Tensor | None:
-            if not (view.padded or past_padded):
+            if not (sequence.padded or past_padded):
                 return None
             if not entries:
-                return view.valid
-            before = view.valid.new_ones(len(view.valid), entries)
+                return sequence.valid
+            before = sequence.valid.new_ones(len(sequence.valid), entries)
             if past_columns is not None and past_padded:
                 before = (past_columns >= 0).to(before.device)
-            return torch.cat([before, view.valid], dim=1)
+            return torch.cat([before, sequence.valid], dim=1)
 
         kwargs["attention_mask"] = self.calls.mask(
             hidden, entries + hidden.shape[1], valid,
-            (view, past_columns if past_padded else None, window and position), window,
+            (sequence, past_columns if past_padded else None, window and position), window,
         )  # fmt: skip
         self.calls.place(kwargs, position, embeddings)
 
     def _columns(self) -> Tensor:
-        """Columns of this view counted from the start of the conversation; one object per view,
-        so that decode steps recognise layers that hold the same tokens."""
+        """Columns of this sequence counted from the start of the conversation; one object per
+        sequence, so that decode steps recognise layers that hold the same tokens."""
         if not self.past:
-            return self.view.column
-        key = (id(self.view), -1)
+            return self.sequence.column
+        key = (id(self.sequence), -1)
         if key not in self._shifts:
-            column = self.view.column
-            self._shifts[key] = (self.view, torch.where(column < 0, -1, column + self.past))
+            column = self.sequence.column
+            self._shifts[key] = (self.sequence, torch.where(column < 0, -1, column + self.past))
         return self._shifts[key][1]
 
     def past_mask_padded(self) -> bool:
@@ -274,9 +275,9 @@ class PrefillPass:
     # ------------------------------------------------------------------ taps and end
 
     def attention(self, number: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        view = self.view
+        sequence = self.sequence
         past = k.shape[2] - q.shape[2]
-        valid, window = self.visible_keys(number, past, view, self.positions[-1])
+        valid, window = self.visible_keys(number, past, sequence, self.positions[-1])
         position = self.positions[-1]
         attention = Attention(
             q, k, v, scale, causal=True, valid=valid, past=past, window=window,
@@ -284,21 +285,21 @@ class PrefillPass:
         )  # fmt: skip
         for stage, run in zip(self.stages, self.runs):
             if number in stage.taps:
-                run.attention(number, attention, view)
+                run.attention(number, attention, sequence)
 
     def visible_keys(
-        self, number: int, past: int, view: SequenceView, position: Tensor
+        self, number: int, past: int, sequence: SequenceView, position: Tensor
     ) -> tuple[Tensor | None, tuple[Tensor, int] | None]:
-        """Of a layer's ``past`` cached keys and those of ``view``: which are real, [B, keys]
+        """Of a layer's ``past`` cached keys and those of ``sequence``: which are real, [B, keys]
         (None: all), and their rotary positions with the window's width where attention slides."""
-        cached, device = self._cached(number), view.column.device
-        batch = len(view.column)
+        cached, device = self._cached(number), sequence.column.device
+        batch = len(sequence.column)
         before = None
         if past and isinstance(cached, CompressedLayer):
             before = cached.all_columns()[:, :past] >= 0 if cached.padded else None
         elif past and self.attention_mask is not None:
             before = self.attention_mask[:, :past] != 0
-        valid = view.valid if view.padded or before is not None else None
+        valid = sequence.valid if sequence.padded or before is not None else None
         if past and valid is not None:
             before = valid.new_ones(batch, past) if before is None else before.to(device)
             valid = torch.cat([before, valid], dim=1)
@@ -327,7 +328,7 @@ class PrefillPass:
         for stage, run in zip(self.stages, self.runs):
             if not stage.has_cache_policy:
                 continue
-            policy = run.after_prefill(self.views)
+            policy = run.after_prefill(self.sequences)
             if policy is None:
                 continue
             self._policy_lengths = policy.lengths
@@ -336,18 +337,18 @@ class PrefillPass:
 
     def _keep_entries(self, number: int, index: Tensor, policy: CachePolicy) -> None:
         assert self.cache is not None
-        view = self.views[number]
+        sequence = self.sequences[number]
         ordinary = not isinstance(self._cached(number), CompressedLayer)
         layer = compressed_layer(self.cache, number)
         assert layer.columns is not None
         # this prefill's entries are the newest; a sliding layer may hold a part of them only
-        earlier = layer.entries - view.column.shape[1]
+        earlier = layer.entries - sequence.column.shape[1]
         columns = layer.all_columns()
         if ordinary and self.attention_mask is not None:
             real = self.attention_mask.to(columns.device).gather(1, columns) != 0
             layer.columns = columns.masked_fill(~real, -1)
         if self.calls.window is not None and layer.positions is None:
-            before, new = columns[:, : max(earlier, 0)], view.position[:, max(-earlier, 0) :]
+            before, new = columns[:, : max(earlier, 0)], sequence.position[:, max(-earlier, 0) :]
             layer.positions = torch.cat([before, new.to(columns.device)], dim=1)
         index = index.to(columns.device)
         moved = torch.where(index < 0, -1, (index + earlier).clamp(min=-1))
@@ -364,12 +365,12 @@ class _Scoring(ScoringLayer):
     def __init__(self, prefill: PrefillPass, number: int, layer: Any) -> None:
         self.prefill, self.number, self.layer = prefill, number, layer
 
-    def probabilities(self, hidden: Tensor, rows: Tensor, view: SequenceView) -> Tensor:
+    def probabilities(self, hidden: Tensor, rows: Tensor, sequence: SequenceView) -> Tensor:
         attn = self.layer.self_attn
         d = attn.head_dim
         cached = self.prefill._cached(self.number)
         past_shift = getattr(cached, "shift", None)
-        position, (cos, sin) = self.prefill.calls.embeddings(hidden, view.position, past_shift)
+        position, (cos, sin) = self.prefill.calls.embeddings(hidden, sequence.position, past_shift)
         x = self.layer.input_layernorm(hidden)
         batch, length = x.shape[:2]
         chosen = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
@@ -382,7 +383,7 @@ class _Scoring(ScoringLayer):
         if cached is not None and getattr(cached, "is_initialized", False):
             past = cached.keys.shape[-2]
             k = torch.cat([cached.keys, k], dim=2)
-        valid, window = self.prefill.visible_keys(self.number, past, view, position)
+        valid, window = self.prefill.visible_keys(self.number, past, sequence, position)
         allowed = visible_rows(rows + past, past + length, valid, window)
         scaling = getattr(attn, "scaling", None)  # modules of transformers 4.37: 1/√d
         return attention_rows(q, k, scaling, allowed)[..., past:]

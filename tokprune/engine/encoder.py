@@ -112,11 +112,11 @@ class EncoderHooks:
         stages: tuple[EncoderStage, ...],
         current: Callable[[], TowerPass | None],
         tap: Callable[..., Any] = install_tap,
-        old: bool = False,
+        legacy: bool = False,
     ) -> None:
         self.layers, self.stages, self.current, self.tap = layers, stages, current, tap
         #: attention of transformers 4.37, which takes masks of full shape only
-        self.old = old
+        self.legacy = legacy
         self.backend = "eager"
         if stages:
             self.backend = check_backend(backend_of(layers[0].self_attn), "vision tower")
@@ -187,7 +187,7 @@ class EncoderHooks:
             mask = encoder_mask(self.backend, current.tokens.valid, bias, hidden.dtype)
             if mask is None:
                 return None
-            if self.old:
+            if self.legacy:
                 mask = mask.expand(-1, 1, hidden.shape[1], -1)
             kwargs["attention_mask"] = mask
             return args, kwargs

@@ -1,4 +1,4 @@
-"""How pictures and prompts get into a model: what stands before the language model's door.
+"""How pictures and prompts get into a model: what stands before the language-model input.
 
 An entry tells the session two things about every prefill: where the images stand in the prompt
 (``now.layout``), and what the vision encoder left of them (``now.records``).
@@ -62,7 +62,7 @@ class Entry(ABC):
         """Take out what :meth:`install` put in besides hooks."""
 
     @abstractmethod
-    def door(self, kwargs: dict[str, Any]) -> None:
+    def language_model_input(self, kwargs: dict[str, Any]) -> None:
         """Before a call of the language model: last occasion to know its prompt."""
 
     # ------------------------------------------------------------------ for all entries
@@ -166,7 +166,7 @@ class TransformersEntry(Entry):
         if (shared := shared_encoder(self.parts.multimodal)) is not None:
             own.update(shared.unpatched)
 
-    def door(self, kwargs: dict[str, Any]) -> None:
+    def language_model_input(self, kwargs: dict[str, Any]) -> None:
         pass  # the forward around it has said everything
 
     # ------------------------------------------------------------------ the encoder
@@ -210,7 +210,7 @@ class TransformersEntry(Entry):
             self._check_choices(call)
             now = self.session.now
             result, records = self._encode(call[first], layouts, lambda: original(*args, **kwargs))
-            now.video_records = [record.split(self.session.plan.per) for record in records]
+            now.video_records = [record.split(self.session.plan.video_unit) for record in records]
             if not isinstance(result, tuple | list | Tensor):
                 attach(result, now.video_records)
             return result
@@ -271,7 +271,7 @@ class TransformersEntry(Entry):
             UnsupportedVideoError: a stage drops or merges rows of frames that the model pools.
         """
         plan, facts = self.session.plan, self.session.facts
-        pooled = next((x.door for x in layouts if x.door is not None), None)
+        pooled = next((x.token_grid for x in layouts if x.token_grid is not None), None)
         if pooled is None or not any(stage.reduces_videos for stage in plan.encoder):
             return
         name = type(self.session.model).__name__
@@ -279,7 +279,7 @@ class TransformersEntry(Entry):
         raise UnsupportedVideoError(
             f"{self.session.trace.method} drops or merges tokens inside the vision tower, and "
             f"{name} pools the whole {h}×{w} grid of every frame of a video to {a}×{b} after it; "
-            "for videos use a method that works at the language model's door or in the decoder "
+            "for videos use a method that works at the language-model input or in the decoder "
             "(divprune, cdpruner, centerclip, evs, dart, fastv, mustdrop with spatial=False, …); "
             "on pictures this one works"
         )
@@ -335,10 +335,10 @@ class TransformersEntry(Entry):
         copies of each prompt share the videos."""
         pixels = call.get("pixel_values_videos")
         encoded = (call.get("mm_encoder_outputs") or {}).get("video")
-        per = self.session.plan.per
+        video_unit = self.session.plan.video_unit
         if pixels is not None and pixels.shape[0] > 0:
             layouts = self._video_layouts(pixels)
-            return [[len(part.packed) for part in x.parts(per)] for x in layouts], 1
+            return [[len(part.packed) for part in x.parts(video_unit)] for x in layouts], 1
         if encoded is None:
             return None, 1
         records = attached(encoded)

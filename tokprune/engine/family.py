@@ -29,7 +29,7 @@ class Family(ABC):
     tiled: bool = False
     #: attention modules as in transformers 4.36/4.37: rotary tables of their own, masks of full
     #: shape [B, 1, queries, keys]
-    old: bool = False
+    legacy: bool = False
     #: model classes beside these that cannot be patched, and why
     refused: Mapping[str, str] = {}
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens, ModelFacts, Per
+from tokprune.engine.contracts import ImageTokens, ModelFacts, VideoUnit
 from tokprune.engine.encoder import TowerPass
 from tokprune.errors import UnsupportedVideoError
 
 if TYPE_CHECKING:
-    from tokprune.engine.model import Door, ImageLayout
+    from tokprune.engine.model import ImageLayout, TokenGrid
 
 _ATTRIBUTE = "_tokprune_image"
 
@@ -52,23 +52,23 @@ class ImageRecord:
         return len(self.layout.packed)
 
     @property
-    def door(self) -> Door | None:
+    def token_grid(self) -> TokenGrid | None:
         """The grids that its tokens stand on, where they are not those of the tower's tiles."""
-        return self.layout.door if self.cell is None else None
+        return self.layout.token_grid if self.cell is None else None
 
-    def split(self, per: Per) -> list[ImageRecord]:
+    def split(self, video_unit: VideoUnit) -> list[ImageRecord]:
         """A video in the parts that are compressed as one.
 
         Raises:
             UnsupportedVideoError: its frames were reduced inside the tower, each by itself.
         """
-        parts = self.layout.parts(per)
+        parts = self.layout.parts(video_unit)
         if len(parts) == 1:
             return [self]
         if self.features is not None:
             raise UnsupportedVideoError(
-                f"per={per!r} is for methods at the language model's door and in the decoder; "
-                "inside the vision tower every frame is compressed by itself: leave it out"
+                f"video_unit={video_unit!r} is for methods at the language-model input and in the "
+                "decoder; inside the vision tower every frame is compressed by itself: leave it out"
             )
         records = []
         for part in parts:
@@ -82,8 +82,8 @@ class ImageRecord:
         return records
 
     def tokens(self, embedded: Tensor, columns: Tensor) -> ImageTokens:
-        """The image as it stands at the door; ``embedded`` [n, D] are the model's own packed
-        features, ``columns`` [n] their prompt columns."""
+        """The image as it stands at the language-model input; ``embedded`` [n, D] are the model's
+        own packed features, ``columns`` [n] their prompt columns."""
         facts = self.facts
         packed = self.layout.packed.to(self.device)
         cls_offset = int(facts.cls_in_features)
@@ -99,15 +99,15 @@ class ImageRecord:
             column = torch.where(column < 0, columns[0], column)
             score, tag = self.score, self.tag
         newline = cell < 0 if self.features is None else torch.zeros_like(cell, dtype=torch.bool)
-        door, tiles, grids = self.door, self.layout.tiles, None
+        token_grid, tiles, grids = self.token_grid, self.layout.tiles, None
         width: Tensor | int = facts.grid[1]
-        if door is None:
+        if token_grid is None:
             grid, per_tile = facts.grid, facts.tokens_per_tile
             tile, patch = cell // per_tile, cell % per_tile - cls_offset
         else:
-            grid, tiles = door.grids[0], len(door.grids)
-            grids = door.grids if len(set(door.grids)) > 1 else None
-            tile, patch, width = _on_grids(cell, door.grids)
+            grid, tiles = token_grid.grids[0], len(token_grid.grids)
+            grids = token_grid.grids if len(set(token_grid.grids)) > 1 else None
+            tile, patch, width = _on_grids(cell, token_grid.grids)
         off_grid = (cell < 0) | (patch < 0)
         return ImageTokens(
             features=features,
@@ -136,12 +136,12 @@ class ImageRecord:
     def places(self, cell: Tensor, values: Tensor) -> Tensor:
         """What ``values`` [n], one per packed prompt token, say of the feature rows ``cell``
         (any shape); −1 for the class token and for rows that the packing crops away."""
-        door = self.layout.door
-        if door is not None:
-            assert door.nearest is not None
-            nearest = door.nearest.to(self.device)
+        token_grid = self.layout.token_grid
+        if token_grid is not None:
+            assert token_grid.nearest is not None
+            nearest = token_grid.nearest.to(self.device)
             cell = torch.where(cell < 0, -1, nearest[cell.clamp(min=0)])
-            rows = sum(height * width for height, width in door.grids)
+            rows = sum(height * width for height, width in token_grid.grids)
         else:
             rows = self.layout.tiles * self.facts.tokens_per_tile
         place = torch.full((rows + 1,), -1, device=self.device)
@@ -215,8 +215,8 @@ def build_records(
                 if value is None:
                     continue
                 own = value[tiles]
-                if (door := record.layout.door) is not None:
-                    own = door.mean(own.float())
+                if (token_grid := record.layout.token_grid) is not None:
+                    own = token_grid.mean(own.float())
                     # a cell is marked where one of its patches is
                     own = own > 0 if name == "tag" else own
                 else:

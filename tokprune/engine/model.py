@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: what of a video is compressed as one: all of it, segments of so many frames, every frame
-Per: TypeAlias = 'Literal["video", "frame"] | int'
+VideoUnit: TypeAlias = 'Literal["video", "frame"] | int'
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ModelFacts:
     None where several layers are concatenated. ``tokens_per_tile`` counts feature rows of one
     tile (CLS included only where the model keeps it, ``cls_in_features``). ``videos``: whether
     the model takes videos, whose frames are the tiles of one "image"; ``frame_grid``: grid of a
-    frame at the language model's door, where the model pools frames on the way there.
+    frame at the language-model input, where the model pools frames on the way there.
     ``max_visual_tokens``: the most that one image can have; on models that take videos no less
     than the decoder has positions.
     """
@@ -74,11 +74,11 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Door:
+class TokenGrid:
     """How the patches of an image become fewer cells, where the model pools or shrinks its tiles
     between tower and prompt.
 
-    ``grids``: (height, width) at the language model's door of every frame of a video, or of the
+    ``grids``: (height, width) at the language-model input of every frame of a video, or of the
     base tile and the map of all crops; their cells are numbered one grid after the other.
     ``mean``: values [tiles, N] of the tower's patches (float) → [cells], averaged as the features
     are (where those are not averaged, over the patches that the cell covers). ``nearest``
@@ -100,9 +100,9 @@ class ImageLayout:
     across) of the stitched picture, base excluded, (0, 0) where there is only the base.
 
     A video is one image: its ``frames`` (1 for a still picture) are its tiles, in order.
-    ``door``: where the model pools or shrinks the tiles; ``packed`` then numbers cells at the door.
-    ``projected``: rows of a tile that the projector sees, where they are not F. ``first_frame``:
-    of a part of a video.
+    ``token_grid``: where the model pools or shrinks the tiles; ``packed`` then numbers cells
+    at the language-model input. ``projected``: rows of a tile that the projector sees, where they
+    are not F. ``first_frame``: of a part of a video.
     """
 
     packed: Tensor
@@ -111,15 +111,19 @@ class ImageLayout:
     tile_grid: tuple[int, int] = (0, 0)
     frames: int = 1
     video: bool = False
-    door: Door | None = None
+    token_grid: TokenGrid | None = None
     projected: int | None = None
     first_frame: int = 0
 
-    def parts(self, per: Per) -> list[ImageLayout]:
+    def parts(self, video_unit: VideoUnit) -> list[ImageLayout]:
         """The video cut into the parts that are compressed as one; a still picture as it is."""
-        if not self.video or per == "video" or (per != "frame" and per >= self.frames):
+        if (
+            not self.video
+            or video_unit == "video"
+            or (video_unit != "frame" and video_unit >= self.frames)
+        ):
             return [self]
-        length = 1 if per == "frame" else per
+        length = 1 if video_unit == "frame" else video_unit
         cells = int((self.packed >= 0).sum()) // self.frames
         parts = []
         for first in range(0, self.frames, length):
@@ -127,13 +131,14 @@ class ImageLayout:
             # newline tokens that end the video stay with its last part
             end = len(self.packed) if last == self.frames else last * cells
             own = self.packed[first * cells : end]
-            door = self.door
-            if door is not None:
-                door = replace(door, grids=door.grids[first:last])
+            token_grid = self.token_grid
+            if token_grid is not None:
+                token_grid = replace(token_grid, grids=token_grid.grids[first:last])
             parts.append(
                 replace(
                     self, packed=torch.where(own < 0, own, own - first * cells),
-                    tiles=last - first, frames=last - first, door=door, first_frame=first,
+                    tiles=last - first, frames=last - first, token_grid=token_grid,
+                    first_frame=first,
                 )
             )  # fmt: skip
         return parts

@@ -21,7 +21,7 @@ from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.model import ImageLayout
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.recorder import PrefillRecord, Recorder
-from tokprune.engine.shorten import native_view, shorten_prompt
+from tokprune.engine.shorten import native_sequence, shorten_prompt
 from tokprune.errors import NonFiniteFeaturesError
 
 __all__ = ["Session", "visual_positions"]
@@ -86,12 +86,12 @@ class Session:
             self.handles += [
                 parts.projector.register_forward_pre_hook(self._reduced_features),
                 parts.projector.register_forward_hook(self._projector),
-                decoder.register_forward_pre_hook(self._door, with_kwargs=True),
+                decoder.register_forward_pre_hook(self._language_model_input, with_kwargs=True),
                 decoder.register_forward_hook(self._decoded),
             ]
             encoder = EncoderHooks(
                 parts.encoder_layers, plan.encoder, lambda: self.now.tower, self.family.tap,
-                self.family.old,
+                self.family.legacy,
             )  # fmt: skip
             self.handles += encoder.install()
             for number, layer in enumerate(parts.decoder_layers):
@@ -166,11 +166,11 @@ class Session:
     def _calls(self) -> LayerCalls:
         window = self.family.window(self.parts, self.backend)
         norm = self.parts.language_model.norm
-        return LayerCalls(self.parts.rotary, self.backend, window, norm, self.family.old)
+        return LayerCalls(self.parts.rotary, self.backend, window, norm, self.family.legacy)
 
-    def _door(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _language_model_input(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the language model: shorten the prompt, or prepare a step on a short cache."""
-        self.entry.door(kwargs)
+        self.entry.language_model_input(kwargs)
         now, cache = self.now, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
         if now.layout is None:
@@ -188,32 +188,32 @@ class Session:
         position_ids = kwargs.get("position_ids")
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
-        native = native_view(now.layout, position_ids, embeds.device)
+        native = native_sequence(now.layout, position_ids, embeds.device)
         now.finite = torch.isfinite(embeds).all()
-        view = native
+        sequence = native
         images: list[ImageTokens] = []
         answers: list[Selection | None] = []
         if (records := now.records) is not None:
-            embeds, view, images, answers = shorten_prompt(
+            embeds, sequence, images, answers = shorten_prompt(
                 embeds, now.layout, records, self.plan.prompt, native, self.compact
             )
         now.images = (images, answers)
-        prefill = PrefillPass(self._calls(), self.plan.decoder, view, native, cache, past, mask)
+        prefill = PrefillPass(self._calls(), self.plan.decoder, sequence, native, cache, past, mask)
         now.prefill = prefill
-        if view is native:
+        if sequence is native:
             return None
-        kwargs["inputs_embeds"], kwargs["position_ids"] = embeds, view.position
+        kwargs["inputs_embeds"], kwargs["position_ids"] = embeds, sequence.position
         if past or (prefill.calls.window is not None and not self.compact):
             prefill.detached = True  # the model's own masks would count other tokens
-        if view.padded or past:
-            real = view.valid.to(torch.long)
+        if sequence.padded or past:
+            real = sequence.valid.to(torch.long)
             before = real.new_ones(real.shape[0], past) if mask is None else mask[:, :past]
             kwargs["attention_mask"] = torch.cat([before.to(real.dtype), real], dim=1)
         elif cache is not None:
             kwargs["attention_mask"] = None  # nothing to mask, and no look at the values
         else:
             # without cache and mask, gaps in the positions would be taken for packed sequences
-            kwargs["attention_mask"] = view.valid.to(torch.long)
+            kwargs["attention_mask"] = sequence.valid.to(torch.long)
         if kwargs.get("cache_position") is not None:  # up to transformers 5.3
             kwargs["cache_position"] = torch.arange(
                 past, past + embeds.shape[1], device=embeds.device
@@ -262,7 +262,7 @@ class Session:
                 given, prefill.module_input = prefill.module_input, None
                 for stage, run in zip(prefill.stages, prefill.runs):
                     if number in stage.transition_layers:
-                        run.transition(number, name, given, out, prefill.view)
+                        run.transition(number, name, given, out, prefill.sequence)
 
             return hook
 

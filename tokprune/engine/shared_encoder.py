@@ -52,7 +52,7 @@ class SharedEncoder:
 
     def __init__(self, bound: BoundModel) -> None:
         parts = bound.parts
-        if bound.family.old:
+        if bound.family.legacy:
             raise UnsupportedModelError(
                 f"{type(bound.model).__name__}: one encoder pass for several methods is for models "
                 "of transformers ≥ 4.57; models of the original llava package encode every time"

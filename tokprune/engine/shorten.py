@@ -1,4 +1,4 @@
-"""The language model's door: the embedded prompt, shortened before its first layer."""
+"""The language-model input: the embedded prompt, shortened before its first layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tokprune.engine.images import ImageRecord
 from tokprune.engine.prompt_layout import PromptLayout
 
 
-def native_view(layout: PromptLayout, position_ids: Tensor, device: torch.device) -> SequenceView:
-    """The untouched prompt as a view (padding marked by column −1)."""
+def native_sequence(
+    layout: PromptLayout, position_ids: Tensor, device: torch.device
+) -> SequenceView:
+    """The untouched prompt as a sequence (padding marked by column −1)."""
     batch, length = layout.segment.shape
     arange = torch.arange(length)
     column = torch.where(layout.valid, arange, torch.full_like(arange, -1))
@@ -81,14 +83,14 @@ def shorten_prompt(
     layout: PromptLayout,
     records: list[ImageRecord],
     stages: Sequence[PromptStage],
-    view: SequenceView,
+    sequence: SequenceView,
     compact: bool,
 ) -> tuple[Tensor, SequenceView, list[ImageTokens], list[Selection | None]]:
     """Apply encoder results and prompt stages to an embedded prompt.
 
-    ``embeds`` [B, L, D] with the model's own packed features in place; ``view`` its native
-    view. Where nothing is dropped, moved or merged, ``embeds`` and ``view`` come back unchanged
-    (the same objects). Shorter rows are padded on the left.
+    ``embeds`` [B, L, D] with the model's own packed features in place; ``sequence`` its native
+    sequence. Where nothing is dropped, moved or merged, ``embeds`` and ``sequence`` come back
+    unchanged (the same objects). Shorter rows are padded on the left.
     """
     batch, length, width = embeds.shape
     device = embeds.device
@@ -107,11 +109,11 @@ def shorten_prompt(
     )
     if untouched:
         if any(i.tag is not None for i in images):
-            view.tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
+            sequence.tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
             for (b, s), image in zip(places, images):
                 if image.tag is not None:
-                    view.tag[b, layout.columns[b][s].to(device)] = image.tag
-        return embeds, view, images, answers
+                    sequence.tag[b, layout.columns[b][s].to(device)] = image.tag
+        return embeds, sequence, images, answers
 
     flat = embeds.reshape(batch * length, width)
     bank = torch.cat([flat, *[i.features.to(flat.dtype) for i in images]])
@@ -146,43 +148,43 @@ def shorten_prompt(
         [torch.nn.functional.pad(c, (longest - len(c), 0), value=-1) for c in columns_]
     )
     tags = torch.cat(tag_bank)[source_] if any(i.tag is not None for i in images) else None
-    new = take(view, column_, counts, lengths, padded, compact)
+    new = take(sequence, column_, counts, lengths, padded, compact)
     new.tag, new.entering = tags, counts
     return bank[source_], new, images, answers
 
 
 def take(
-    view: SequenceView,
+    sequence: SequenceView,
     index: Tensor,
     counts: list[list[int]],
     lengths: list[int],
     padded: bool,
     compact: bool,
 ) -> SequenceView:
-    """A shorter view: entries at ``index`` [B, L'] of ``view`` (−1 = padding at the left)."""
+    """A shorter sequence: entries at ``index`` [B, L'] of it (−1 = padding at the left)."""
     gone = index < 0
     place = index.clamp(min=0)
-    position = view.position.gather(1, place)
-    next_position = view.next_position
+    position = sequence.position.gather(1, place)
+    next_position = sequence.next_position
     if compact:
         # renumber from the position of the row's first real token on
         first = gone.sum(1, keepdim=True).clamp(max=index.shape[1] - 1)
         rank = torch.arange(index.shape[1], device=index.device)[None, :] - first
-        arange = torch.arange(view.column.shape[1], device=index.device)
-        begin = torch.where(view.valid, arange, view.column.shape[1]).amin(1, keepdim=True)
-        begin = begin.clamp(max=view.column.shape[1] - 1)
-        position = (view.position.gather(1, begin) + rank).clamp(min=0)
+        arange = torch.arange(sequence.column.shape[1], device=index.device)
+        begin = torch.where(sequence.valid, arange, sequence.column.shape[1]).amin(1, keepdim=True)
+        begin = begin.clamp(max=sequence.column.shape[1] - 1)
+        position = (sequence.position.gather(1, begin) + rank).clamp(min=0)
         next_position = position[:, -1] + 1
     return SequenceView(
-        column=view.column.gather(1, place).masked_fill(gone, -1),
+        column=sequence.column.gather(1, place).masked_fill(gone, -1),
         position=position.masked_fill(gone, 0),
-        segment=view.segment.gather(1, place).masked_fill(gone, -1),
-        after=view.after.gather(1, place) & ~gone,
+        segment=sequence.segment.gather(1, place).masked_fill(gone, -1),
+        after=sequence.after.gather(1, place) & ~gone,
         counts=counts,
-        entering=view.entering,
-        text_after=view.text_after,
+        entering=sequence.entering,
+        text_after=sequence.text_after,
         lengths=lengths,
         next_position=next_position,
-        tag=None if view.tag is None else view.tag.gather(1, place) & ~gone,
+        tag=None if sequence.tag is None else sequence.tag.gather(1, place) & ~gone,
         padded=padded,
     )

@@ -81,10 +81,10 @@ def _tiles(parts: Parts, size: tuple[int, int], facts: ModelFacts) -> ImageLayou
     rows, columns = bounds[1] - bounds[0], bounds[3] - bounds[2]
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(rows * columns / (most * height**2))
-    door = None
+    token_grid = None
     if ratio > _TOLERANCE:
         rows, columns = int(rows // ratio), int(columns // ratio)
-        door = shrunk_map(facts.grid, (down, across), bounds, (rows, columns))
+        token_grid = shrunk_map(facts.grid, (down, across), bounds, (rows, columns))
         crops = cells + torch.arange(rows * columns).view(rows, columns)
     else:
         numbers = cells + torch.arange(down * across * cells)
@@ -93,4 +93,4 @@ def _tiles(parts: Parts, size: tuple[int, int], facts: ModelFacts) -> ImageLayou
         crops = stitched[bounds[0] : bounds[1], bounds[2] : bounds[3]]
     crops = torch.cat([crops, torch.full((rows, 1), -1)], dim=1)
     packed = torch.cat([torch.arange(cells), crops.flatten()])
-    return ImageLayout(packed, 1 + down * across, size, (down, across), door=door)
+    return ImageLayout(packed, 1 + down * across, size, (down, across), token_grid=token_grid)

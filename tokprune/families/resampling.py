@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from tokprune.engine.model import Door, ImageLayout
+from tokprune.engine.model import ImageLayout, TokenGrid
 
 #: (top, bottom, left, right), half open
 Bounds = tuple[int, int, int, int]
@@ -34,7 +34,7 @@ def pooled_video(
     mean = partial(_pooled, grid=grid, small=small, stride=stride)
     projected = None if stride is None else small[0] * small[1]
     return ImageLayout(
-        packed, frames, frames=frames, video=True, door=Door((small,) * frames, mean),
+        packed, frames, frames=frames, video=True, token_grid=TokenGrid((small,) * frames, mean),
         projected=projected,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def _pooled(
 
 def shrunk_map(
     grid: tuple[int, int], tile_grid: tuple[int, int], bounds: Bounds, small: tuple[int, int]
-) -> Door:
+) -> TokenGrid:
     """A tiled picture whose stitched crops the model interpolates to fewer cells.
 
     Args:
@@ -70,7 +70,7 @@ def shrunk_map(
     crops = stitched.view(down, height, across, width).transpose(1, 2).reshape(-1)
     nearest = torch.cat([torch.arange(height * width), crops])
     mean = partial(_shrunk, grid=grid, tile_grid=tile_grid, bounds=bounds, small=small)
-    return Door((grid, small), mean, nearest)
+    return TokenGrid((grid, small), mean, nearest)
 
 
 def _shrunk(

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from tokprune.engine.contracts import ModelFacts, Per, Plan
+from tokprune.engine.contracts import ModelFacts, Plan, VideoUnit
 
 #: a count of tokens, a fraction of them, or one of these per pruning step
-Keep: TypeAlias = "int | float | Sequence[int | float]"
+BudgetSchedule: TypeAlias = "int | float | Sequence[int | float]"
 Budget: TypeAlias = "int | float"
 
 M = TypeVar("M", bound="Method")
@@ -35,10 +35,10 @@ class Method(ABC):
 
     What a budget (``keep``) counts is the same for all of them. Of a still picture it is the whole
     picture, its tiles together, except where a method says that it is every tile. Of a video it is
-    what the option ``per`` names, which every method has:
+    what the option ``video_unit`` names, which every method has:
 
     Args:
-        per: what of a video is compressed as one, with the budget and the scores of its own:
+        video_unit: what of a video is compressed as one, with the budget and the scores of its own:
             "video" (default), all its frames together; a whole number n, segments of n consecutive
             frames, the last one of those left over; "frame", each frame as if it were a picture.
             Still pictures do not care, and methods that work tile by tile (``pool``, ``m3``) treat
@@ -56,7 +56,7 @@ class Method(ABC):
     presets: ClassVar[tuple[Preset, ...]] = ()
     videos_only: ClassVar[bool] = False
 
-    per: Per = field(default="video", kw_only=True)
+    video_unit: VideoUnit = field(default="video", kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -89,9 +89,13 @@ class Method(ABC):
 
 
 def _configuration(method: Method) -> str:
-    """Class and options; ``per`` where it is not the default, so that pictures never show it."""
-    fields = [f for f in dataclasses.fields(method) if f.repr and f.name != "per"]
-    fields += [f for f in dataclasses.fields(method) if f.name == "per" and method.per != f.default]
+    """Class and options; ``video_unit`` where it is not the default: pictures never show it."""
+    fields = [f for f in dataclasses.fields(method) if f.repr and f.name != "video_unit"]
+    fields += [
+        f
+        for f in dataclasses.fields(method)
+        if f.name == "video_unit" and method.video_unit != f.default
+    ]
     options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields)
     return f"{type(method).__qualname__}({options})"
 
@@ -126,7 +130,7 @@ def make_method(method: str | Method, **options: Any) -> Method:
     if isinstance(method, Method):
         if options:
             method = dataclasses.replace(method, **_checked(type(method), options))
-        check_per(method.per)
+        check_video_unit(method.video_unit)
         return method
     if not isinstance(method, str):
         raise TypeError(f"method={method!r} should be a method name or a tokprune method object")
@@ -138,7 +142,7 @@ def make_method(method: str | Method, **options: Any) -> Method:
             f"method={method!r} is unknown; known: {', '.join(sorted(_METHODS))}.{hint}"
         )
     _missing(cls, _checked(cls, options))
-    check_per(options.get("per", "video"))
+    check_video_unit(options.get("video_unit", "video"))
     return cls(**options)
 
 
@@ -201,16 +205,17 @@ def check_range(value: float, name: str, low: float, high: float, low_open: bool
         raise ValueError(f"{name}={value!r} should be in {bracket}{low}, {high}]")
 
 
-def check_per(per: Any) -> None:
+def check_video_unit(video_unit: Any) -> None:
     """What of a video is compressed as one.
 
     Raises:
         ValueError: it is neither "video" nor "frame" nor a whole number of frames.
     """
-    whole = isinstance(per, int) and not isinstance(per, bool) and per >= 1
-    if per not in ("video", "frame") and not whole:
+    whole = isinstance(video_unit, int) and not isinstance(video_unit, bool) and video_unit >= 1
+    if video_unit not in ("video", "frame") and not whole:
         raise ValueError(
-            f"per={per!r} should be 'video', 'frame', or a number of frames (at least 1)"
+            f"video_unit={video_unit!r} should be 'video', 'frame', or a number of frames (at "
+            "least 1)"
         )
 
 

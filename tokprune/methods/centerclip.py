@@ -55,13 +55,13 @@ class CenterCLIP(Method):
     """Cluster the tokens of a segment and keep the medoids: real tokens, in their order.
 
     A video is cut into segments of consecutive frames, whose tokens are clustered together; the
-    last segment takes the frames that are left over. Its clusters are always found at the language
-    model's door: video models pool the frames on the way there. A still picture is one segment,
-    and every tile of a tiled one a segment of its own; cells of padding take no part and go.
-    Text-agnostic and deterministic.
+    last segment takes the frames that are left over. Its clusters are always found at the
+    language-model input: video models pool the frames on the way there. A still picture is one
+    segment, and every tile of a tiled one a segment of its own; cells of padding take no part and
+    go. Text-agnostic and deterministic.
 
-    Inside the tower ("tower", "encoder") newline tokens of tiled pictures go; at the door they,
-    and class tokens, stay and are not counted.
+    Inside the tower ("tower", "encoder") newline tokens of tiled pictures go; at the
+    language-model input they, and class tokens, stay and are not counted.
 
     Args:
         keep: tokens of each video, shared evenly between its segments, or of each tile of a still
@@ -70,7 +70,7 @@ class CenterCLIP(Method):
         place: where still pictures are clustered: "tower", right after the layer that the model
             reads (no fine-tuning needed); "encoder", before encoder layer ``layer`` (the paper's,
             meant for fine-tuned towers; stills only, see :func:`tokprune.reduce_frames` for
-            videos); "projector", at the language model's door.
+            videos); "projector", at the language-model input.
         layer: for "encoder": 0-based layer that first sees the medoids; None: ⌈L/2⌉ of L layers.
         algorithm: "kmedoids" (k-medoids++ with a deterministic start) or "spectral" (slower; on
             CUDA its eigensolver waits for the device).
@@ -143,17 +143,17 @@ class CenterCLIP(Method):
             budget = min(self.keep, facts.patches)
         else:
             budget = tile_budget(self.keep, facts, self.scope)
-        door = _DoorStage(self, budget)
+        after_projector = _InputStage(self, budget)
         if self.place == "projector":
             whole = budget == facts.patches and not facts.videos
-            return Plan() if whole else Plan(prompt=(door,))
+            return Plan() if whole else Plan(prompt=(after_projector,))
         after = last_merging_layer(facts, "CenterCLIP")
         if self.place == "encoder":
             after = self._layer(facts, after) - 1
         if budget == facts.patches:
-            return Plan(prompt=(door,)) if facts.videos else Plan()
+            return Plan(prompt=(after_projector,)) if facts.videos else Plan()
         stage = _TowerStage(self, after, budget)
-        return Plan(encoder=(stage,), prompt=(door,) if facts.videos else ())
+        return Plan(encoder=(stage,), prompt=(after_projector,) if facts.videos else ())
 
     def _layer(self, facts: ModelFacts, last: int) -> int:
         """First encoder layer that sees the medoids.
@@ -197,7 +197,7 @@ class _TowerStage(EncoderStage):
 
     @property
     def reduces_videos(self) -> bool:
-        return False  # their clusters are found at the door
+        return False  # their clusters are found at the language-model input
 
     def start(self, tower: TowerInput) -> EncoderRun:
         if tower.has_videos and self.method.place == "encoder":
@@ -279,7 +279,7 @@ class _TowerRun(EncoderRun):
         return EncoderOutcome(unpad=False)  # no survivor is on padding
 
 
-# ------------------------------------------------------------------------- at the door
+# ------------------------------------------------------------------- at the language-model input
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ class _Found:
     mean: Tensor
 
 
-class _DoorStage(PromptStage):
+class _InputStage(PromptStage):
     """Still pictures only with place="projector"; videos always."""
 
     def __init__(self, method: CenterCLIP, budget: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     Positions,
@@ -99,24 +99,26 @@ class _DARTRun(DecoderRun):
         #: pivots and selection of this prefill, on the places of the sequence that met layer K
         self.retained: Retained | None = None
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
         self.norms = key_norms(attention.key[:, :, attention.past :])
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         method, device = self.method, hidden.device
-        budgets = [[resolve_keep(method.keep, n) for n in row] for row in view.entering]
-        budgets = [[min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, view.counts)]
-        if self.norms is None or budgets == view.counts:
+        budgets = [[resolve_keep(method.keep, n) for n in row] for row in sequence.entering]
+        budgets = [
+            [min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, sequence.counts)
+        ]
+        if self.norms is None or budgets == sequence.counts:
             return None
-        most = view.segments
+        most = sequence.segments
         wanted = torch.tensor([row + [0] * (most - len(row)) for row in budgets])
         number = torch.arange(most, device=device)
-        image = view.segment[:, None, :] == number[:, None]
+        image = sequence.segment[:, None, :] == number[:, None]
         arange = torch.arange(hidden.shape[1], device=device)
         last = torch.where(image, arange, -1).amax(-1, keepdim=True)
-        text = (view.valid & ~view.visual)[:, None, :] & (arange > last) & (last >= 0)
+        text = (sequence.valid & ~sequence.visual)[:, None, :] & (arange > last) & (last >= 0)
         self.retained = dart(
             self.norms.to(device),
             scoring.final_norm(hidden),
@@ -126,6 +128,6 @@ class _DARTRun(DecoderRun):
             method.image_pivots,
             method.text_pivots,
             method.pivot_order,
-            view.valid.cumsum(1) - 1,  # padding at the left does not count
+            sequence.valid.cumsum(1) - 1,  # padding at the left does not count
         )
-        return Keep(self.retained.mask.any(1), budgets, method.positions)
+        return KeepDecision(self.retained.mask.any(1), budgets, method.positions)

@@ -38,7 +38,7 @@ class EVS(Method):
         positions: "preserve" keeps the original ids, "compact" renumbers the shortened prompt (as
             engines do for decoders with one-dimensional positions).
 
-    With ``per`` a number of frames, the first frame of every segment stays whole.
+    With ``video_unit`` a number of frames, the first frame of every segment stays whole.
 
     Source: Bagrov et al., "Efficient Video Sampling: Pruning Temporally Redundant Tokens for
     Faster VLM Inference", 2025, arXiv 2510.14624.
@@ -64,10 +64,11 @@ class EVS(Method):
                 f"{facts.family} takes still pictures only, of which it would keep everything; "
                 "use a method for pictures (tokprune methods lists them)"
             )
-        if self.per in ("frame", 1):
+        if self.video_unit in ("frame", 1):
             raise ValueError(
-                f"per={self.per!r} leaves evs no frame to compare with: the first of every part is "
-                "kept whole; per should be 'video' or a number of frames, at least 2"
+                f"video_unit={self.video_unit!r} leaves evs no frame to compare with: the first of "
+                "every part is kept whole; video_unit should be 'video' or a number of frames, at "
+                "least 2"
             )
         return Plan(prompt=(_EVSStage(self),))
 

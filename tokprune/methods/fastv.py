@@ -11,7 +11,7 @@ from torch import Tensor
 from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     Positions,
@@ -51,8 +51,8 @@ class FastV(Method):
     best ``keep`` of them. Selection happens once, in prefill.
 
     With several images in a prompt all their tokens share one ranking and the summed budget, except
-    with ``per`` other than "video": then every part of a video has a ranking of its own, and so has
-    every picture.
+    with ``video_unit`` other than "video": then every part of a video has a ranking of its own, and
+    so has every picture.
 
     Args:
         keep: visual tokens per image after the cut (count), or fraction.
@@ -107,34 +107,38 @@ class _FastVRun(DecoderRun):
         self.method = method
         self.score: Tensor | None = None
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
         if self.method.rows == "last":
-            self.score = mean_rows(attention.rows(view.last_row()))
+            self.score = mean_rows(attention.rows(sequence.last_row()))
             return
-        rows, real = view.text_rows()
-        if not min(view.text_after):  # without text after the image, the last row stands in
-            rows = torch.cat([rows, view.last_row()], dim=1)
+        rows, real = sequence.text_rows()
+        if not min(sequence.text_after):  # without text after the image, the last row stands in
+            rows = torch.cat([rows, sequence.last_row()], dim=1)
             real = torch.cat([real, ~real.any(1, keepdim=True)], dim=1)
         self.score = mean_rows(attention.rows(rows), real)
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         if self.score is None:
             return None
-        budgets = [[resolve_keep(self.method.keep, n) for n in row] for row in view.entering]
-        budgets = [[min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, view.counts)]
-        if self.method.per != "video":
-            width = view.segments
+        budgets = [[resolve_keep(self.method.keep, n) for n in row] for row in sequence.entering]
+        budgets = [
+            [min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, sequence.counts)
+        ]
+        if self.method.video_unit != "video":
+            width = sequence.segments
             own = torch.tensor([row + [0] * (width - len(row)) for row in budgets])
             mask = segment_topk(
-                self.score.to(hidden.device), view.segment, own.to(hidden.device, non_blocking=True)
+                self.score.to(hidden.device),
+                sequence.segment,
+                own.to(hidden.device, non_blocking=True),
             )
-            return Keep(mask, budgets, self.method.positions)
+            return KeepDecision(mask, budgets, self.method.positions)
         totals = torch.tensor([[sum(row)] for row in budgets])
-        one = torch.where(view.visual, 0, -1)  # all images of a row share one ranking
+        one = torch.where(sequence.visual, 0, -1)  # all images of a row share one ranking
         mask = segment_topk(
             self.score.to(hidden.device), one, totals.to(hidden.device, non_blocking=True)
         )
-        shared = any(len(row) > 1 and row != now for row, now in zip(budgets, view.counts))
-        return Keep(mask, None if shared else budgets, self.method.positions)
+        shared = any(len(row) > 1 and row != now for row, now in zip(budgets, sequence.counts))
+        return KeepDecision(mask, None if shared else budgets, self.method.positions)

@@ -15,7 +15,7 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Order,
     Plan,
@@ -348,16 +348,16 @@ class _FlowCutDecoderRun(DecoderRun):
         #: [B, L] score of every visual token, 0 for text
         self.score: Tensor | None = None
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
-        if self._counts(view) == view.counts:
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
+        if self._counts(sequence) == sequence.counts:
             return
         method, past = self.stage.method, attention.past
         key, value = attention.key[:, :, past:], attention.value[:, :, past:]
-        last = view.last_row()
+        last = sequence.last_row()
         q_row, v_row = _row(attention.query, last), _row(value, last)
-        total = torch.zeros(view.column.shape, device=key.device)
-        for image in range(view.segments):
-            own = view.segment == image
+        total = torch.zeros(sequence.column.shape, device=key.device)
+        for image in range(sequence.segments):
+            own = sequence.segment == image
             terms = text_terms(
                 q_row, key, v_row, value, attention.scaling, method.semantic, method.value_norm, own
             )
@@ -365,19 +365,21 @@ class _FlowCutDecoderRun(DecoderRun):
         self.score = total
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         if self.score is None:
             return None
-        counts = self._counts(view)
-        budget = torch.tensor([row + [0] * (view.segments - len(row)) for row in counts])
+        counts = self._counts(sequence)
+        budget = torch.tensor([row + [0] * (sequence.segments - len(row)) for row in counts])
         mask = segment_topk(
-            self.score.to(hidden.device), view.segment, budget.to(hidden.device, non_blocking=True)
+            self.score.to(hidden.device),
+            sequence.segment,
+            budget.to(hidden.device, non_blocking=True),
         )
-        return Keep(mask, counts, self.stage.method.positions)
+        return KeepDecision(mask, counts, self.stage.method.positions)
 
-    def _counts(self, view: SequenceView) -> list[list[int]]:
-        return [[resolve_keep(self.stage.keep, n) for n in row] for row in view.counts]
+    def _counts(self, sequence: SequenceView) -> list[list[int]]:
+        return [[resolve_keep(self.stage.keep, n) for n in row] for row in sequence.counts]
 
 
 def _row(x: Tensor, index: Tensor) -> Tensor:

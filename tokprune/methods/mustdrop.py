@@ -22,6 +22,7 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
+    KeepDecision,
     ModelFacts,
     Order,
     Plan,
@@ -34,10 +35,9 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.contracts import Keep as Kept
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import (
-    Keep,
+    BudgetSchedule,
     Method,
     Preset,
     check_choice,
@@ -145,7 +145,7 @@ class MustDrop(Method):
         _port("llava-1.5", 64),
     )
 
-    keep: Keep | None = None
+    keep: BudgetSchedule | None = None
     gamma: float = 1.0
     alpha: float = 0.0
     window: tuple[int, int] = (3, 3)
@@ -485,11 +485,11 @@ class _KeepTagged(PromptStage):
 @dataclass(frozen=True)
 class Filtered:
     """One filter of a prefill: ``score`` [B, L] (at least 1 where the text protects a token),
-    ``keep`` [B, L] and the sequence ``view`` that they belong to, before the drop."""
+    ``keep`` [B, L] and the sequence ``sequence`` that they belong to, before the drop."""
 
     score: Tensor
     keep: Tensor
-    view: SequenceView
+    sequence: SequenceView
 
 
 class _FilterStage(DecoderStage):
@@ -513,61 +513,63 @@ class _FilterRun(DecoderRun):
         self.drops: list[tuple[int, Tensor]] = []
         self._warned = False
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
-        self._warn(view)
-        rows, real = view.text_rows()
-        total = torch.zeros(view.column.shape, device=rows.device)
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
+        self._warn(sequence)
+        rows, real = sequence.text_rows()
+        total = torch.zeros(sequence.column.shape, device=rows.device)
         peak = torch.zeros_like(total)
         if rows.shape[1]:
             for part, valid in zip(rows.split(_CHUNK, 1), real.split(_CHUNK, 1)):
-                own, high = text_attention(attention.rows(part), valid, view.visual)
+                own, high = text_attention(attention.rows(part), valid, sequence.visual)
                 total, peak = total + own, torch.maximum(peak, high)
-        self.score = self._score(total, peak, view)
+        self.score = self._score(total, peak, sequence)
 
-    def _score(self, total: Tensor, peak: Tensor, view: SequenceView) -> Tensor:
+    def _score(self, total: Tensor, peak: Tensor, sequence: SequenceView) -> Tensor:
         """What the filter compares with 1, [B, L]: each image has shares of its own."""
         gamma, alpha = self.method.gamma, self.method.alpha
         if self.method.keep is not None and not (alpha and gamma):
             gamma = alpha = 1.0
         score = torch.zeros_like(total)
-        for image in range(view.segments):
-            own = view.segment == image
+        for image in range(sequence.segments):
+            own = sequence.segment == image
             share = filter_score(total.masked_fill(~own, 0.0), peak, gamma, alpha)
             score = torch.where(own, share, score)
         return score
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Kept | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         if self.score is None:
             return None
         score = self.score.to(hidden.device)
-        tag = view.tag if view.tag is not None else torch.zeros_like(view.visual)
+        tag = sequence.tag if sequence.tag is not None else torch.zeros_like(sequence.visual)
         counts = None
         if self.method.keep is None:
-            mask = ((score >= 1) | tag) & view.visual
+            mask = ((score >= 1) | tag) & sequence.visual
         else:
-            counts = self._counts(layer, view)
-            budget = torch.tensor([row + [0] * (view.segments - len(row)) for row in counts])
+            counts = self._counts(layer, sequence)
+            budget = torch.tensor([row + [0] * (sequence.segments - len(row)) for row in counts])
             # whole numbers: key tokens above all others, each kind by its score
             place = rank(score).argsort(-1)
             order = torch.where(tag, 2, 1) * place.shape[1] - place
             budget = budget.to(hidden.device, non_blocking=True)
-            mask = segment_topk(order, view.segment, budget)
-        self.filters.append(Filtered(score, mask, view))
-        return Kept(mask, counts, self.method.positions)
+            mask = segment_topk(order, sequence.segment, budget)
+        self.filters.append(Filtered(score, mask, sequence))
+        return KeepDecision(mask, counts, self.method.positions)
 
-    def _counts(self, layer: int, view: SequenceView) -> list[list[int]]:
+    def _counts(self, layer: int, sequence: SequenceView) -> list[list[int]]:
         step = list(self.method.pruning_layers).index(layer - 1)
         counts = []
-        for entering, now, text in zip(view.entering, view.counts, view.text_after):
+        for entering, now, text in zip(sequence.entering, sequence.counts, sequence.text_after):
             wanted = [self.method.counts(step, n) for n in entering]
             # without text after its images, a sample keeps all
             counts.append([min(k, n) for k, n in zip(wanted, now)] if text else list(now))
         return counts
 
-    def _warn(self, view: SequenceView) -> None:
-        silent = [b for b, text in enumerate(view.text_after) if not text and any(view.counts[b])]
+    def _warn(self, sequence: SequenceView) -> None:
+        silent = [
+            b for b, text in enumerate(sequence.text_after) if not text and any(sequence.counts[b])
+        ]
         if silent and not self._warned:
             self._warned = True
             warnings.warn(
@@ -579,9 +581,9 @@ class _FilterRun(DecoderRun):
     def dropped(self, layer: int, index: Tensor) -> None:
         self.drops.append((layer, index))
 
-    def after_prefill(self, views: Sequence[SequenceView]) -> CachePolicy | None:
+    def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
         """Layers between the first filter and the last keep what is alive at the end."""
-        layers, final = self.method.pruning_layers, views[-1]
+        layers, final = self.method.pruning_layers, sequences[-1]
         counted = self.method.decode_positions == "cache_length"
         end = max((layer for layer, _ in self.drops), default=0)
         if counted and self.method.positions == "preserve":

@@ -48,7 +48,7 @@ class Pool(Method):
     stitched and unpadded at the pooled resolution, and one newline token ends each pooled row,
     as the model packs full grids (and shrinks nothing: LLaVA-OneVision's interpolation of large
     pictures is left out). Of a video every frame is pooled alike, on the grid that it has at the
-    language model's door, after the model's own pooling; a newline token at its end stays. Where
+    language-model input, after the model's own pooling; a newline token at its end stays. Where
     tiles and frames have different grids, ``keep`` or ``window`` should fit what is passed.
 
     Args:
@@ -168,7 +168,7 @@ class _PoolStage(PromptStage):
         return [self._video(i) if i.video else self._one(i) for i in images]
 
     def _video(self, image: ImageTokens) -> Selection | None:
-        """Every frame, from the tokens at the door; newline tokens stay."""
+        """Every frame, from the tokens at the language-model input; newline tokens stay."""
         p, (height, width), frames = self.method.window_for(image.grid), image.grid, image.frames
         if p == 1:
             return None

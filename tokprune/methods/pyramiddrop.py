@@ -12,14 +12,14 @@ from torch import Tensor
 from tokprune.engine.contracts import (
     DecoderRun,
     DecoderStage,
+    KeepDecision,
     ModelFacts,
     Plan,
     Positions,
     ScoringLayer,
     SequenceView,
 )
-from tokprune.engine.contracts import Keep as Kept
-from tokprune.methods.base import Keep, Method, Preset, check_choice, register_method
+from tokprune.methods.base import BudgetSchedule, Method, Preset, check_choice, register_method
 from tokprune.methods.schedule import check_layers, check_steps, check_steps_fit, tokens_after
 from tokprune.operators.pyramiddrop import rank_drop
 
@@ -84,7 +84,7 @@ class PyramidDrop(Method):
         ),
     )
 
-    keep: Keep = 0.125
+    keep: BudgetSchedule = 0.125
     prune_layers: Sequence[int] = _LAYERS
     positions: Positions = "compact"
 
@@ -123,16 +123,18 @@ class _PyramidRun(DecoderRun):
         self.score: Tensor | None = None
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Kept | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         step = list(self.method.prune_layers).index(layer)
         counts = [
             [min(self.method.counts(step, n), now) for n, now in zip(*row)]
-            for row in zip(view.entering, view.counts)
+            for row in zip(sequence.entering, sequence.counts)
         ]
-        if counts == view.counts:
+        if counts == sequence.counts:
             return None
-        row = scoring.probabilities(hidden, view.last_row(), view)[:, :, 0]
-        budget = torch.tensor([own + [0] * (view.segments - len(own)) for own in counts])
-        self.score, mask = rank_drop(row, view.segment, budget.to(hidden.device, non_blocking=True))
-        return Kept(mask, counts, self.method.positions)
+        row = scoring.probabilities(hidden, sequence.last_row(), sequence)[:, :, 0]
+        budget = torch.tensor([own + [0] * (sequence.segments - len(own)) for own in counts])
+        self.score, mask = rank_drop(
+            row, sequence.segment, budget.to(hidden.device, non_blocking=True)
+        )
+        return KeepDecision(mask, counts, self.method.positions)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from tokprune.engine.contracts import ModelFacts
-from tokprune.methods.base import Keep, check_fits, check_keep, resolve_keep
+from tokprune.methods.base import BudgetSchedule, check_fits, check_keep, resolve_keep
 
 #: absorbs rounding of powers, so that 576 · (1/8)^(1/3) is 288
 _ROUNDING = 1e-6
@@ -27,7 +27,7 @@ def check_layers(layers: Sequence[int], name: str, first: int = 0) -> None:
         )
 
 
-def check_steps(keep: Keep, steps: int, name: str) -> None:
+def check_steps(keep: BudgetSchedule, steps: int, name: str) -> None:
     """A budget, or a sequence with one budget per step that never rises.
 
     Args:
@@ -52,7 +52,7 @@ def check_steps(keep: Keep, steps: int, name: str) -> None:
             raise ValueError(f"keep={keep!r} should not rise from one step to the next")
 
 
-def check_steps_fit(keep: Keep, facts: ModelFacts) -> None:
+def check_steps_fit(keep: BudgetSchedule, facts: ModelFacts) -> None:
     """No count of a schedule is larger than an image of the model.
 
     Raises:
@@ -62,7 +62,7 @@ def check_steps_fit(keep: Keep, facts: ModelFacts) -> None:
         check_fits(budget, facts)
 
 
-def tokens_after(keep: Keep, step: int, steps: int, tokens: int) -> int:
+def tokens_after(keep: BudgetSchedule, step: int, steps: int, tokens: int) -> int:
     """Tokens that a schedule leaves of an image after a step.
 
     Args:

@@ -14,6 +14,7 @@ from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
     DecoderStage,
+    KeepDecision,
     ModelFacts,
     Order,
     Plan,
@@ -21,9 +22,8 @@ from tokprune.engine.contracts import (
     ScoringLayer,
     SequenceView,
 )
-from tokprune.engine.contracts import Keep as Kept
 from tokprune.methods.base import (
-    Keep,
+    BudgetSchedule,
     Method,
     Preset,
     check_choice,
@@ -128,7 +128,7 @@ class SparseVLM(Method):
         _preset("llava-next", 320, (330, 150, 85), _SCALED),
     )
 
-    keep: Keep | None
+    keep: BudgetSchedule | None
     version: Version = "v1"
     pruning_layers: Sequence[int] = (2, 6, 15)
     recycle: float | None = None
@@ -229,22 +229,22 @@ class _SparseRun(DecoderRun):
         #: tokens that the newest step kept, merged ones not counted, [B, L] before its drop
         self.kept: Tensor | None = None
 
-    def _rows(self, view: SequenceView) -> Tensor:
+    def _rows(self, sequence: SequenceView) -> Tensor:
         """Places of the tokens that may rate, [B, R]: the text, and the last token where a row
         has none."""
-        rows, _ = view.text_rows()
-        return rows if min(view.text_after) else torch.cat([rows, view.last_row()], dim=1)
+        rows, _ = sequence.text_rows()
+        return rows if min(sequence.text_after) else torch.cat([rows, sequence.last_row()], dim=1)
 
-    def _choose(self, hidden: Tensor, view: SequenceView) -> None:
-        rows, real = view.text_rows()
-        raters = text_raters(text_relevance(hidden, view.visual, rows, real), real)
-        if not min(view.text_after):
+    def _choose(self, hidden: Tensor, sequence: SequenceView) -> None:
+        rows, real = sequence.text_rows()
+        raters = text_raters(text_relevance(hidden, sequence.visual, rows, real), real)
+        if not min(sequence.text_after):
             raters = torch.cat([raters, ~real.any(1, keepdim=True)], dim=1)
         self.raters = raters
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
         assert self.raters is not None
-        method, places = self.method, self._rows(view)
+        method, places = self.method, self._rows(sequence)
         raters = self.raters = self.raters.to(places.device)
         total, means = None, []
         for part, rate in zip(places.split(_CHUNK, 1), raters.split(_CHUNK, 1)):
@@ -260,31 +260,31 @@ class _SparseRun(DecoderRun):
         assert total is not None
         heads = None
         if method._heads is not None:
-            heads = best_heads(total, view.visual, method._heads)
+            heads = best_heads(total, sequence.visual, method._heads)
         self.score = vision_scores(total, raters, heads)
         if means:
             mean = torch.cat(means, dim=1)[:, None]
-            images = [view.segment == image for image in range(view.segments)]
+            images = [sequence.segment == image for image in range(sequence.segments)]
             self.ranks = torch.stack([attention_rank(mean, raters, own) for own in images], dim=1)
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Kept | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         if layer == 0:
-            self._choose(hidden, view)
+            self._choose(hidden, sequence)
         if self.score is None:
             return None
         score = self.score.to(hidden.device)
-        plan = self._plan(layer, view)
+        plan = self._plan(layer, sequence)
         counts = [[kept + merged for kept, _, merged in row] for row in plan]
-        if counts == view.counts:
+        if counts == sequence.counts:
             return None
         budget = torch.tensor(
-            [[kept for kept, _, _ in row] + [0] * (view.segments - len(row)) for row in plan]
+            [[kept for kept, _, _ in row] + [0] * (sequence.segments - len(row)) for row in plan]
         )
-        mask = segment_topk(score, view.segment, budget.to(hidden.device, non_blocking=True))
+        mask = segment_topk(score, sequence.segment, budget.to(hidden.device, non_blocking=True))
         self.kept = mask
-        answer = Kept(mask, counts, self.method._positions)
+        answer = KeepDecision(mask, counts, self.method._positions)
         recycled = [
             (b, s, chosen, merged)
             for b, row in enumerate(plan)
@@ -292,29 +292,29 @@ class _SparseRun(DecoderRun):
             if merged
         ]
         if recycled:
-            self._recycle(answer, recycled, hidden, view, score)
+            self._recycle(answer, recycled, hidden, sequence, score)
         return answer
 
-    def _plan(self, layer: int, view: SequenceView) -> list[list[tuple[int, int, int]]]:
+    def _plan(self, layer: int, sequence: SequenceView) -> list[list[tuple[int, int, int]]]:
         """(kept, recycled, merged into) of every image."""
         step = list(self.method.pruning_layers).index(layer - 1)
-        none = [[0] * len(row) for row in view.counts]
+        none = [[0] * len(row) for row in sequence.counts]
         ranks = none if self.ranks is None else self.ranks.tolist()  # adaptive: one host read
         return [
             [self.method.counts(step, *image) for image in zip(*row)]
-            for row in zip(view.entering, view.counts, ranks)
+            for row in zip(sequence.entering, sequence.counts, ranks)
         ]
 
     def _recycle(
-        self, answer: Kept, images: list[tuple[int, int, int, int]], hidden: Tensor,
-        view: SequenceView, score: Tensor,
+        self, answer: KeepDecision, images: list[tuple[int, int, int, int]], hidden: Tensor,
+        sequence: SequenceView, score: Tensor,
     ) -> None:  # fmt: skip
         """Merge dropped tokens; each merged one takes the slot of the centre of its cluster."""
-        device, length = hidden.device, view.column.shape[1]
+        device, length = hidden.device, sequence.column.shape[1]
         numbers = torch.tensor(images).to(device, non_blocking=True)
         row, segment, chosen, merged = numbers.unbind(1)
         most = max(n for *_, n in images)
-        own = view.segment[row] == segment[:, None]
+        own = sequence.segment[row] == segment[:, None]
         spare = score[row].masked_fill(~own | answer.mask[row], -torch.inf)
         place = rank(spare)[:, : max(n for _, _, n, _ in images)]
         valid = torch.arange(place.shape[1], device=device) < chosen[:, None]
@@ -330,7 +330,7 @@ class _SparseRun(DecoderRun):
             return flat[:-1].view_as(base)
 
         arange = torch.arange(length, device=device)
-        kept = torch.where(answer.mask | ~view.visual, arange, -1)
+        kept = torch.where(answer.mask | ~sequence.visual, arange, -1)
         holder = centre.gather(1, found.cluster.clamp(min=0))
         answer.group = put(kept, place, holder, valid)
         answer.hidden = put(hidden, centre, found.out, exists)
@@ -338,5 +338,5 @@ class _SparseRun(DecoderRun):
         if self.method.order == "published":
             end = torch.where(own, arange, -1).amax(1, keepdim=True)
             behind = end * (most + 1) + 1 + torch.arange(most, device=device)
-            spaced = (arange * (most + 1)).expand(view.column.shape)
+            spaced = (arange * (most + 1)).expand(sequence.column.shape)
             answer.order = put(spaced, centre, behind, exists)

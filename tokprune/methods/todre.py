@@ -17,7 +17,7 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    Keep,
+    KeepDecision,
     ModelFacts,
     Plan,
     Positions,
@@ -273,40 +273,40 @@ class _RelevanceRun(DecoderRun):
         #: the checks of this prefill, in layer order
         self.checks: list[RelevanceCheck] = []
 
-    def attention(self, layer: int, attention: Attention, view: SequenceView) -> None:
-        if not any(map(any, view.counts)):
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
+        if not any(map(any, sequence.counts)):
             return  # every sample has dropped its visual tokens
-        tv, vt = _ratios(attention, view)
+        tv, vt = _ratios(attention, sequence)
         self.checks.append(RelevanceCheck(layer + 1, tv, vt, should_drop(tv, vt, self.tau)))
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Keep | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         if not self.checks or self.checks[-1].layer != layer:
             return None
         drop = self.checks[-1].drop.to(hidden.device)
-        return Keep(view.visual & ~drop[:, None], None, "preserve")
+        return KeepDecision(sequence.visual & ~drop[:, None], None, "preserve")
 
 
-def _ratios(attention: Attention, view: SequenceView) -> tuple[Tensor, Tensor]:
+def _ratios(attention: Attention, sequence: SequenceView) -> tuple[Tensor, Tensor]:
     """(α_tv, α_vt) [B] of eq. 8; NaN for samples without later text or without visual tokens.
 
     Only the rows needed are computed: text after the first visual token; visual rows of second
     and later images, the only ones that can see such text. How many is known on the host.
     """
-    visual = view.visual
-    text = view.valid & ~visual & (visual.cumsum(1) > 0)
-    several = view.segments > 1
+    visual = sequence.visual
+    text = sequence.valid & ~visual & (visual.cumsum(1) > 0)
+    several = sequence.segments > 1
     if several:
-        real = [n - sum(own) for n, own in zip(view.lengths, view.counts)]
+        real = [n - sum(own) for n, own in zip(sequence.lengths, sequence.counts)]
         rows, row_valid = _rows_of(text, max(real))
     else:
-        rows, row_valid = view.text_rows()
+        rows, row_valid = sequence.text_rows()
     alpha_tv = _mass(attention, rows, row_valid, visual) / text.sum(1)
     mass = torch.zeros_like(alpha_tv)
     if several:
-        later = max(sum(own[1:]) for own in view.counts)
-        mass = _mass(attention, *_rows_of(view.segment > 0, later), text)
+        later = max(sum(own[1:]) for own in sequence.counts)
+        mass = _mass(attention, *_rows_of(sequence.segment > 0, later), text)
     return alpha_tv, mass / visual.sum(1)
 
 

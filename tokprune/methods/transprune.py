@@ -13,16 +13,16 @@ from torch import Tensor
 from tokprune.engine.contracts import (
     DecoderRun,
     DecoderStage,
+    KeepDecision,
     ModelFacts,
     Plan,
     Positions,
     ScoringLayer,
     SequenceView,
 )
-from tokprune.engine.contracts import Keep as Kept
 from tokprune.methods.base import (
     Budget,
-    Keep,
+    BudgetSchedule,
     Method,
     Preset,
     check_choice,
@@ -86,7 +86,7 @@ class TransPrune(Method):
         Preset("llava-next", "low", {"keep": _LOW}, _LOW_SOURCE),
     )
 
-    keep: Keep = _HIGH
+    keep: BudgetSchedule = _HIGH
     prune_layers: Sequence[int] = (7, 9, 12)
     accumulate_layers: Sequence[int] = (7, 8, 9, 10, 11, 12)
     alpha: float = 0.5
@@ -201,9 +201,9 @@ class _TransPruneRun(DecoderRun):
 
     def transition(
         self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
-        view: SequenceView,
+        sequence: SequenceView,
     ) -> None:  # fmt: skip
-        valid = view.valid if view.padded else None
+        valid = sequence.valid if sequence.padded else None
         weight = transition_weight(
             before, after, valid, self.method.normalize, self.method.direction
         )
@@ -211,38 +211,41 @@ class _TransPruneRun(DecoderRun):
         self.transitions[layer] = weight if earlier is None else earlier + weight
 
     def before_layer(
-        self, layer: int, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
-    ) -> Kept | None:
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
         method = self.method
         step = list(method.prune_layers).index(layer)
         counts = [
             [min(method.counts(step, n), now) for n, now in zip(*row)]
-            for row in zip(view.entering, view.counts)
+            for row in zip(sequence.entering, sequence.counts)
         ]
         ttv = [weight.to(hidden.device) for weight in self.transitions.values()]
-        self.instruction = self._instruction(hidden, view, scoring)
+        self.instruction = self._instruction(hidden, sequence, scoring)
         if not ttv:  # attention alone ranks; samples without instruction stay as they are
             counts = [
-                own if rows else now for own, now, rows in zip(counts, view.counts, view.text_after)
+                own if rows else now
+                for own, now, rows in zip(counts, sequence.counts, sequence.text_after)
             ]
             if self.instruction is None:
                 return None
         self.score = transition_score(
-            ttv, self.instruction, method.alpha, view.segment, view.segments
+            ttv, self.instruction, method.alpha, sequence.segment, sequence.segments
         )
-        width = view.segments
+        width = sequence.segments
         budget = torch.tensor([own + [0] * (width - len(own)) for own in counts])
-        mask = segment_topk(self.score, view.segment, budget.to(hidden.device, non_blocking=True))
-        return Kept(mask, counts, method.positions)
+        mask = segment_topk(
+            self.score, sequence.segment, budget.to(hidden.device, non_blocking=True)
+        )
+        return KeepDecision(mask, counts, method.positions)
 
     def _instruction(
-        self, hidden: Tensor, view: SequenceView, scoring: ScoringLayer
+        self, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
     ) -> Tensor | None:
         """Attention that the text after the last image pays to each image token, [B, L]."""
         if self.method.alpha == 1:
             return None
         if not self._warned and any(
-            any(own) and not rows for own, rows in zip(view.counts, view.text_after)
+            any(own) and not rows for own, rows in zip(sequence.counts, sequence.text_after)
         ):
             self._warned = True
             warnings.warn(
@@ -253,11 +256,11 @@ class _TransPruneRun(DecoderRun):
                 "were accumulated; its tokens are not pruned here",
                 stacklevel=2,
             )
-        rows, real = view.text_rows()
+        rows, real = sequence.text_rows()
         if not rows.shape[1]:
             return None
-        probabilities = scoring.probabilities(hidden, rows, view)
-        return instruction_rows(probabilities, real, view.segment, view.segments)
+        probabilities = scoring.probabilities(hidden, rows, sequence)
+        return instruction_rows(probabilities, real, sequence.segment, sequence.segments)
 
     def dropped(self, layer: int, index: Tensor) -> None:
         # Padding gathers some token's weight; outside the images it counts for nothing.

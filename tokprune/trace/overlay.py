@@ -152,14 +152,14 @@ def _span(first: int, last: int) -> str:
 
 def _boards(picture: Image.Image, record: ImageRecord, processor: Any, size: int) -> list[_Board]:
     """The base tile, and for tiled models the stitched high-resolution picture."""
-    rows, cols = record.facts.grid if record.door is None else record.door.grids[0]
+    rows, cols = record.facts.grid if record.token_grid is None else record.token_grid.grids[0]
     cell = max(4, round(size / max(rows, cols)))
     base = picture if record.facts.tiled else _as_seen(picture, processor)
     place = {(0, r, c): (r, c) for r in range(rows) for c in range(cols)}
     boards = [_Board(_resize(base, cols * cell, rows * cell), cell, (rows, cols), place)]
     down, across = record.layout.tile_grid
-    if record.door is not None:  # the crops as one smaller map, which shows no padding
-        shape = record.door.grids[1]
+    if record.token_grid is not None:  # the crops as one smaller map, which shows no padding
+        shape = record.token_grid.grids[1]
         cell = max(4, round(size / max(shape)))
         place = {(1, r, c): (r, c) for r in range(shape[0]) for c in range(shape[1])}
         whole = _resize(picture, shape[1] * cell, shape[0] * cell)
@@ -185,8 +185,8 @@ def _mosaic(frames: Any, records: Sequence[ImageRecord], processor: Any, size: i
             f"image: {got} for a video of {number} frames; it should be the list of those that "
             "the model saw"
         )
-    door = records[0].door
-    rows, cols = records[0].facts.grid if door is None else door.grids[0]
+    token_grid = records[0].token_grid
+    rows, cols = records[0].facts.grid if token_grid is None else token_grid.grids[0]
     across = math.ceil(math.sqrt(number))
     shape = (math.ceil(number / across) * rows, across * cols)
     cell = max(4, round(size / max(shape)))

@@ -89,12 +89,13 @@ class _Places:
     def __init__(self, record: ImageRecord) -> None:
         self.facts, self.first_frame = record.facts, record.layout.first_frame
         #: grids on which the rows are numbered, where they are not those of the tower's tiles
-        self.grids = None if record.door is None else record.door.grids
-        #: cell at the door that shows each patch, for survivors of the tower where the two differ
+        self.grids = None if record.token_grid is None else record.token_grid.grids
+        #: cell at the language-model input that shows each patch, for survivors of the tower where
+        #: the two differ
         self.nearest: list[int] | None = None
-        if record.layout.door is not None and record.door is None:
-            assert record.layout.door.nearest is not None
-            self.nearest = record.layout.door.nearest.tolist()
+        if record.layout.token_grid is not None and record.token_grid is None:
+            assert record.layout.token_grid.nearest is not None
+            self.nearest = record.layout.token_grid.nearest.tolist()
 
     def cell(self, number: int) -> Cell | None:
         """The patch of a feature row ``tile · F + row``, None for newline and class tokens."""
@@ -145,7 +146,7 @@ def _sources(groups: list[list[int]], grid: tuple[int, int]) -> dict[int, list[C
     return held
 
 
-def _at_the_door(image: ImageTrace, record: ImageRecord, cells: _Cells) -> list[Token]:
+def _at_language_model(image: ImageTrace, record: ImageRecord, cells: _Cells) -> list[Token]:
     """Tokens of an image before the prompt stages."""
     if record.group is None or record.cell is None:
         tokens = []
@@ -167,7 +168,7 @@ def prompt_tokens(image: ImageTrace) -> list[Token]:
     record = image.record
     if record is None:  # the prompt came as embeddings: columns are all we know
         return [Token(image.number, -1, -1, -1, c) for c in image.columns.tolist()]
-    tokens = _at_the_door(image, record, _Cells(image, record))
+    tokens = _at_language_model(image, record, _Cells(image, record))
     if image.selection is None:
         return tokens
     chosen = [tokens[j] for j in image.selection.index.tolist()]

@@ -233,7 +233,7 @@ class Trace:
                 v.column, prefill.positions[n], v.segment, v.counts, v.lengths,
                 prefill.cached(n, v.lengths), _entries(prefill, n), _next_position(prefill, n),
             )
-            for n, v in enumerate(prefill.views)
+            for n, v in enumerate(prefill.sequences)
         ]  # fmt: skip
         mask, past = prefill.attention_mask, prefill.past
         self.last = PrefillTrace(
@@ -332,7 +332,7 @@ def _next_position(prefill: PrefillPass, number: int) -> Tensor:
     if prefill.cache is not None and len(prefill.cache.layers) > number:
         shift = getattr(prefill.cache.layers[number], "shift", None)
     if shift is None:
-        return prefill.views[number].next_position
+        return prefill.sequences[number].next_position
     return prefill.native.next_position.to(shift.device) - shift
 
 

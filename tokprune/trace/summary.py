@@ -78,10 +78,10 @@ def _grid(prefill: PrefillTrace, image: ImageTrace) -> dict[str, Any]:
     record = image.record
     if record is None:
         return {"grid": list(prefill.facts.grid)}
-    if record.door is None:
+    if record.token_grid is None:
         grids = [prefill.facts.grid]
     else:
-        grids = list(dict.fromkeys(record.door.grids))
+        grids = list(dict.fromkeys(record.token_grid.grids))
     told: dict[str, Any] = {"grid": list(grids[0])}
     if len(grids) > 1:
         told["map"] = list(grids[1])

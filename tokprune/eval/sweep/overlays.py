@@ -68,6 +68,6 @@ def _video(trace: Trace, row: int) -> dict[str, Any]:
     records = [part.record for part in parts if part.record is not None]
     if not records or not records[0].layout.video:
         return {}
-    door = records[0].door
-    grid = records[0].facts.grid if door is None else door.grids[0]
+    token_grid = records[0].token_grid
+    grid = records[0].facts.grid if token_grid is None else token_grid.grids[0]
     return {"frames": sum(record.layout.frames for record in records), "grid": list(grid)}

@@ -62,8 +62,8 @@ def _tuples(value: Any) -> Any:
 def json_options(method: Method) -> dict[str, Any]:
     """All options of a method in JSON types."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
-    if options["per"] == "video":  # the default, and no matter for pictures
-        del options["per"]
+    if options["video_unit"] == "video":  # the default, and no matter for pictures
+        del options["video_unit"]
     return options
 
 

@@ -1,4 +1,4 @@
-"""The way into a model of the original package: before it packs a prompt, and at the door."""
+"""The way into a model of the original package: where it packs a prompt, and before its decoder."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class PrepareEntry(Entry):
             self.generations[-1].prompt = prompt
         return result
 
-    def door(self, kwargs: dict[str, Any]) -> None:
+    def language_model_input(self, kwargs: dict[str, Any]) -> None:
         now = self.session.now
         now.clear()
         cache, mask, embeds = cache_in(kwargs), kwargs.get("attention_mask"), None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.compat import OLD
+from tokprune.engine.compat import LEGACY
 from tokprune.engine.family import Family
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
 from tokprune.engine.tap import TapFunction
@@ -31,16 +31,16 @@ REFUSED = {
 }
 
 
-class LlavaOriginal(Family):
+class LlavaV1(Family):
     """``LlavaLlamaForCausalLM`` and ``LlavaMistralForCausalLM`` with a CLIP tower."""
 
-    name = "llava-original"
+    name = "llava-v1"
     model_classes = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
-    old = True
+    legacy = True
     refused = REFUSED
 
     def unavailable(self) -> str | None:
-        return None if OLD else (
+        return None if LEGACY else (
             "classes of the original llava package run on transformers 4.37; patch them there "
             "(tokprune.load(..., package='llava')), or use a checkpoint of transformers' own LLaVA "
             "classes here"

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from tokprune.api import patch
-from tokprune.engine.compat import OLD
+from tokprune.engine.compat import LEGACY
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind, supported_models
@@ -90,7 +90,7 @@ def _need_llava() -> None:
             f"package='llava' needs the original llava package ({error}). In an environment of "
             f"its own: {INSTALL}"
         ) from None
-    if not OLD:
+    if not LEGACY:
         import transformers
 
         raise ImportError(

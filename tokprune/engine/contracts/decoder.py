@@ -1,0 +1,156 @@
+"""What stages inside the decoder get and give."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.contracts.attention import Attention
+from tokprune.engine.contracts.vision import Positions
+
+
+@dataclass
+class SequenceView:
+    """The sequence as it is now, entering some decoder layer (prefill).
+
+    Tensors are [B, L]: ``column``: prompt column, −1 = padding; ``position``: rotary position;
+    ``segment``: number of the image inside its batch row (0…S−1), −1 for text, newline tokens
+    included with their image; ``after``: real text after the last visual token of the row;
+    ``tag``: marks from the encoder run or None. Host side: ``counts[b][s]`` visual tokens alive,
+    ``entering[b][s]`` the same when they entered the decoder, ``text_after[b]`` real text tokens
+    after the last visual token, ``lengths[b]`` real tokens.
+    """
+
+    column: Tensor
+    position: Tensor
+    segment: Tensor
+    after: Tensor
+    counts: list[list[int]]
+    entering: list[list[int]]
+    text_after: list[int]
+    lengths: list[int]
+    #: [B] rotary position that the token after this sequence gets
+    next_position: Tensor
+    tag: Tensor | None = None
+    padded: bool = False
+
+    @property
+    def valid(self) -> Tensor:
+        return self.column >= 0
+
+    @property
+    def visual(self) -> Tensor:
+        return self.segment >= 0
+
+    @property
+    def segments(self) -> int:
+        """Largest number of images of one batch row."""
+        return max((len(c) for c in self.counts), default=0)
+
+    def text_rows(self) -> tuple[Tensor, Tensor]:
+        """Indices of the text after the last image, right-aligned: (index [B, R], real [B, R]).
+
+        R is the largest count of the batch, known on the host; where a row has less, the
+        leading entries are not real. R = 0 if no row has text after its image.
+        """
+        r = max(self.text_after, default=0)
+        arange = torch.arange(self.after.shape[1], device=self.after.device)
+        key = torch.where(self.after, arange, torch.full_like(arange, -1))
+        top = key.sort(dim=1, stable=True).values[:, key.shape[1] - r :]
+        return top.clamp(min=0), top >= 0
+
+    def last_row(self) -> Tensor:
+        """Index of the last real token of every row: [B, 1]."""
+        arange = torch.arange(self.column.shape[1], device=self.column.device)
+        return torch.where(self.valid, arange, torch.zeros_like(arange)).amax(1, keepdim=True)
+
+
+@dataclass
+class KeepDecision:
+    """Answer of a decoder run: ``mask`` [B, L] bool, True where a *visual* token stays (text is
+    always kept). ``counts[b][s]``: how many stay per image (host); None where the numbers are
+    adaptive, then the engine reads them back (one host synchronisation).
+
+    Merges: ``hidden`` [B, L, D] replaces the sequence before the drop (a merged token takes the
+    place of one of the tokens it stands for); ``group`` [B, L]: the place that holds each token
+    from now on, −1 if dropped (None: each its own). ``order`` [B, L] long: sort key ≥ 0 of the
+    new sequence (None: as before)."""
+
+    mask: Tensor
+    counts: list[list[int]] | None = None
+    positions: Positions = "preserve"
+    hidden: Tensor | None = None
+    group: Tensor | None = None
+    order: Tensor | None = None
+
+
+@dataclass
+class CachePolicy:
+    """Answer of a decoder run at the end of prefill. ``index[l]`` [B, n']: of the sequence that
+    layer ``l`` cached in this prefill, the places that stay (−1 = padding at the left); layers
+    that are not named, and entries of earlier turns, stay as they are.
+    ``continue_positions``: decode steps go on with the prefill numbering of each layer; else their
+    position is the number of entries in the layer's cache."""
+
+    index: dict[int, Tensor] = field(default_factory=dict)
+    #: real entries per batch row of the layers in ``index`` (host)
+    lengths: dict[int, list[int]] = field(default_factory=dict)
+    continue_positions: bool = True
+
+
+class ScoringLayer(ABC):
+    """Query and key projections of the decoder layer about to run, for methods that rank with
+    them (they are computed for this purpose: the layer itself runs on the survivors only)."""
+
+    @abstractmethod
+    def probabilities(self, hidden: Tensor, rows: Tensor, sequence: SequenceView) -> Tensor:
+        """Softmax rows of the queries at ``rows`` [B, R] over all visible keys of ``hidden``
+        [B, L, D], rotated at the current positions: float32 [B, H, R, L]."""
+
+    @abstractmethod
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's final norm, which it applies to its last layer, on ``hidden`` [B, L, D]."""
+
+
+class DecoderRun:
+    """One prefill through the decoder. All hooks default to doing nothing."""
+
+    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
+        """Called right after the attention of a tapped layer."""
+
+    def transition(
+        self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
+        sequence: SequenceView,
+    ) -> None:  # fmt: skip
+        """Input (after its norm) and output (before the residual) of a module, [B, L, D]."""
+
+    def before_layer(
+        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
+    ) -> KeepDecision | None:
+        """Before decoder layer ``layer`` (0-based) runs; ``hidden`` [B, L, D]."""
+        return None
+
+    def dropped(self, layer: int, index: Tensor) -> None:
+        """After a drop: ``index`` [B, L'] old place of every surviving entry (padding clamped),
+        so that per-token state can follow."""
+
+    def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
+        """End of prefill; ``sequences[l]`` is the sequence that layer ``l`` cached."""
+        return None
+
+
+class DecoderStage(ABC):
+    """Static description of work inside the decoder (0-based layer numbers)."""
+
+    taps: frozenset[int] = frozenset()
+    transition_layers: frozenset[int] = frozenset()
+    prune_layers: frozenset[int] = frozenset()
+    has_cache_policy: bool = False
+
+    @abstractmethod
+    def start(self) -> DecoderRun: ...

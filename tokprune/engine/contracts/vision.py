@@ -1,0 +1,170 @@
+"""What stages inside the vision encoder get and give."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.contracts.attention import Attention
+from tokprune.engine.model import ModelFacts
+
+Positions = Literal["compact", "preserve"]
+Order = Literal["published", "spatial"]
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """What one run of the vision encoder processes: ``image_of_tile[b]`` is the number of the
+    image that tile (batch row) ``b`` belongs to; an image's tiles are consecutive, base first.
+    ``tile_grids[i]``: crops (down, across) of image ``i``, (0, 0) without any. ``sizes[i]``: its
+    (height, width) in pixels, None where nothing is padded. ``videos[i]``: whether it is a video,
+    whose frames are its tiles, in order."""
+
+    facts: ModelFacts
+    image_of_tile: tuple[int, ...]
+    device: torch.device
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int] | None, ...] = ()
+    videos: tuple[bool, ...] = ()
+
+    @property
+    def tiles_per_image(self) -> list[int]:
+        images = self.image_of_tile[-1] + 1 if self.image_of_tile else 0
+        return [self.image_of_tile.count(i) for i in range(images)]
+
+    @property
+    def has_videos(self) -> bool:
+        return any(self.videos)
+
+
+@dataclass
+class TowerTokens:
+    """Rows alive in the encoder. Row 0 is the class token where the tower has one.
+
+    ``slots`` [B, T]: grid slot (0…N−1, raster) that each row stands for, −1 for the class token
+    and for padding; ``valid`` [B, T] bool, None while no row is padding; ``group`` [B, N]: row
+    that now holds each original patch, −1 if dropped; ``counts``: real rows per tile (host),
+    class token included.
+    """
+
+    has_cls: bool
+    slots: Tensor
+    group: Tensor
+    counts: list[int]
+    valid: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def first_patch(self) -> int:
+        return int(self.has_cls)
+
+    @property
+    def patch_valid(self) -> Tensor | None:
+        """``valid`` without the class token's column."""
+        return None if self.valid is None else self.valid[:, self.first_patch :]
+
+    def carry(self, values: Tensor, seen: TowerTokens) -> Tensor:
+        """Values [B, T'] of the patch rows that were alive at ``seen``, at those alive now: each
+        row gets the value of the earlier row that held the patch it stands for."""
+        if seen is self:
+            return values
+        slots = self.slots[:, self.first_patch :].clamp(min=0)
+        row = seen.group.gather(1, slots) - seen.first_patch
+        return values.gather(1, row.clamp(min=0))
+
+
+@dataclass
+class Reduction:
+    """New rows from old rows of a [B, T, …] sequence.
+
+    ``rows`` [B, T']: old row that stands for each new row, −1 = padding at the end; a row may
+    repeat. ``hidden``: new vectors [B, T', D] (None: gather ``rows``). ``group`` [B, T]: new row
+    that holds each old row, −1 if dropped (None: derived from ``rows``). ``counts``: real rows
+    per batch row; needed where ``rows`` holds padding.
+    """
+
+    rows: Tensor
+    hidden: Tensor | None = None
+    group: Tensor | None = None
+    counts: list[int] | None = None
+
+
+@dataclass
+class EncoderOutcome:
+    """What an encoder run says at the end, row-aligned with the final patch rows.
+
+    ``score`` and ``tag`` [tiles, T]: carried to the prompt and the decoder stages; ``key``
+    [tiles, T]: integer sort key of the published order inside one image (None: tile by tile,
+    row by row), with an entry for the class token where the model keeps it; ``unpad``:
+    rows on cells that the model's own packing crops away are dropped.
+    """
+
+    score: Tensor | None = None
+    tag: Tensor | None = None
+    key: Tensor | None = None
+    unpad: bool = True
+
+
+class EncoderRun:
+    """One forward through the vision encoder. All hooks default to doing nothing."""
+
+    def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
+        """Called right after the attention of a tapped layer."""
+
+    def bias(self, layer: int, tokens: TowerTokens) -> Tensor | None:
+        """Additive attention bias [B, 1, 1, T] (float32) for this layer, or None."""
+        return None
+
+    def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
+        """After attention and its residual, before the MLP; ``hidden`` [B, T, D]."""
+        return None
+
+    def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
+        """After the whole block; ``hidden`` [B, T, D]."""
+        return None
+
+    def finish(self, tokens: TowerTokens) -> EncoderOutcome:
+        return EncoderOutcome()
+
+
+class EncoderStage(ABC):
+    """Static description of work inside the vision encoder (0-based layer numbers)."""
+
+    taps: frozenset[int] = frozenset()
+    between_layers: frozenset[int] = frozenset()
+    after_layers: frozenset[int] = frozenset()
+    bias_layers: frozenset[int] = frozenset()
+    #: order in which the surviving tokens enter the prompt
+    order: Order = "spatial"
+    #: positions of the shortened prompt
+    positions: Positions = "compact"
+
+    @property
+    def reduces(self) -> bool:
+        return bool(self.between_layers or self.after_layers)
+
+    @property
+    def reduces_videos(self) -> bool:
+        """Whether it drops or merges rows of videos, too; models that pool the whole grid of every
+        frame cannot have that."""
+        return self.reduces
+
+    @property
+    def share_key(self) -> Hashable | None:
+        """What a stage observes, for stages that leave the encoder's rows as they are: stages
+        with equal keys have equal outcomes on equal pixels, and one pass of the tower may serve
+        them all (:class:`~tokprune.engine.shared_encoder.SharedEncoder`). None: every stage needs
+        its own.
+        """
+        return None
+
+    @abstractmethod
+    def start(self, tower: TowerInput) -> EncoderRun: ...
