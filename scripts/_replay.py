@@ -16,7 +16,7 @@ from torch import Tensor
 import tokprune
 from tokprune.bench.clock import Spread, milliseconds, no_garbage_collection, once
 from tokprune.bench.ideal import observe, shortened
-from tokprune.bench.instrumented import Place, Watched
+from tokprune.bench.instrumented import Instrumented, Place
 from tokprune.bench.models import PRESETS, Shape, random_model
 from tokprune.bench.prompts import encode, prompt
 from tokprune.engine.contracts import (
@@ -38,12 +38,12 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.methods import Method, image_methods, make_method
-from tokprune.methods.depth import layer_options
+from tokprune.methods.registry import options_for_depth
 
 KEEP = 64
 FULL = PRESETS["small"]
 QUICK = Shape(12, 96, 256, 4, 8, 96, 256, 4, 4, vocabulary=256)
-#: tokens around the picture
+#: text tokens around the image
 TEXT = 64
 
 #: further settings worth a row of their own: label → (method, options beside the budget)
@@ -61,15 +61,15 @@ def labels() -> list[str]:
 
 def method_of(label: str, decoder_layers: int) -> Method:
     name, changes = _EXTRA.get(label, (label, {}))
-    return make_method(name, keep=KEEP, **{**layer_options(name, decoder_layers), **changes})
+    return make_method(name, keep=KEEP, **{**options_for_depth(name, decoder_layers), **changes})
 
 
-# -------------------------------------------------------------------------------- tape
+# -------------------------------------------------------------------------------- recorder
 
 
 @dataclass
-class Tape:
-    """What a method decided in one prefill, by stage number; a watcher for ``Watched``."""
+class Recorder:
+    """What a method decided in one prefill, by stage number; an observer for ``Instrumented``."""
 
     rows: dict[tuple[int, str, int], Reduction] = field(default_factory=dict)
     outcomes: dict[int, EncoderOutcome] = field(default_factory=dict)
@@ -108,75 +108,75 @@ class Tape:
 
 @dataclass(frozen=True)
 class Replay(Method):
-    """Drops what a tape says, where it says: gathers and the engine's book-keeping, no scoring.
+    """Drops what a recorder says, where it says: gathers and the engine's book-keeping, no scoring.
     Merges are gathers of the rows that stand for the merged ones; caches are left alone."""
 
     name: ClassVar[str] = "bench-replay"
     inner: Method
-    tape: Tape
+    recorder: Recorder
 
     def plan(self, facts: ModelFacts) -> Plan:
         plan = self.inner.plan(facts)
         return Plan(
             encoder=tuple(
-                _ReplayEncoder(i, s, self.tape) for i, s in enumerate(plan.encoder) if s.reduces
+                _ReplayEncoder(i, s, self.recorder) for i, s in enumerate(plan.encoder) if s.reduces
             ),
-            prompt=tuple(_ReplayPrompt(i, s, self.tape) for i, s in enumerate(plan.prompt)),
-            decoder=tuple(_ReplayDecoder(i, self.tape) for i in range(len(plan.decoder))),
+            prompt=tuple(_ReplayPrompt(i, s, self.recorder) for i, s in enumerate(plan.prompt)),
+            decoder=tuple(_ReplayDecoder(i, self.recorder) for i in range(len(plan.decoder))),
         )
 
 
 class _ReplayEncoder(EncoderStage):
-    def __init__(self, number: int, inner: EncoderStage, tape: Tape) -> None:
-        self.number, self.tape = number, tape
-        own = [(place, layer) for n, place, layer in tape.rows if n == number]
+    def __init__(self, number: int, inner: EncoderStage, recorder: Recorder) -> None:
+        self.number, self.recorder = number, recorder
+        own = [(place, layer) for n, place, layer in recorder.rows if n == number]
         self.between_layers = frozenset(layer for place, layer in own if place == "between")
         self.after_layers = frozenset(layer for place, layer in own if place == "after")
         self.order, self.positions = inner.order, inner.positions
 
     def start(self, tower: TowerInput) -> EncoderRun:
-        return _ReplayEncoderRun(self.number, self.tape)
+        return _ReplayEncoderRun(self.number, self.recorder)
 
 
 class _ReplayEncoderRun(EncoderRun):
-    def __init__(self, number: int, tape: Tape) -> None:
-        self.number, self.tape = number, tape
+    def __init__(self, number: int, recorder: Recorder) -> None:
+        self.number, self.recorder = number, recorder
 
     def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        return self.tape.rows.get((self.number, "between", layer))
+        return self.recorder.rows.get((self.number, "between", layer))
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        return self.tape.rows.get((self.number, "after", layer))
+        return self.recorder.rows.get((self.number, "after", layer))
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
-        return self.tape.outcomes[self.number]
+        return self.recorder.outcomes[self.number]
 
 
 class _ReplayPrompt(PromptStage):
-    def __init__(self, number: int, inner: PromptStage, tape: Tape) -> None:
-        self.number, self.tape, self.positions = number, tape, inner.positions
+    def __init__(self, number: int, inner: PromptStage, recorder: Recorder) -> None:
+        self.number, self.recorder, self.positions = number, recorder, inner.positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        return self.tape.selections[self.number]
+        return self.recorder.selections[self.number]
 
 
 class _ReplayDecoder(DecoderStage):
-    def __init__(self, number: int, tape: Tape) -> None:
-        self.number, self.tape = number, tape
-        self.prune_layers = frozenset(layer for n, layer in tape.keeps if n == number)
+    def __init__(self, number: int, recorder: Recorder) -> None:
+        self.number, self.recorder = number, recorder
+        self.prune_before = frozenset(layer for n, layer in recorder.keeps if n == number)
 
     def start(self) -> DecoderRun:
-        return _ReplayDecoderRun(self.number, self.tape)
+        return _ReplayDecoderRun(self.number, self.recorder)
 
 
 class _ReplayDecoderRun(DecoderRun):
-    def __init__(self, number: int, tape: Tape) -> None:
-        self.number, self.tape = number, tape
+    def __init__(self, number: int, recorder: Recorder) -> None:
+        self.number, self.recorder = number, recorder
 
     def before_layer(
         self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
     ) -> KeepDecision | None:
-        return self.tape.keeps.get((self.number, layer))
+        return self.recorder.keeps.get((self.number, layer))
 
 
 @dataclass(frozen=True)
@@ -213,11 +213,11 @@ def measure_methods(
     with torch.inference_mode():
         full = observe(model, inputs)
         for label in wanted:
-            method, tape = method_of(label, layers), Tape()
-            with tokprune.compress(model, Watched(method, tape)) as trace:
+            method, recorder = method_of(label, layers), Recorder()
+            with tokprune.compress(model, Instrumented(method, recorder)) as trace:
                 forward()
             assert trace.last is not None
-            lengths, replay = observe(model, inputs, method), Replay(method, tape)
+            lengths, replay = observe(model, inputs, method), Replay(method, recorder)
             if (again := observe(model, inputs, replay)) != lengths:
                 raise RuntimeError(
                     f"{label}: the replay's lengths {again} are not the method's {lengths}"

@@ -6,7 +6,8 @@
 ``operators``: every operator that a method uses, at the sizes of LLaVA-1.5 (CLIP-L: 16 heads of 64
 over 577 tokens, features of width 1024; decoder: 32 heads of 128 over 640 tokens), against a plain
 PyTorch transcription of its description: the N×N or full attention maps that it speaks of, and
-loops where it has loops. Both must give the same result before they are timed. "ours" starts from
+loops where it has loops (``tests/reference``). Both must give the same result before they are
+timed. "ours" starts from
 the same q, k, v or features as "plain", so reading a few rows instead of a whole map is part of
 what is measured.
 
@@ -31,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +45,19 @@ from torch import Tensor
 from tokprune import operators as ops
 from tokprune.bench.clock import CLOCKS, Spread, interleaved, milliseconds
 from tokprune.bench.environment import environment
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from reference import (
+    attention,
+    clustering,
+    diversity,
+    flow,
+    merging,
+    mustdrop,
+    visionzip,
+    windows,
+)
 
 N, D = 576, 1024
 SIDE = 24
@@ -71,7 +84,7 @@ def features(seed: int = 0, tokens: int = N, width: int = D) -> Tensor:
     return 0.8 * torch.randn(width, generator=g) + centre[member] + 0.7 * noise
 
 
-def windows(seed: int = 0) -> Tensor:
+def uniform_windows(seed: int = 0) -> Tensor:
     """[1, 577, 1024]: class token and a grid whose 3×3 windows are more or less uniform."""
     g = _generator(seed)
     coarse = torch.randn(1, D, SIDE // 3, SIDE // 3, generator=g)
@@ -98,408 +111,6 @@ def decoder_qkv(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.randn(1, DH, L, DD, generator=g)
     k, v = (torch.randn(1, DKV, L, DD, generator=g) for _ in range(2))
     return 1.5 * q, k, 0.3 * v
-
-
-# ----------------------------------------------------------------- plain transcriptions
-
-
-def full_map(q: Tensor, k: Tensor, causal: bool = False) -> Tensor:
-    """The whole softmax map [B, H, L, L], as eager attention makes it."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if causal:
-        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
-        logits = logits.masked_fill(later, -math.inf)
-    return logits.softmax(-1)
-
-
-def plain_max_sum(x: Tensor, pivot: int, k: int) -> Tensor:
-    unit = x / x.norm(dim=-1, keepdim=True)
-    gram = unit @ unit.T
-    chosen = [pivot]
-    total = gram[:, pivot].clone()
-    total[pivot] = math.inf
-    for _ in range(k - 1):
-        c = int(total.argmin())
-        chosen.append(c)
-        total += gram[:, c]
-        total[c] = math.inf
-    return torch.tensor(chosen)
-
-
-def plain_k_center(x: Tensor, pivot: int, k: int) -> Tensor:
-    unit = x / x.norm(dim=-1, keepdim=True)
-    distance = 1 - unit @ unit.T
-    chosen = [pivot]
-    nearest = distance[:, pivot].clone()
-    nearest[pivot] = -math.inf
-    for _ in range(k - 1):
-        c = int(nearest.argmax())
-        chosen.append(c)
-        nearest = torch.minimum(nearest, distance[:, c])
-        nearest[c] = -math.inf
-    return torch.tensor(chosen)
-
-
-def plain_divprune(x: Tensor, k: int) -> Tensor:
-    unit = x / x.norm(dim=-1, keepdim=True)
-    distance = 1 - unit @ unit.T
-    isolation = distance.topk(2, dim=0, largest=False).values[1]
-    chosen = [int(isolation.argmax())]
-    nearest = distance[:, chosen[0]].clone()
-    for _ in range(k - 1):
-        c = int(nearest.argmax())
-        chosen.append(c)
-        nearest = torch.minimum(nearest, distance[:, c])
-    return torch.tensor(chosen)
-
-
-def plain_cls_pivot(q: Tensor, k: Tensor) -> Tensor:
-    return full_map(q, k)[:, :, 0, 1:].mean(1).argmax(-1)
-
-
-def plain_farthest_pivot(x: Tensor) -> Tensor:
-    return F.cosine_similarity(x, x.mean(0, keepdim=True), dim=-1).argmin()
-
-
-def plain_cross_modal_ratio(q: Tensor, k: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    attention = full_map(q, k, causal=True).mean(1)[0]
-    visual, text = segment[0] == 2, segment[0] == 3
-    tv = attention[text][:, visual].sum() / attention[text].sum()
-    vt = attention[visual][:, text].sum() / visual.sum()
-    return tv[None], vt[None]
-
-
-def plain_transition_weight(before: Tensor, after: Tensor) -> Tensor:
-    magnitude = after.norm(dim=-1) / before.norm(dim=-1)
-    direction = torch.exp(1 - F.cosine_similarity(before, after, dim=-1))
-    return magnitude * direction / direction.sum()
-
-
-def plain_instruction_attention(q: Tensor, k: Tensor, start: int, n: int) -> Tensor:
-    rows = full_map(q, k, causal=True)[0][:, start + n :]
-    a = rows.mean(0).mean(0)[start : start + n]
-    return a / (a.sum() + 1e-8)
-
-
-def plain_transition_score(ttv: list[Tensor], iga: Tensor, alpha: float) -> Tensor:
-    total = torch.stack(ttv).sum(0)
-    total = total / (total.sum(-1, keepdim=True) + 1e-8)
-    return alpha * total + (1 - alpha) * iga
-
-
-def plain_fastv(q: Tensor, k: Tensor, start: int, n: int, keep: int) -> Tensor:
-    row = full_map(q, k, causal=True)[0].mean(0)[-1]
-    best = row[start : start + n].topk(keep).indices + start
-    every = torch.arange(row.shape[0])
-    return torch.cat([every[:start], best, every[start + n :]]).sort().values
-
-
-def plain_segment_topk(score: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
-    mask = torch.zeros_like(segment, dtype=torch.bool)
-    for b in range(score.shape[0]):
-        for s in range(budget.shape[1]):
-            place = (segment[b] == s).nonzero()[:, 0]
-            best = score[b, place].topk(int(budget[b, s])).indices
-            mask[b, place[best]] = True
-    return mask
-
-
-def plain_attn_terms(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attention = full_map(q, k).mean(1)[:, 0, 1:]
-    semantic = (v[:, :, :1] @ v.transpose(-1, -2)).softmax(-1).mean(1)[:, 0, 1:]
-    return attention, semantic, v.mean(1)[:, 1:]
-
-
-def plain_flow_score(a: Tensor, s: Tensor, u: Tensor) -> Tensor:
-    share = a / a.sum(-1, keepdim=True) + s / s.sum(-1, keepdim=True)
-    return share * u.norm(p=1, dim=-1)
-
-
-def plain_prune_count(a: Tensor, remaining: int, target: int) -> Tensor:
-    counts = []
-    for row in a:
-        p = row / row.sum()
-        h = float(-(p * p.log()).sum() / math.log(len(p)))
-        counts.append(round((len(p) - target) / math.sqrt(remaining) * (1 - h * h)))
-    return torch.tensor([max(counts)] * len(counts))
-
-
-def plain_encoder_keep(e: Tensor, a: Tensor, remaining: int, target: int) -> Tensor:
-    n = max(a.shape[1] - int(plain_prune_count(a, remaining, target)[0]), target)
-    return e.topk(n, dim=-1).indices.sort(-1).values
-
-
-def plain_global_query(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    logits = q.mean(-2, keepdim=True) @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return logits.softmax(-1).mean(1)[:, 0], v.mean(1)
-
-
-def plain_llm_select(
-    q: Tensor, k: Tensor, v: Tensor, start: int, n: int, last: int, target: int
-) -> Tensor:
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)[:, :, start : start + n]
-    values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    seen = values[:, :, start : start + n]
-    scale = math.sqrt(q.shape[-1])
-    a = (q[:, :, last : last + 1] @ k.transpose(-1, -2) / scale).softmax(-1)
-    s = (values[:, :, last : last + 1] @ seen.transpose(-1, -2) / scale).softmax(-1)
-    score = plain_flow_score(a.mean(1)[:, 0], s.mean(1)[:, 0], seen.mean(1))
-    return score.topk(target, dim=-1).indices.sort(-1).values
-
-
-Plan4 = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def plain_bsm(metric: Tensor, r: int) -> Plan4:
-    """keep, src, dst, slot of ToMe's matching with a class token."""
-    unit = metric / metric.norm(dim=-1, keepdim=True)
-    scores = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
-    scores[:, 0, :] = -math.inf
-    best, match = scores.max(-1)
-    order = best.argsort(-1, descending=True)
-    joining = order[:, :r]
-    staying = order[:, r:].sort(-1).values
-    odd = torch.arange(1, metric.shape[1], 2).expand(metric.shape[0], -1)
-    return 2 * staying, 2 * joining, odd, match.gather(1, joining)
-
-
-def _energy(sim: Tensor, margin: float, kind: str) -> Tensor:
-    if kind == "elu":
-        return torch.where(sim > margin, sim - margin, (sim - margin).exp() - 1).mean(-1)
-    sigma = 1 - margin
-    bell = 2 * torch.exp(-(((1 - sim) / sigma) ** 2)) - 1
-    return (bell / (sigma * math.sqrt(2 * math.pi))).mean(-1)
-
-
-def plain_pitome(metric: Tensor, ratio: float, margin: float, kind: str) -> Plan4:
-    x = F.normalize(metric[:, 1:], dim=-1)
-    tokens = x.shape[1]
-    r = math.floor(tokens - tokens * ratio)
-    sim = x @ x.transpose(-1, -2)
-    order = _energy(sim, margin, kind).argsort(-1, descending=True)
-    mergeable, protected = order[:, : 2 * r], order[:, 2 * r :]
-    a, b = mergeable[:, ::2], mergeable[:, 1::2]
-    between = sim.gather(1, a[..., None].expand(-1, -1, tokens))
-    between = between.gather(2, b[:, None].expand(-1, r, -1))
-    return F.pad(protected + 1, (1, 0)), a + 1, b + 1, between.argmax(-1)
-
-
-def plain_energy_bsm(metric: Tensor, ratio: float, margin: float, kind: str) -> Plan4:
-    x = F.normalize(metric[:, 1:], dim=-1)
-    tokens = x.shape[1]
-    r = math.floor(tokens - tokens * ratio)
-    sim = x @ x.transpose(-1, -2)
-    order = _energy(sim, margin, kind).argsort(-1, descending=True)
-    a, b = order[:, ::2], order[:, 1::2]
-    between = sim.gather(1, a[..., None].expand(-1, -1, tokens))
-    between = between.gather(2, b[:, None].expand(-1, a.shape[1], -1))
-    best, match = between.max(-1)
-    rank = best.argsort(-1, descending=True)
-    keep = F.pad(a.gather(1, rank[:, r:]) + 1, (1, 0))
-    return keep, a.gather(1, rank[:, :r]) + 1, b + 1, match.gather(1, rank[:, :r])
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def plain_apply(x: Tensor, plan: Plan4, mode: str = "mean") -> Tensor:
-    keep, src, dst, slot = plan
-    merged = _gathered(x, dst).scatter_reduce(
-        1, slot[..., None].expand(-1, -1, x.shape[-1]), _gathered(x, src), mode, include_self=True
-    )
-    return torch.cat([_gathered(x, keep), merged], dim=1)
-
-
-def plain_weighted(x: Tensor, size: Tensor, plan: Plan4) -> tuple[Tensor, Tensor]:
-    total = plain_apply(size, plan, "sum")
-    return plain_apply(x * size, plan, "sum") / total, total
-
-
-def plain_tracking(source: Tensor, plan: Plan4) -> Tensor:
-    """The 0/1 membership matrix [B, T_now, T_0], followed through one more merge."""
-    return plain_apply(source, plan, "amax")
-
-
-def plain_spectral(x: Tensor, group: Tensor) -> Tensor:
-    def spectrum(weights: Tensor) -> Tensor:
-        degree = weights.sum(-1)
-        scale = torch.where(degree > 0, degree.rsqrt(), 0)
-        return torch.linalg.eigvalsh(
-            torch.eye(len(degree), dtype=weights.dtype) - scale[:, None] * weights * scale
-        )
-
-    unit = F.normalize(x.double(), dim=-1)
-    weights = (1 - unit @ unit.T).clamp(min=0).fill_diagonal_(0)
-    lifted = torch.empty_like(weights)
-    labels = group.unique().tolist()
-    members = [(group == p).nonzero()[:, 0] for p in labels]
-    for p in members:
-        for q in members:
-            lifted[p[:, None], q] = weights[p[:, None], q].mean()
-    return (spectrum(weights) - spectrum(lifted)).abs().sum()
-
-
-def plain_spatial_merge(x: Tensor, threshold: float, a: int) -> tuple[Tensor, Tensor]:
-    """Tokens after the merge, and the last grid token of every merged window."""
-    patches = x[:, 1:]
-    places, similarity = [], []
-    for top in range(0, SIDE, a):
-        for left in range(0, SIDE, a):
-            place = torch.tensor(
-                [(top + i) * SIDE + left + j for i in range(a) for j in range(a)]
-            )  # fmt: skip
-            unit = F.normalize(patches[0, place], dim=-1)
-            cosine = unit @ unit.T
-            pairs = a * a * (a * a - 1)
-            places.append(place)
-            similarity.append((cosine.sum() - cosine.diagonal().sum()) / pairs)
-    sims = torch.stack(similarity)
-    r = int((sims >= threshold).sum())
-    best = sims.argsort(descending=True)[:r].tolist()
-    merged = torch.stack([patches[0, places[w]].mean(0) for w in best])
-    gone = torch.cat([places[w] for w in best])
-    alive = torch.ones(N, dtype=torch.bool)
-    alive[gone] = False
-    out = torch.cat([x[0, :1], merged, patches[0][alive]])[None]
-    return out, torch.stack([places[w][-1] for w in best])[None]
-
-
-def plain_key_tokens(q: Tensor, k: Tensor, rate: float) -> Tensor:
-    row = full_map(q, k)[:, :, 0, 1:].mean(1)
-    return row.topk(math.ceil(rate * row.shape[1]), dim=-1).indices
-
-
-def plain_dual_filter(q: Tensor, k: Tensor, keys: Tensor, gamma: float, alpha: float) -> Tensor:
-    attention = full_map(q, k, causal=True)[0, :, START + N :, START : START + N].mean(0)
-    total, peak = attention.sum(0), attention.amax(0)
-    weak = (total < gamma * total.sum()) & (peak < alpha)
-    kept = (~weak).nonzero()[:, 0]
-    return torch.cat([kept, keys]).unique()
-
-
-def plain_filter_score(total: Tensor, peak: Tensor, gamma: float, alpha: float) -> Tensor:
-    return torch.maximum(total / total.sum() / gamma, peak / alpha)
-
-
-def plain_cache_policy(
-    keeps: list[Tensor], start: int, n: int, text: int, layers: int, cuts: list[int]
-) -> list[Tensor | None]:
-    steps, alive = [], n
-    for keep in keeps:
-        head = list(range(start))
-        tail = list(range(start + alive, start + alive + text))
-        steps.append(head + [start + int(j) for j in keep] + tail)
-        alive = len(keep)
-    result: list[Tensor | None] = []
-    for layer in range(layers):
-        later = [i for i, cut in enumerate(cuts) if layer <= cut]
-        if layer < cuts[0] or not later:
-            result.append(None)
-            continue
-        whole = steps[-1]
-        for i in reversed(later[:-1]):
-            whole = [steps[i][j] for j in whole]
-        result.append(torch.tensor(whole))
-    return result
-
-
-def plain_dominant(q: Tensor, k: Tensor, count: int) -> Tensor:
-    score = full_map(q, k)[:, :, 0, 1:].sum(1)
-    best = score.topk(count - 1, dim=-1).indices + 1
-    return torch.cat([torch.zeros(len(best), 1, dtype=torch.long), best], dim=1)
-
-
-def plain_contextual(hidden: Tensor, metric: Tensor, indices: Tensor, count: int) -> Tensor:
-    out = []
-    for b in range(hidden.shape[0]):
-        rest = torch.ones(hidden.shape[1], dtype=torch.bool)
-        rest[indices[b]] = False
-        x, keys = hidden[b][rest], metric[b][rest]
-        keys = keys / keys.norm(dim=-1, keepdim=True)
-        is_target = torch.zeros(len(x), dtype=torch.bool)
-        is_target[torch.arange(0, len(x), max(1, len(x) // count))[:count]] = True
-        nearest = (keys[~is_target] @ keys[is_target].T).argmax(-1)
-        member = F.one_hot(nearest, count).to(x)
-        mean = member.T @ x[~is_target] / member.sum(0).clamp(min=1)[:, None]
-        out.append(x[is_target] + mean)
-    return torch.stack(out)
-
-
-def plain_grid_avg_pool(x: Tensor, p: int) -> Tensor:
-    grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], SIDE, SIDE)
-    return F.avg_pool2d(grid, p).flatten(2).transpose(1, 2)
-
-
-def plain_flowcut_pack(kept: Tensor, tiles: tuple[int, int], base: int) -> Tensor:
-    """Base tile, then the kept patches in raster order of the stitched map: (tile, row)."""
-    down, across = tiles
-    at = {
-        (t // across * SIDE + p // SIDE, t % across * SIDE + p % SIDE): (t + 1, row)
-        for t, own in enumerate(kept.tolist())
-        for row, p in enumerate(own)
-    }
-    order = [(0, i) for i in range(base)]
-    for y in range(down * SIDE):
-        for x in range(across * SIDE):
-            if (y, x) in at:
-                order.append(at[y, x])
-    return torch.tensor(order)
-
-
-def plain_visionzip_pack(
-    dominant: Tensor, contextual: int, tiles: tuple[int, int], base: int
-) -> Tensor:
-    ascending = dominant.sort(-1).values
-    patches = plain_flowcut_pack(ascending[:, 1:] - 1, tiles, 0)
-    count = dominant.shape[1]
-    order = [(0, i) for i in range(base)]
-    order += [(t, row + 1) for t, row in patches.tolist()]
-    order += [(t + 1, 0) for t in range(len(dominant))]
-    order += [(t + 1, count + c) for t in range(len(dominant)) for c in range(contextual)]
-    return torch.tensor(order)
-
-
-def plain_kmedoids(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """x [n, d]: start farthest-first, then assign and re-centre over k masked distance maps."""
-    distance = torch.cdist(x, x)
-    distance.fill_diagonal_(-1)
-    medoids = x.norm(dim=-1).argmax()[None]
-    for _ in range(k - 1):
-        nearest = distance[medoids].min(0).values
-        medoids = torch.cat([medoids, nearest.argmax()[None]])
-    for _ in range(100):
-        assign = distance[medoids].argmin(0)
-        member = assign == torch.arange(k)[:, None]
-        cost = (distance * member[:, :, None] * member[:, None, :]).sum(-1)
-        moved = cost.masked_fill(~member, torch.inf).argmin(-1)
-        if torch.equal(moved, medoids):
-            break
-        medoids = moved
-    medoids = medoids.sort().values
-    return medoids, distance[medoids].argmin(0)
-
-
-def plain_spectral_clustering(
-    x: Tensor, k: int, neighbours: int, sigma: float
-) -> tuple[Tensor, Tensor]:
-    """x [n, d]: the graph, a full SVD of its Laplacian, k-medoids on the last k columns."""
-    weights = torch.exp(-(torch.cdist(x, x) ** 2) / (2 * sigma**2))
-    least = weights.sort(dim=-1, descending=True).values[:, neighbours - 1]
-    linked = (weights >= least[:, None]) | (weights >= least[None, :])
-    weights = weights * linked
-    scale = weights.sum(-1).rsqrt().diag()
-    laplacian = scale @ (weights.sum(-1).diag() - weights) @ scale
-    rows = torch.linalg.svd(laplacian).U[:, -k:]
-    return plain_kmedoids(F.normalize(rows, dim=-1), k)
-
-
-def plain_evs(x: Tensor, k: int) -> Tensor:
-    """x [T, n, d]: the first frame, and the k − n tokens least like the frame before."""
-    change = 1 - torch.cosine_similarity(x[1:], x[:-1], dim=-1)
-    change = torch.cat([torch.full_like(change[:1], 255), change]).flatten()
-    return change.argsort(descending=True, stable=True)[:k].sort().values
 
 
 # ------------------------------------------------------------------------------ entries
@@ -541,19 +152,19 @@ _DECODER = f"{DH}×{L}×{DD}"
 @entry("max_sum", f"{_FEATURES}, k={K}")
 def _max_sum() -> Case:
     x, pivot = features(), torch.tensor(7)
-    return Case(lambda: ops.max_sum(x, K, pivot), lambda: plain_max_sum(x, 7, K))
+    return Case(lambda: ops.max_sum(x, K, pivot), lambda: diversity.max_sum(x, 7, K))
 
 
 @entry("k_center", f"{_FEATURES}, k={K}")
 def _k_center() -> Case:
     x, pivot = features(), torch.tensor(7)
-    return Case(lambda: ops.k_center(x, K, pivot), lambda: plain_k_center(x, 7, K))
+    return Case(lambda: ops.k_center(x, K, pivot), lambda: diversity.k_center(x, 7, K))
 
 
 @entry("kmedoids", f"{_FEATURES}, k={K}")
 def _kmedoids() -> Case:
     x = features()
-    return Case(lambda: tuple(ops.kmedoids(x, K)), lambda: plain_kmedoids(x, K))
+    return Case(lambda: tuple(ops.kmedoids(x, K)), lambda: clustering.kmedoids(x, K))
 
 
 @entry("spectral_clustering", f"16 blobs, 3 frames × 49×{D}, k=16")
@@ -567,7 +178,7 @@ def _spectral() -> Case:
 
     return Case(
         lambda: parts(ops.spectral_clustering(x, 16, neighbours=15, sigma=10.0).assign),
-        lambda: parts(plain_spectral_clustering(x, 16, 15, 10.0)[1]),
+        lambda: parts(clustering.spectral_clustering(x, 16, 15, 10.0)[1]),
     )
 
 
@@ -575,13 +186,13 @@ def _spectral() -> Case:
 def _evs() -> Case:
     g = _generator(7)
     x = torch.randn(196, D, generator=g) + torch.randn(8, 196, D, generator=g).cumsum(0) * 0.3
-    return Case(lambda: ops.evs(x, 470), lambda: plain_evs(x, 470))
+    return Case(lambda: ops.evs(x, 470), lambda: clustering.evs(x, 470))
 
 
 @entry("divprune", f"{_FEATURES}, k={K}")
 def _divprune() -> Case:
     x = features()
-    return Case(lambda: ops.divprune(x, K), lambda: plain_divprune(x, K))
+    return Case(lambda: ops.divprune(x, K), lambda: diversity.divprune(x, K))
 
 
 @entry("cls_pivot", f"q, k {_CLIP}")
@@ -592,24 +203,31 @@ def _cls_pivot() -> Case:
         row = ops.attention_rows(q[:, :, :1], k)[:, :, 0]
         return ops.cls_pivot(ops.cls_scores(row))
 
-    return Case(ours, lambda: plain_cls_pivot(q, k))
+    return Case(ours, lambda: attention.cls_pivot(q, k))
 
 
 @entry("farthest_pivot", _FEATURES)
 def _farthest_pivot() -> Case:
     x = features()
-    return Case(lambda: ops.farthest_pivot(x), lambda: plain_farthest_pivot(x))
+    return Case(lambda: ops.farthest_pivot(x), lambda: diversity.farthest_pivot(x))
 
 
-@entry("cross_modal_ratio", f"q, k {_DECODER}, {TEXT} text rows")
-def _cross_modal_ratio() -> Case:
+def text_rows(q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, R, L]: attention from the text after the image, in a decoder layer."""
+    position = torch.arange(L)
+    return ops.attention_rows(
+        q[:, :, START + N :], k, None, (position <= position[START + N :, None])[None]
+    )
+
+
+@entry("ratio_from_rows", f"q, k {_DECODER}, {TEXT} text tokens")
+def _ratio_from_rows() -> Case:
     q, k, _ = decoder_qkv()
-    segment = torch.full((1, L), 3)
-    segment[:, :START] = 1
-    segment[:, START : START + N] = 2
+    text, visual = torch.zeros(2, 1, L, dtype=torch.bool)
+    text[:, START + N :] = visual[:, START : START + N] = True
     return Case(
-        lambda: ops.cross_modal_ratio(q, k, segment),
-        lambda: plain_cross_modal_ratio(q, k, segment),
+        lambda: ops.ratio_from_rows(text_rows(q, k), text[:, START + N :], visual),
+        lambda: attention.text_to_image_ratio(q, k, text, visual),
     )
 
 
@@ -619,7 +237,7 @@ def _transitions(tokens: int, width: int) -> Case:
     after = 0.4 * before + torch.randn(1, tokens, width, generator=g)
     return Case(
         lambda: ops.transition_weight(before, after),
-        lambda: plain_transition_weight(before, after),
+        lambda: attention.transition_weight(before, after),
     )
 
 
@@ -633,12 +251,20 @@ def _transition_weight_7b() -> Case:
     return _transitions(L, DH * DD)
 
 
-@entry("instruction_attention", f"q, k {_DECODER}, {TEXT} rows")
-def _instruction_attention() -> Case:
+def image_block() -> Tensor:
+    """[1, L]: the image number of each column, −1 for text."""
+    segment = torch.full((1, L), -1)
+    segment[:, START : START + N] = 0
+    return segment
+
+
+@entry("instruction_rows", f"q, k {_DECODER}, {TEXT} text tokens")
+def _instruction_rows() -> Case:
     q, k, _ = decoder_qkv()
+    segment = image_block()
     return Case(
-        lambda: ops.instruction_attention(q[0, :, START + N :], k[0], START, N),
-        lambda: plain_instruction_attention(q, k, START, N),
+        lambda: ops.instruction_rows(text_rows(q, k), None, segment)[:, START : START + N],
+        lambda: attention.instruction_attention(q, k, START, N),
     )
 
 
@@ -648,19 +274,20 @@ def _transition_score() -> Case:
     ttv = [torch.rand(1, N, generator=g) for _ in range(6)]
     iga = torch.rand(1, N, generator=g).softmax(-1)
     return Case(
-        lambda: ops.transition_score(ttv, iga), lambda: plain_transition_score(ttv, iga, 0.5)
+        lambda: ops.transition_score(ttv, iga), lambda: attention.transition_score(ttv, iga, 0.5)
     )
 
 
-@entry("fastv_select", f"q, k {_DECODER}, k={K}")
-def _fastv() -> Case:
+@entry("pyramiddrop", f"q, k {_DECODER}, k={K}")
+def _pyramiddrop() -> Case:
     q, k, _ = decoder_qkv()
+    segment, budget = image_block(), torch.tensor([[K]])
 
     def ours() -> Tensor:
-        row = ops.attention_rows(q[0, :, -1:], k[0])[:, 0]
-        return ops.fastv_select(row, START, N, K)
+        score = ops.mean_rows(ops.attention_rows(q[:, :, -1:], k))
+        return ops.segment_topk(score, segment, budget).nonzero()[:, 1]
 
-    return Case(ours, lambda: plain_fastv(q, k, START, N, K))
+    return Case(ours, lambda: attention.fastv(q, k, START, N, K))
 
 
 @entry("segment_topk", f"4 prompts of {2 * N + 64}, 2 images each")
@@ -672,27 +299,27 @@ def _segment_topk() -> Case:
     budget = torch.full((4, 2), K)
     return Case(
         lambda: ops.segment_topk(score, segment, budget),
-        lambda: plain_segment_topk(score, segment, budget),
+        lambda: attention.segment_topk(score, segment, budget),
     )
 
 
 @entry("attn_terms", f"q, k, v {_CLIP}")
 def _attn_terms() -> Case:
     q, k, v = clip_qkv()
-    return Case(lambda: tuple(ops.attn_terms(q, k, v)), lambda: plain_attn_terms(q, k, v))
+    return Case(lambda: tuple(ops.attn_terms(q, k, v)), lambda: flow.attn_terms(q, k, v))
 
 
 @entry("flow_score", f"{N} tokens, d={HD}")
 def _flow_score() -> Case:
-    terms = plain_attn_terms(*clip_qkv())
-    return Case(lambda: ops.flow_score(*terms), lambda: plain_flow_score(*terms))
+    terms = flow.attn_terms(*clip_qkv())
+    return Case(lambda: ops.flow_score(*terms), lambda: flow.flow_score(*terms))
 
 
 @entry("prune_count", f"4 images of {N}")
 def _prune_count() -> Case:
     a = torch.randn(4, N, generator=_generator(4)).mul(2).softmax(-1)
     return Case(
-        lambda: ops.prune_count(a, 10, K, reduce="batch"), lambda: plain_prune_count(a, 10, K)
+        lambda: ops.prune_count(a, 10, K, reduce="batch"), lambda: flow.prune_count(a, 10, K)
     )
 
 
@@ -707,29 +334,34 @@ def _encoder_keep() -> Case:
         assert cut is not None
         return cut.index
 
-    return Case(ours, lambda: plain_encoder_keep(e, a, 10, K))
+    return Case(ours, lambda: flow.encoder_keep(e, a, 10, K))
 
 
 @entry("global_query_terms", f"q, k, v {H}×{N}×{HD}")
 def _global_query() -> Case:
     q, k, v = (t[:, :, 1:].contiguous() for t in clip_qkv())
-    return Case(lambda: tuple(ops.global_query_terms(q, k, v)), lambda: plain_global_query(q, k, v))
-
-
-@entry("llm_select", f"q, k, v {_DECODER}, k={K}")
-def _llm_select() -> Case:
-    q, k, v = decoder_qkv()
     return Case(
-        lambda: ops.llm_select(q, k, v, START, N, L - 1, K),
-        lambda: plain_llm_select(q, k, v, START, N, L - 1, K),
+        lambda: tuple(ops.global_query_terms(q, k, v)), lambda: flow.global_query_terms(q, k, v)
     )
+
+
+@entry("text_terms", f"q, k, v {_DECODER}, k={K}")
+def _text_terms() -> Case:
+    q, k, v = decoder_qkv()
+    block = slice(START, START + N)
+
+    def ours() -> Tensor:
+        terms = ops.text_terms(q[:, :, -1:], k[:, :, block], v[:, :, -1:], v[:, :, block])
+        return ops.keep_topk(ops.flow_score(*terms), K)
+
+    return Case(ours, lambda: flow.llm_select(q, k, v, START, N, L - 1, K))
 
 
 def _metric(width: int = D) -> Tensor:
     return features(5, N + 1, width)[None]
 
 
-def _lists(plan: ops.MergePlan | None) -> Plan4:
+def _lists(plan: ops.MergePlan | None) -> merging.Lists:
     assert plan is not None
     return plan.keep, plan.src, plan.dst, plan.slot
 
@@ -739,22 +371,15 @@ def _bsm() -> Case:
     x = _metric(HD)
     return Case(
         lambda: _lists(ops.bipartite_soft_matching(x, 16, class_token=True)),
-        lambda: plain_bsm(x, 16),
+        lambda: merging.bsm(x, 16),
     )
-
-
-@entry("ratio_bsm", f"{N + 1}×{D}, ratio 0.9")
-def _ratio_bsm() -> Case:
-    x = _metric()
-    r = math.floor((N + 1) - (N + 1) * 0.9)
-    return Case(lambda: _lists(ops.ratio_bsm(x, 0.9, class_token=True)), lambda: plain_bsm(x, r))
 
 
 def _pitome(kind: Any) -> Case:
     x = _metric()
     return Case(
         lambda: _lists(ops.pitome(x, 0.9, margin=0.4, kind=kind, class_token=True)),
-        lambda: plain_pitome(x, 0.9, 0.4, kind),
+        lambda: merging.pitome(x, 0.9, 0.4, kind),
     )
 
 
@@ -773,7 +398,7 @@ def _energy_bsm() -> Case:
     x = _metric()
     return Case(
         lambda: _lists(ops.energy_bsm(x, 0.9, margin=0.4, class_token=True)),
-        lambda: plain_energy_bsm(x, 0.9, 0.4, "elu"),
+        lambda: merging.energy_bsm(x, 0.9, 0.4, "elu"),
     )
 
 
@@ -787,7 +412,7 @@ def _plan() -> ops.MergePlan:
 def _apply() -> Case:
     x, plan = _metric(), _plan()
     lists = _lists(plan)
-    return Case(lambda: plan.apply(x), lambda: plain_apply(x, lists))
+    return Case(lambda: plan.apply(x), lambda: merging.apply(x, lists))
 
 
 @entry("MergePlan.weighted", f"{N + 1}×{D}")
@@ -795,38 +420,18 @@ def _weighted() -> Case:
     x, plan = _metric(), _plan()
     lists = _lists(plan)
     size = 1 + torch.randint(0, 4, (1, N + 1, 1), generator=_generator(6)).float()
-    return Case(lambda: plan.weighted(x, size), lambda: plain_weighted(x, size, lists))
-
-
-@entry("MergePlan.group + compose", f"{N + 1} rows from {N + 1} tokens")
-def _tracking() -> Case:
-    plan = _plan()
-    lists = _lists(plan)
-    first = torch.randperm(N + 1, generator=_generator(7))[None]
-    source = F.one_hot(first).float().transpose(1, 2)  # [1, T_now, T_0]
-    return Case(
-        lambda: ops.compose_groups(first, plan.group()),
-        # compared as group numbers; the matrix itself is what the plain way keeps
-        lambda: plain_tracking(source, lists).argmax(1),
-    )
-
-
-@entry("spectral_distance", f"{_FEATURES}, 288 groups, float64")
-def _spectral() -> Case:
-    x = features(8)
-    group = torch.arange(N) % 288
-    return Case(lambda: ops.spectral_distance(x, group), lambda: plain_spectral(x, group))
+    return Case(lambda: plan.weighted(x, size), lambda: merging.weighted(x, size, lists))
 
 
 @entry("spatial_merge", f"1+{N}×{D}, 3×3 windows")
 def _spatial_merge() -> Case:
-    x = windows()
+    x = uniform_windows()
 
     def ours() -> tuple[Tensor, Tensor]:
         merged = ops.spatial_merge(x, 0.8)
         return merged.out, merged.dst
 
-    return Case(ours, lambda: plain_spatial_merge(x, 0.8, 3))
+    return Case(ours, lambda: windows.spatial_merge(x, 0.8, SIDE, 3))
 
 
 @entry("key_tokens", f"q, k {_CLIP}")
@@ -836,24 +441,23 @@ def _key_tokens() -> Case:
     def ours() -> Tensor:
         return ops.key_tokens(ops.attention_rows(q[:, :, :1], k)[:, :, 0])
 
-    return Case(ours, lambda: plain_key_tokens(q, k, 0.08))
+    return Case(ours, lambda: mustdrop.key_tokens(q, k, 0.08))
 
 
-@entry("dual_filter", f"q, k {_DECODER}, {TEXT} rows")
-def _dual_filter() -> Case:
+@entry("text_attention", f"q, k {_DECODER}, {TEXT} text tokens")
+def _text_attention() -> Case:
     q, k, _ = decoder_qkv()
-    keys = torch.randperm(N, generator=_generator(9))[:47]
-    position = torch.arange(L)
-    allowed = position <= position[START + N :, None]
+    block = slice(START, START + N)
 
     def ours() -> Tensor:
-        rows = ops.attention_rows(q[0, :, START + N :], k[0], allowed=allowed)
-        keep = ops.dual_filter(
-            rows[..., START : START + N], ops.key_mask(keys, N), gamma=0.0012, alpha=0.01
-        )
-        return keep.nonzero()[:, 0]
+        total, peak = ops.text_attention(text_rows(q, k)[0, ..., block])
+        return ops.filter_score(total, peak, 0.0012, 0.01) >= 1
 
-    return Case(ours, lambda: plain_dual_filter(q, k, keys, 0.0012, 0.01))
+    def plain() -> Tensor:
+        rows = attention.full_map(q, k, causal=True)[0, :, START + N :, block]
+        return mustdrop.dual_filter(rows, 0.0012, 0.01)
+
+    return Case(ours, plain)
 
 
 @entry("filter_score", f"{N} tokens")
@@ -862,21 +466,7 @@ def _filter_score() -> Case:
     total, peak = torch.rand(N, generator=g), torch.rand(N, generator=g)
     return Case(
         lambda: ops.filter_score(total, peak, 0.0012, 0.001),
-        lambda: plain_filter_score(total, peak, 0.0012, 0.001),
-    )
-
-
-@entry("cache_policy", "32 layers, 4 cuts, 576 → 64")
-def _cache_policy() -> Case:
-    g, counts, n = _generator(11), (300, 180, 100, 64), N
-    keeps = []
-    for count in counts:
-        keeps.append(torch.randperm(n, generator=g)[:count].sort().values)
-        n = count
-    cuts = [2, 6, 10, 14]
-    return Case(
-        lambda: ops.cache_policy(keeps, START, N, TEXT, 32, cuts),
-        lambda: plain_cache_policy(keeps, START, N, TEXT, 32, cuts),
+        lambda: mustdrop.filter_score(total, peak, 0.0012, 0.001),
     )
 
 
@@ -887,7 +477,7 @@ def _dominant() -> Case:
     def ours() -> Tensor:
         return ops.visionzip_dominant(ops.attention_rows(q[:, :, :1], k)[:, :, 0], 54)
 
-    return Case(ours, lambda: plain_dominant(q, k, 54))
+    return Case(ours, lambda: visionzip.dominant(q, k, 54))
 
 
 @entry("visionzip_contextual", f"{N + 1}×{D}, 54 + 10 tokens")
@@ -895,38 +485,22 @@ def _contextual() -> Case:
     hidden, metric = _metric(), _metric(HD)
     indices = torch.randperm(N, generator=_generator(12))[:53] + 1
     indices = F.pad(indices, (1, 0))[None]
+    kept = indices[0].tolist()
     return Case(
         lambda: ops.visionzip_contextual(hidden, metric, indices, 10).out,
-        lambda: plain_contextual(hidden, metric, indices, 10),
+        lambda: visionzip.contextual(hidden[0], metric[0], kept, 10)[0],
     )
 
 
 @entry("grid_avg_pool", f"{_FEATURES} → 64")
 def _grid_avg_pool() -> Case:
     x = features()[None]
-    return Case(lambda: ops.grid_avg_pool(x, 64), lambda: plain_grid_avg_pool(x, 3))
 
+    def plain() -> Tensor:
+        grid = x.transpose(1, 2).reshape(1, D, SIDE, SIDE)
+        return F.avg_pool2d(grid, 3).flatten(2).transpose(1, 2)
 
-def _kept_patches(count: int) -> Tensor:
-    g = _generator(13)
-    return torch.stack([torch.randperm(N, generator=g)[:count].sort().values for _ in range(4)])
-
-
-@entry("flowcut_pack", "2×2 crops + base, 160 patches each")
-def _flowcut_pack() -> Case:
-    kept = _kept_patches(160)
-    return Case(
-        lambda: ops.flowcut_pack(kept, (2, 2)), lambda: plain_flowcut_pack(kept, (2, 2), 160)
-    )
-
-
-@entry("visionzip_pack", "2×2 crops + base, 54 + 10 tokens each")
-def _visionzip_pack() -> Case:
-    dominant = F.pad(_kept_patches(53) + 1, (1, 0))
-    return Case(
-        lambda: ops.visionzip_pack(dominant, 10, (2, 2)),
-        lambda: plain_visionzip_pack(dominant, 10, (2, 2), 64),
-    )
+    return Case(lambda: ops.grid_avg_pool(x, 64), plain)
 
 
 # ---------------------------------------------------------------------------- measuring

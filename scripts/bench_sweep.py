@@ -4,8 +4,8 @@
     python scripts/bench_sweep.py [--model mini] [--questions 48] [--rounds 3] [--json FILE]
 
 Answers the embedded benchmark's quick split with every method and control at two budgets, once
-with one pass of the vision encoder for all cells that leave it alone, once with a pass for every
-cell, in alternating order; compares every answer and every count; prints seconds per round and
+with one pass of the vision encoder for all trials that leave it alone, once with a pass for every
+trial, in alternating order; compares every answer and every count; prints seconds per round and
 the ratio. Loading, matching of budgets and timing are not counted, only the answering.
 """
 
@@ -23,10 +23,10 @@ from typing import Any
 import transformers
 
 from tokprune.eval.sweep import Run, Settings, run_sweep
-from tokprune.eval.sweep.progress import Silent
+from tokprune.eval.sweep.progress import Progress
 
 
-class Stopwatch(Silent):
+class Stopwatch(Progress):
     """Seconds of the stage that answers questions."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ def sweep(folder: Path, options: argparse.Namespace, share: bool) -> tuple[Run, 
 def told(run: Run) -> dict[tuple[str, str], Any]:
     """Everything of a run that must not depend on sharing."""
     return {
-        (row["cell"], row["item"]): {k: v for k, v in row.items() if k not in ("seconds", "time")}
+        (row["trial"], row["item"]): {k: v for k, v in row.items() if k not in ("seconds", "time")}
         for row in run.rows
     }
 
@@ -80,15 +80,15 @@ def main() -> int:
                 return 1
             print(f"round {number + 1}: {seconds[True][-1]:.1f} s shared, "
                   f"{seconds[False][-1]:.1f} s without", flush=True)  # fmt: skip
-        cells = sum(cell["status"] == "ok" for cell in runs[True].cells.values())
+        trials = sum(trial["status"] == "ok" for trial in runs[True].trials.values())
     ratios = [alone / shared for shared, alone in zip(seconds[True], seconds[False])]
     print(
-        f"{cells} cells, {options.questions} questions: without sharing "
+        f"{trials} trials, {options.questions} questions: without sharing "
         f"{statistics.median(ratios):.2f} × as long (rounds: "
         f"{', '.join(f'{ratio:.2f}' for ratio in ratios)}); all answers and counts equal"
     )
     if options.json is not None:
-        report = {"cells": cells, "questions": options.questions, "ratios": ratios,
+        report = {"trials": trials, "questions": options.questions, "ratios": ratios,
                   "shared_s": seconds[True], "alone_s": seconds[False]}  # fmt: skip
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0

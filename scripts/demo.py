@@ -12,7 +12,7 @@ with the package; nothing is downloaded:
 4. ``tokprune run``: one question, unpruned and with that setting.
 
 Writes DIR/sweep (the run folder), DIR/sweep/report/report.html, DIR/setting.json, DIR/scene.png,
-DIR/kept.png, and DIR/overlays.png: what every method leaves of one picture.
+DIR/kept.png, and DIR/overlays.png: what every method leaves of one image.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import tokprune.eval.benchmarks as evals
 from tokprune.families import family_of
 from tokprune.inputs.prompts import encode
 from tokprune.methods import Method, image_methods, make_method
-from tokprune.methods.depth import layer_options
 
 #: those of the table in README.md; ``--methods all`` takes every one, and longer
 METHODS = "todre,transprune,flowcut,pitome,tome,mustdrop,visionzip,divprune,fastv"
@@ -50,21 +49,21 @@ def command(*arguments: str) -> None:
         sys.exit(code)
 
 
-# ---------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------- images
 
 
-def what_is_left(picture: Image.Image, question: str, keep: int) -> Image.Image:
-    """One picture: the scene, and what every method leaves of it at ``keep`` tokens."""
+def what_is_left(image: Image.Image, question: str, keep: int) -> Image.Image:
+    """One image: the scene, and what every method leaves of it at ``keep`` tokens."""
     model, processor = tokprune.load("mini", processor=True, dtype="float32")
-    inputs = encode(processor, [question], [picture], model.device)
-    seen = picture.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
-    cells = [(seen, "the picture", f"{question} {answer(model, processor, inputs)}")]
+    inputs = encode(processor, [question], [image], model.device)
+    seen = image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
+    cells = [(seen, "the image", f"{question} {answer(model, processor, inputs)}")]
     for name in image_methods():
         method = reachable(model, name, keep)
         with tokprune.compress(model, method) as trace:
             given = answer(model, processor, inputs)
             told = trace.to_dict()
-            strip = tokprune.overlay(trace, picture, processor=processor, size=PANEL)
+            strip = tokprune.overlay(trace, image, processor=processor, size=PANEL)
         last, mean = told["visual_tokens_out"][0], told["mean_visual_tokens"]
         tokens = f"{last} tokens" if mean == last else f"{last} tokens, mean {mean:.0f}"
         cells.append((last_panel(strip), name, f"{tokens}: {given}"))
@@ -76,7 +75,8 @@ def reachable(model: Any, name: str, keep: int) -> Method:
     family = family_of(model)
     facts = family.facts(model, family.parts(model))
     for least in range(keep, facts.max_visual_tokens + 1):
-        method = make_method(name, keep=least, **layer_options(name, facts.decoder_layers))
+        options = image_methods()[name].options_for_depth(facts.decoder_layers)
+        method = make_method(name, keep=least, **options)
         try:
             method.plan(facts)
         except ValueError:
@@ -112,10 +112,10 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     large, medium, small = (ImageFont.load_default(size) for size in (24, 19, 15))
     draw.text((gap, 14), title, INK, large)
-    for number, (picture, name, text) in enumerate(cells):
+    for number, (image, name, text) in enumerate(cells):
         x = gap + number % columns * (PANEL + gap)
         y = head + 10 + number // columns * (PANEL + caption + gap)
-        sheet.paste(picture, (x, y))
+        sheet.paste(image, (x, y))
         draw.text((x, y + PANEL + 4), name, INK, medium)
         draw.text((x, y + PANEL + 27), text, FAINT, small)
     note = (
@@ -152,11 +152,11 @@ def main() -> int:
 
     benchmark = evals.load_benchmark("mini")
     item = next(i for i in benchmark.items("quick") if i.task == "plate")
-    picture = benchmark.image(item)
-    picture.save(out / "scene.png")
+    image = benchmark.image(item)
+    image.save(out / "scene.png")
     command("run", "--model", "mini", "--setting", setting, "--image", str(out / "scene.png"),
             "--prompt", item.question, "--compare", "--overlay", str(out / "kept.png"))  # fmt: skip
-    what_is_left(picture, item.question, 64).save(out / "overlays.png")
+    what_is_left(image, item.question, 64).save(out / "overlays.png")
 
     minutes = (time.perf_counter() - start) / 60
     print(f"\nreport:   {Path(run, 'report', 'report.html')}")

@@ -5,7 +5,7 @@
     python3 scripts/dev.py test     # the test suite (extra arguments go to pytest)
     python3 scripts/dev.py test-llava   # the tests of the patches for the original llava package
     python3 scripts/dev.py test-lmms    # the tests of the plug-in for lmms-eval
-    python3 scripts/dev.py lint     # ruff and mypy
+    python3 scripts/dev.py lint     # ruff, mypy, and which room may import which
     python3 scripts/dev.py shell -- python -c "..."   # anything else, in the environment
 
 Needs Python ≥ 3.10 and nothing else. ``--transformers 4.57.6`` picks another release, in an
@@ -118,6 +118,7 @@ JOBS: dict[str, list[tuple[str | None, list[object]]]] = {
         (None, ["-m", "ruff", "check", "."]),
         (None, ["-m", "ruff", "format", "--check", "."]),
         (None, ["-m", "mypy", "tokprune", "patches"]),
+        (None, ["-c", "import importlinter.cli as c; c.lint_imports_command()"]),
     ],
 }
 

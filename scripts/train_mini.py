@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--joint-scenes", type=int, default=6_800)
     parser.add_argument("--joint-lr", type=float, default=1.2e-3)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--check-batches", type=int, default=4, help="batches of a check")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -48,12 +49,13 @@ def main() -> int:
     symbols = Symbols(model.get_input_embeddings().weight)
     if options.phase in (None, "language"):
         train_language(model, symbols, options.out / "language", options.language_scenes,
-                       options.lr, device)  # fmt: skip
+                       options.lr, device, checked=options.check_batches)  # fmt: skip
     if options.phase in (None, "vision"):
         train_vision(model, symbols, options.out / "vision", options.vision_scenes,
                      options.vision_lr, device)  # fmt: skip
     if options.phase in (None, "joint"):
-        train_joint(model, symbols, options.out, options.joint_scenes, options.joint_lr, device)
+        train_joint(model, symbols, options.out, options.joint_scenes, options.joint_lr, device,
+                    checked=options.check_batches)  # fmt: skip
     if options.save is not None:
         ship(options.out, options.save)
     return 0

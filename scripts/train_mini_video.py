@@ -36,6 +36,9 @@ def main() -> int:
     parser.add_argument("--language-lr", type=float, default=3e-3)
     parser.add_argument("--joint-clips", type=int, default=3_750)
     parser.add_argument("--joint-lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--language-checked", type=int, default=40, help="clips per type in a check"
+    )
     parser.add_argument("--joint-checked", type=int, default=6, help="clips per type in a check")
     parser.add_argument("--save", type=Path, help="write the model folder here when all is done")
     options = parser.parse_args()
@@ -50,7 +53,8 @@ def main() -> int:
                            options.vision_lr, device)  # fmt: skip
     if options.phase in (None, "language"):
         train_video_language(model, symbols, options.out / "language", options.language_clips,
-                             options.language_lr, device)  # fmt: skip
+                             options.language_lr, device,
+                             checked=options.language_checked)  # fmt: skip
     if options.phase in (None, "joint"):
         train_video_joint(model, symbols, options.out, options.joint_clips, options.joint_lr,
                           device, checked=options.joint_checked)  # fmt: skip

@@ -1,12 +1,14 @@
 """Shared pytest options and fixtures."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tokprune.engine.check import set_validation
 
 GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -35,6 +37,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+    set_validation(True)
+
+
+#: what the values of must not be looked at: tensors without any, and the clock
+UNVALIDATED = {"test_syncs.py", "test_bench.py"}
+
+
+@pytest.fixture(autouse=True)
+def validation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests check the values that methods answer with, but for the files above."""
+    before = set_validation(request.path.name not in UNVALIDATED)
+    yield
+    set_validation(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,15 +63,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def loaded_once() -> Callable[..., Any]:
-    """``Subject.load`` that reads a model once for all tests of a module."""
+    """``LoadedModel.load`` that reads a model once for all tests of a module."""
     from tokprune.eval.sweep.loaded_model import (
-        Subject,  # not in the environment of the original llava
+        LoadedModel,  # not in the environment of the original llava
     )
 
-    return functools.cache(Subject.load)
+    return functools.cache(LoadedModel.load)
 
 
 @pytest.fixture
 def load_once(monkeypatch: pytest.MonkeyPatch, loaded_once: Callable[..., Any]) -> None:
     """Sweeps of this test share their models with all others of its module."""
-    monkeypatch.setattr("tokprune.eval.sweep.loaded_model.Subject.load", loaded_once)
+    monkeypatch.setattr("tokprune.eval.sweep.loaded_model.LoadedModel.load", loaded_once)

@@ -1,8 +1,8 @@
 """Stands in for lmms-eval in environments that lack it: tasks over a small benchmark, and, run as
-a script, a process that reads a cell's configuration and logs samples as lmms-eval does.
+a script, a process that reads a trial's configuration and logs samples as lmms-eval does.
 
 What the process does beside that is told in the environment variable ``FAKE_LMMS``, a JSON object
-of behaviour by cell: "fail" (status 3), "quiet" (status 0, nothing logged), "hang", "slow", or the
+of behaviour by trial: "fail" (status 3), "quiet" (status 0, nothing logged), "hang", "slow", or the
 name of a task that is left out.
 """
 
@@ -28,11 +28,11 @@ class Docs(list[dict[str, Any]]):
 class FakeTask:
     """What the harness uses of an lmms-eval task, over one type of question of a benchmark."""
 
-    config = SimpleNamespace(dataset_path="fake/pictures", doc_to_choice=None)
+    config = SimpleNamespace(dataset_path="fake/images", doc_to_choice=None)
     _metric_fn_list = ("accuracy",)
 
-    def __init__(self, benchmark: Any, kind: str, pictures: bool = True) -> None:
-        self.benchmark, self._pictures = benchmark, pictures
+    def __init__(self, benchmark: Any, kind: str, images: bool = True) -> None:
+        self.benchmark, self._images = benchmark, images
         self._items = benchmark.items(None, [kind])
         self.eval_docs = self.eval_docs_no_media = Docs(
             {"n": n, "question": item.question, "answers": list(item.answers),
@@ -41,7 +41,7 @@ class FakeTask:
         )  # fmt: skip
 
     def doc_to_visual(self, doc: dict[str, Any]) -> list[Any]:
-        return [self.benchmark.image(self._items[doc["n"]])] if self._pictures else []
+        return [self.benchmark.image(self._items[doc["n"]])] if self._images else []
 
     def doc_to_text(self, doc: dict[str, Any]) -> str:
         return str(doc["question"])
@@ -51,7 +51,7 @@ class FakeTask:
 
 
 def sample(config: dict[str, Any], task: str, doc_id: int) -> dict[str, Any]:
-    """A logged sample; right or wrong by the hash of the model arguments and the document."""
+    """A logged sample; correct or incorrect by the hash of the model arguments and the document."""
     told = config["model_args"] if "none" not in Path.cwd().name else "none"
     chance = hashlib.sha256(f"{told}/{task}/{doc_id}".encode()).digest()[0]
     right = chance < 128 or ("control" not in told and "setting" not in told)
@@ -69,10 +69,10 @@ def sample(config: dict[str, Any], task: str, doc_id: int) -> dict[str, Any]:
 
 
 def main(config_path: str) -> int:
-    """The process: ``--config FILE`` in the cell's folder."""
+    """The process: ``--config FILE`` in the trial's folder."""
     config = json.loads(Path(config_path).read_text())
-    cell = Path.cwd().name
-    how = json.loads(os.environ.get("FAKE_LMMS", "{}")).get(cell, "")
+    trial = Path.cwd().name
+    how = json.loads(os.environ.get("FAKE_LMMS", "{}")).get(trial, "")
     documents = json.loads(os.environ["FAKE_LMMS_DOCUMENTS"])
     sizes = {task: documents[task] for task in config["tasks"].split(",")}
     if "limit" in config:

@@ -10,27 +10,27 @@ from typing import Any
 #: methods that only drop tokens, so that the masked oracle applies
 PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     "random": ("random", {"keep": 10}),
-    "fastv": ("fastv", {"keep": 7, "layer": 2}),
+    "fastv": ("fastv", {"keep": 7, "prune_before": 2}),
     "grid": ("grid", {"keep": 11}),
-    "fastv-text": ("fastv", {"keep": 0.2, "layer": 3, "rows": "text"}),
-    "todre": ("todre", {"keep": 10, "tau": 0.5, "check_layers": (5, 7)}),
+    "fastv-text": ("fastv", {"keep": 0.2, "prune_before": 3, "rows": "text"}),
+    "todre": ("todre", {"keep": 10, "tau": 0.5, "prune_before": (5, 7)}),
     "todre-k-center": (
         "todre",
         {
             "keep": 0.25,
             "select": "k_center",
             "tau": 0.5,
-            "check_layers": 5,
+            "prune_before": 5,
             "positions": "preserve",
         },
     ),
-    "todre-stage2": ("todre", {"keep": None, "tau": 0.89, "check_layers": 5}),
-    "dart": ("dart", {"keep": 14, "layer": 2}),
+    "todre-stage2": ("todre", {"keep": None, "tau": 0.89, "prune_before": 5}),
+    "dart": ("dart", {"keep": 14, "prune_before": 2}),
     "dart-norm": (
         "dart",
         {
             "keep": 0.3,
-            "layer": 3,
+            "prune_before": 3,
             "image_pivots": 2,
             "text_pivots": 3,
             "pivot_order": "norm",
@@ -46,13 +46,13 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "divprune": ("divprune", {"keep": 9}),
     "divprune-published": ("divprune", {"keep": 0.25, "order": "published"}),
-    "transprune": ("transprune", {"prune_layers": (3, 4, 6), "accumulate_layers": (3, 4, 5, 6)}),
+    "transprune": ("transprune", {"prune_before": (3, 4, 6), "transition_layers": (2, 3, 4, 5)}),
     "transprune-ttv": (
         "transprune",
         {
             "keep": 5,
-            "prune_layers": (2, 5, 7),
-            "accumulate_layers": (1, 3, 5, 6),
+            "prune_before": (2, 5, 7),
+            "transition_layers": (0, 2, 4, 5),
             "alpha": 1,
             "direction": "abs",
         },
@@ -61,8 +61,8 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "transprune",
         {
             "keep": (0.7, 12, 3),
-            "prune_layers": (1, 4, 5),
-            "accumulate_layers": (2, 4),
+            "prune_before": (1, 4, 5),
+            "transition_layers": (1, 3),
             "positions": "preserve",
         },
     ),
@@ -80,26 +80,26 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "flowcut-two-stage": (
         "flowcut",
-        {"keep": 6, "tower_keep": 11, "decoder_cut": True, "prune_layer": 3, "entropy": 0.8},
+        {"keep": 6, "tower_keep": 11, "decoder_cut": True, "prune_before": 4, "entropy": 0.8},
     ),
-    "pyramiddrop": ("pyramiddrop", {"prune_layers": (2, 4, 6)}),
+    "pyramiddrop": ("pyramiddrop", {"prune_before": (2, 4, 6)}),
     "pyramiddrop-counts": (
         "pyramiddrop",
-        {"keep": (20, 0.3, 4), "prune_layers": (1, 2, 7), "positions": "preserve"},
+        {"keep": (20, 0.3, 4), "prune_before": (1, 2, 7), "positions": "preserve"},
     ),
-    "pyramiddrop-last": ("pyramiddrop", {"keep": 5, "prune_layers": (1, 3, 4, 6)}),
-    "sparsevlm-prune": ("sparsevlm", {"keep": 6, "pruning_layers": (1, 3, 5), "recycle": 0}),
+    "pyramiddrop-last": ("pyramiddrop", {"keep": 5, "prune_before": (1, 3, 4, 6)}),
+    "sparsevlm-prune": ("sparsevlm", {"keep": 6, "prune_before": (2, 4, 6), "recycle": 0}),
     "sparsevlm-plus": (
         "sparsevlm",
-        {"keep": (20, 0.3, 5), "pruning_layers": (0, 2, 5), "version": "plus", "heads": 2},
+        {"keep": (20, 0.3, 5), "prune_before": (1, 3, 6), "version": "plus", "heads": 2},
     ),
     "sparsevlm-rank": (
         "sparsevlm",
-        {"keep": None, "pruning_layers": (1, 3), "recycle": 0, "rank_scale": 1.5},
+        {"keep": None, "prune_before": (2, 4), "recycle": 0, "rank_scale": 1.5},
     ),
     "mustdrop-filter": (
         "mustdrop",
-        {"spatial": False, "gamma": 0.03, "alpha": 0.03, "pruning_layers": (1, 3, 4)},
+        {"spatial": False, "gamma": 0.03, "alpha": 0.03, "prune_before": (2, 4, 5)},
     ),
     "mustdrop-filter-continue": (
         "mustdrop",
@@ -107,18 +107,18 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
             "spatial": False,
             "gamma": 0.03,
             "alpha": 0.03,
-            "pruning_layers": (1, 3, 4),
+            "prune_before": (2, 4, 5),
             "decode_positions": "continue",
             "positions": "preserve",
         },
     ),
     "mustdrop-filter-keep": (
         "mustdrop",
-        {"spatial": False, "keep": 5, "pruning_layers": (2, 3, 5, 6), "cache_policy": False},
+        {"spatial": False, "keep": 5, "prune_before": (3, 4, 6, 7), "cache_policy": False},
     ),
     "mustdrop-filter-schedule": (
         "mustdrop",
-        {"spatial": False, "keep": (20, 0.2), "pruning_layers": (0, 4), "key_rate": 0.15},
+        {"spatial": False, "keep": (20, 0.2), "prune_before": (1, 5), "key_rate": 0.15},
     ),
 }
 
@@ -148,12 +148,12 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "pool-window": ("pool", {"window": 3, "positions": "preserve"}),
     "m3": ("m3", {"keep": 9}),
     "m3-level": ("m3", {"level": 2, "positions": "preserve"}),
-    "sparsevlm": ("sparsevlm", {"keep": (18, 0.25, 4), "pruning_layers": (1, 3, 5)}),
+    "sparsevlm": ("sparsevlm", {"keep": (18, 0.25, 4), "prune_before": (2, 4, 6)}),
     "sparsevlm-spatial": (
         "sparsevlm",
         {
             "keep": 5,
-            "pruning_layers": (0, 2, 6),
+            "prune_before": (1, 3, 7),
             "recycle": 0.8,
             "cluster_size": 3,
             "order": "spatial",
@@ -162,11 +162,11 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "sparsevlm-plus-recycled": (
         "sparsevlm",
-        {"keep": 9, "pruning_layers": (2, 4), "version": "plus", "recycle": 0.5},
+        {"keep": 9, "prune_before": (3, 5), "version": "plus", "recycle": 0.5},
     ),
     "sparsevlm-rank-recycled": (
         "sparsevlm",
-        {"keep": None, "pruning_layers": (1, 4), "rank_scale": 2.0, "rank_bias": 1.0},
+        {"keep": None, "prune_before": (2, 5), "rank_scale": 2.0, "rank_bias": 1.0},
     ),
     "mustdrop": (
         "mustdrop",
@@ -175,7 +175,7 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
             "window": (2, 2),
             "gamma": 0.03,
             "alpha": 0.03,
-            "pruning_layers": (1, 3, 4, 6),
+            "prune_before": (2, 4, 5, 7),
         },
     ),
     "mustdrop-continue": (
@@ -184,7 +184,7 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
             "threshold": 0.2,
             "gamma": 0.05,
             "alpha": 0.05,
-            "pruning_layers": (1, 4),
+            "prune_before": (2, 5),
             "decode_positions": "continue",
             "order": "spatial",
             "merge_after_layer": 2,
@@ -192,7 +192,7 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mustdrop-fixed": (
         "mustdrop",
-        {"retained": 21, "keep": 6, "pruning_layers": (1, 3, 5), "positions": "preserve"},
+        {"retained": 21, "keep": 6, "prune_before": (2, 4, 6), "positions": "preserve"},
     ),
     "mustdrop-lightcompress": ("mustdrop", {"variant": "lightcompress", "retained": 13}),
 }

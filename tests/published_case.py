@@ -12,15 +12,15 @@ from tokprune.eval.benchmarks.mini import MiniBenchmark
 PAPER = {"key": "toy", "title": "A Toy", "arxiv": "2501.00001", "year": 2025, "venue": None,
          "code": None}  # fmt: skip
 ZIP = {"dominant": 54, "contextual": 10}
-FASTV = {"keep": 166, "layer": 2}
+FASTV = {"keep": 166, "prune_before": 2}
 
 
 def row(method: str, label: str, benchmark: str, value: float, **changes: Any) -> dict[str, Any]:
     """A row of the toy paper; ``budget`` may be changed field by field."""
-    budget = {"asked": "64", "tokens": 64, "unpruned": 576, "kind": "input", "mean": 64,
+    budget = {"printed": "64", "tokens": 64, "unpruned": 576, "kind": "input", "mean": 64,
               **changes.pop("budget", {})}  # fmt: skip
     if method == "none":
-        budget = {"asked": "unpruned", "tokens": 576, "unpruned": 576, "kind": "input",
+        budget = {"printed": "unpruned", "tokens": 576, "unpruned": 576, "kind": "input",
                   "mean": 576}  # fmt: skip
     return {
         "table": "Table 1", "source": "arXiv 2501.00001", "spec": "toy.md, section 8",
@@ -40,7 +40,7 @@ def rows() -> list[dict[str, Any]]:
         row("none", "LLaVA", "gqa", 100.0),
         row("visionzip", "VisionZip", "gqa", 60.0, **known),
         row("fastv", "FastV", "gqa", 1.0, options=FASTV, options_from="inferred",
-            budget={"asked": "192", "tokens": 192, "kind": "mean", "mean": 192}),
+            budget={"printed": "192", "tokens": 192, "kind": "mean", "mean": 192}),
         row("none", "LLaVA", "pope", 85.9, **pope),
         row("visionzip", "VisionZip", "pope", 77.0, **known, **pope),
         row("fastervlm", "FasterVLM", "gqa", 58.0),

@@ -25,12 +25,12 @@ def make_model(folder: Path, family: str = "llava", **changes: Any) -> Path:
 
 
 def make_benchmark(folder: Path, items: int = 7, name: str = "small") -> Path:
-    """A JSONL file of questions about a few pictures of different size."""
+    """A JSONL file of questions about a few images of different size."""
     folder.mkdir(parents=True, exist_ok=True)
-    picture = landscape()
+    image = landscape()
     sizes = [(48, 36), (30, 40), (64, 24)]
     for number, size in enumerate(sizes):
-        part = picture.rotate(90 * number, expand=True).resize(size, Image.Resampling.BICUBIC)
+        part = image.rotate(90 * number, expand=True).resize(size, Image.Resampling.BICUBIC)
         part.save(folder / f"{number}.png")
     tasks = list(QUESTIONS)
     lines = []
@@ -52,10 +52,10 @@ def make_videos(folder: Path, items: int = 6, frames: int = 4, name: str = "clip
     ground = landscape().resize((48, 48), Image.Resampling.BICUBIC)
     for clip in range(3):
         for frame in range(frames):
-            picture = ground.rotate(90 * clip)
+            image = ground.rotate(90 * clip)
             at = (6 * frame, 12 * clip) if clip % 2 else (12 * clip, 6 * frame)
-            picture.paste((250, 240, 40), (*at, at[0] + 12, at[1] + 12))
-            picture.save(folder / f"{clip}-{frame}.png")
+            image.paste((250, 240, 40), (*at, at[0] + 12, at[1] + 12))
+            image.save(folder / f"{clip}-{frame}.png")
     tasks = list(QUESTIONS)
     lines = [
         {
@@ -84,7 +84,7 @@ def settings(model: Path, benchmark: Path, out: Path, **changes: Any) -> Setting
 def answers(run: Any) -> dict[tuple[str, str], tuple[Any, ...]]:
     """What must not depend on how a sweep was run: everything but times."""
     return {
-        (row["cell"], row["item"]): tuple(
+        (row["trial"], row["item"]): tuple(
             tuple(v) if isinstance(v, list) else v
             for k, v in sorted(row.items())
             if k not in ("seconds", "time")

@@ -30,7 +30,7 @@ def model() -> Any:
 OPTIONS: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("unknown method", "fastvv", {}, ValueError, r"method='fastvv' is unknown.*'fastv'"),
     ("not a method", 3, {}, TypeError, r"method=3 should be a method name"),
-    ("unknown option", "fastv", {"keep": 7, "layr": 2}, ValueError, r"'layr'.*'layer'"),
+    ("unknown option", "fastv", {"keep": 7, "rws": "last"}, ValueError, r"'rws'.*'rows'"),
     ("missing keep", "random", {}, ValueError, r"'keep' is required by random"),
     ("keep zero", "random", {"keep": 0}, ValueError, r"keep=0 should be at least 1"),
     ("keep negative", "random", {"keep": -3}, ValueError, r"keep=-3 should be at least 1"),
@@ -40,8 +40,20 @@ OPTIONS: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("keep text", "random", {"keep": "64"}, TypeError, r"keep='64' should be a number"),
     ("keep bool", "random", {"keep": True}, TypeError, r"keep=True should be a number"),
     ("keep too large", "random", {"keep": 37}, ValueError, r"keep=37 is larger than the 36"),
-    ("layer zero", "fastv", {"keep": 7, "layer": 0}, ValueError, r"layer=0 should be at least 1"),
-    ("layer too deep", "fastv", {"keep": 7, "layer": 8}, ValueError, r"layer=8 should be below"),
+    (
+        "layer zero",
+        "fastv",
+        {"keep": 7, "prune_before": 0},
+        ValueError,
+        r"prune_before=0 should",
+    ),
+    (
+        "layer too deep",
+        "fastv",
+        {"keep": 7, "prune_before": 8},
+        ValueError,
+        r"=8 should",
+    ),
     ("bad choice", "fastv", {"keep": 7, "rows": "all"}, ValueError, r"rows='all' should be one of"),
 ]
 

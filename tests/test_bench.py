@@ -22,11 +22,11 @@ from tokprune.api import is_patched
 from tokprune.bench import memory
 from tokprune.bench import run as bench_run
 from tokprune.bench.ideal import Lengths, observe, shortened
-from tokprune.bench.instrumented import Place, Watched
-from tokprune.bench.measure import PARTS, Arm, measure, measure_cells
+from tokprune.bench.instrumented import Instrumented, Place
+from tokprune.bench.measure import PARTS, Variant, measure, measure_trials
 from tokprune.bench.models import PRESETS, parameters_of, random_model, shape_of
 from tokprune.bench.prompts import encode, prompt
-from tokprune.bench.run import bench, cells_of
+from tokprune.bench.run import bench, trials_of
 from tokprune.bench.table import tables
 from tokprune.engine.shared_encoder import SharedEncoder
 from tokprune.families import bind
@@ -55,15 +55,15 @@ def model() -> Any:
 # ------------------------------------------------------------------------------ measuring
 
 
-def test_every_part_of_every_arm_is_measured_each_round(model: Any) -> None:
+def test_every_part_of_every_variant_is_measured_each_round(model: Any) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6], [2, "image", 3]])  # padded
-    arms = {"none": None, "again": None, "todre": make_method("todre", keep=9),
+    variants = {"none": None, "again": None, "todre": make_method("todre", keep=9),
             "pitome": make_method("pitome", keep=9)}  # fmt: skip
     told: list[tuple[int, int]] = []
-    times = measure_cells(model, inputs, arms, 2, 3, progress=lambda *now: told.append(now))
-    assert list(times) == list(arms)
+    times = measure_trials(model, inputs, variants, 2, 3, progress=lambda *now: told.append(now))
+    assert list(times) == list(variants)
     for name, parts in times.items():
-        wanted = [p for p in PARTS if p != "selection" or arms[name] is not None]
+        wanted = [p for p in PARTS if p != "selection" or variants[name] is not None]
         assert list(parts) == wanted
         assert all(len(v) == 2 and min(v) > 0 for v in parts.values())
     assert told == [(0, 2), (1, 2), (2, 2)]
@@ -72,7 +72,7 @@ def test_every_part_of_every_arm_is_measured_each_round(model: Any) -> None:
 
 def test_one_new_token_leaves_nothing_to_decode(model: Any) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
-    times = measure_cells(model, inputs, {"none": None}, 1, 1)
+    times = measure_trials(model, inputs, {"none": None}, 1, 1)
     assert list(times["none"]) == ["encoder", "prefill", "total"]
 
 
@@ -85,32 +85,32 @@ def test_generation_is_not_cut_short_by_an_end_token(model: Any) -> None:
     )
     try:
         inputs = tiny.make_inputs(model, [[4, "image", 6]])
-        measure(model, inputs, {"none": Arm.of(model, None)}, 1, 5, parts=("total",))
+        measure(model, inputs, {"none": Variant.of(model, None)}, 1, 5, parts=("total",))
     finally:
         bias.remove()
     assert torch.equal(head, before)
 
 
-def test_arms_take_turns(model: Any) -> None:
+def test_variants_take_turns(model: Any) -> None:
     from contextlib import contextmanager
 
     order: list[str] = []
 
-    def arm(name: str) -> Arm:
+    def variant(name: str) -> Variant:
         @contextmanager
         def context() -> Any:
             order.append(name)
             yield
 
-        return Arm(context)
+        return Variant(context)
 
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
-    arms = {name: arm(name) for name in "abc"}
-    measure(model, inputs, arms, 2, 1, parts=("prefill",), warmup=0)
+    variants = {name: variant(name) for name in "abc"}
+    measure(model, inputs, variants, 2, 1, parts=("prefill",), warmup=0)
     assert "".join(order) == "abccba"
 
 
-def test_an_arm_with_inputs_of_its_own_gets_them_in_every_part(model: Any) -> None:
+def test_a_variant_with_inputs_of_its_own_gets_them_in_every_part(model: Any) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
     other = tiny.make_inputs(model, [[4, "image", 2]])
     seen: set[int] = set()  # lengths of the prompts
@@ -118,15 +118,15 @@ def test_an_arm_with_inputs_of_its_own_gets_them_in_every_part(model: Any) -> No
         lambda m, args, call: seen.add(call["input_ids"].shape[1]), with_kwargs=True
     )
     try:
-        times = measure_cells(
+        times = measure_trials(
             model, inputs, {"none": None, "small": None}, 1, 1, own_inputs={"small": other}
         )
         assert list(times["small"]) == ["encoder", "prefill", "total"]
         assert seen == {inputs["input_ids"].shape[1], other["input_ids"].shape[1]}
         with pytest.raises(ValueError, match=r"own_inputs names \['b'\]"):
-            measure_cells(model, inputs, {"none": None}, 1, 1, own_inputs={"b": other})
+            measure_trials(model, inputs, {"none": None}, 1, 1, own_inputs={"b": other})
         with pytest.raises(ValueError, match="pixel_values"):
-            measure_cells(
+            measure_trials(
                 model, inputs, {"none": None}, 1, 1,
                 own_inputs={"none": {"input_ids": other["input_ids"]}},
             )  # fmt: skip
@@ -146,14 +146,14 @@ def test_model_is_unpatched_after_an_exception_inside(model: Any, kind: type) ->
             raise kind("stop")
         return function(*arguments)
 
-    arms = {"none": None, "bad": Watched(make_method("random", keep=5), fail)}
+    variants = {"none": None, "bad": Instrumented(make_method("random", keep=5), fail)}
     with torch.inference_mode():
         model(**inputs)  # transformers puts hooks of its own in, once
     before = hooks(model)
     import gc
 
     with pytest.raises(kind, match="stop"):
-        measure_cells(model, inputs, arms, 5, 2)
+        measure_trials(model, inputs, variants, 5, 2)
     assert not is_patched(model)
     assert hooks(model) == before
     assert gc.isenabled()
@@ -162,8 +162,8 @@ def test_model_is_unpatched_after_an_exception_inside(model: Any, kind: type) ->
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"arms": {}}, ValueError, "arms is empty"),
-        ({"arms": {"x": "todre"}}, TypeError, r"arms\['x'\]='todre'"),
+        ({"variants": {}}, ValueError, "variants is empty"),
+        ({"variants": {"x": "todre"}}, TypeError, r"variants\['x'\]='todre'"),
         ({"rounds": 0}, ValueError, "rounds=0"),
         ({"rounds": True}, ValueError, "rounds=True"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0"),
@@ -171,14 +171,14 @@ def test_model_is_unpatched_after_an_exception_inside(model: Any, kind: type) ->
         ({"clock": "sun"}, ValueError, "clock='sun'"),
     ],
 )
-def test_bad_arguments_of_measure_cells(
+def test_bad_arguments_of_measure_trials(
     model: Any, changes: dict[str, Any], error: type, said: str
 ) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
-    given: dict[str, Any] = {"inputs": inputs, "arms": {"none": None}, "rounds": 1,
+    given: dict[str, Any] = {"inputs": inputs, "variants": {"none": None}, "rounds": 1,
                              "max_new_tokens": 1, **changes}  # fmt: skip
     with pytest.raises(error, match=said):
-        measure_cells(model, **given)
+        measure_trials(model, **given)
 
 
 def test_a_patched_model_or_a_shared_encoder_is_refused(model: Any) -> None:
@@ -186,11 +186,11 @@ def test_a_patched_model_or_a_shared_encoder_is_refused(model: Any) -> None:
     tokprune.patch(model, "random", keep=4)
     try:
         with pytest.raises(ValueError, match="unpatch"):
-            measure_cells(model, inputs, {"none": None}, 1, 1)
+            measure_trials(model, inputs, {"none": None}, 1, 1)
     finally:
         tokprune.unpatch(model)
     with SharedEncoder(bind(model)), pytest.raises(ValueError, match="get_image_features"):
-        measure_cells(model, inputs, {"none": None}, 1, 1)
+        measure_trials(model, inputs, {"none": None}, 1, 1)
 
 
 @pytest.mark.parametrize("case", sorted(methods_table.CORE))
@@ -206,7 +206,7 @@ def test_watched_method_gives_the_method_s_answers(model: Any, case: str) -> Non
     with torch.inference_mode():
         with tokprune.compress(model, method):
             own = model(**inputs).logits
-        with tokprune.compress(model, Watched(method, watch)):
+        with tokprune.compress(model, Instrumented(method, watch)):
             watched = model(**inputs).logits
     assert torch.equal(own, watched)
     assert places
@@ -334,15 +334,15 @@ def result(model: Any) -> dict[str, Any]:
 
 def test_bench_result_is_complete_and_survives_json(result: dict[str, Any]) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert [c["cell"] for c in result["cells"]] == ["fastv", "pitome@9", "pitome@0.5"]
+    assert [c["trial"] for c in result["trials"]] == ["fastv", "pitome@9", "pitome@0.5"]
     assert [(p["batch_size"], p["prompt_tokens"]) for p in result["points"]] == [(1, 44), (2, 44)]
     first, second = result["points"]
     compared = ["encoder", "prefill", "decode_per_token", "total"]
     assert list(first["noise_floor"]) == compared
     assert list(second["noise_floor"]) == ["prefill", "total"]
     for point in (first, second):
-        for cell in result["cells"]:
-            own = point["cells"][cell["cell"]]
+        for trial in result["trials"]:
+            own = point["trials"][trial["trial"]]
             for part in point["noise_floor"]:
                 for kind in ("seconds", "ideal_seconds"):
                     assert own[kind][part]["median"] > 0
@@ -351,9 +351,9 @@ def test_bench_result_is_complete_and_survives_json(result: dict[str, Any]) -> N
                     assert own[kind][part]["speedup"] is None  # two rounds prove nothing
                     assert "too few rounds" in own[kind][part]["reason"]
                 assert own["achieved"][part]["median"] > 0
-    assert "selection" in first["cells"]["fastv"]["seconds"]
+    assert "selection" in first["trials"]["fastv"]["seconds"]
     assert "selection" not in first["unpruned"]
-    assert "selection" not in first["cells"]["fastv"]["ideal_seconds"]
+    assert "selection" not in first["trials"]["fastv"]["ideal_seconds"]
 
 
 def test_bench_counts_tokens_flops_and_bytes(result: dict[str, Any], model: Any) -> None:
@@ -361,7 +361,7 @@ def test_bench_counts_tokens_flops_and_bytes(result: dict[str, Any], model: Any)
     assert plain["tokens_last"] == plain["tokens_mean"] == 36
     # keys and values, 2 heads of 8 numbers, 4 bytes, 8 layers, 44 tokens
     assert plain["kv_bytes"] == 2 * 2 * 8 * 4 * 8 * 44
-    fastv, pitome, half = result["cells"]
+    fastv, pitome, half = result["trials"]
     assert (fastv["tokens_last"], fastv["tokens_mean"]) == (7, (2 * 36 + 6 * 7) / 8)
     assert fastv["kv_bytes"] == 2 * 2 * 8 * 4 * (2 * 44 + 6 * 15)
     assert pitome["tokens_last"] == pitome["tokens_mean"] == 9
@@ -371,9 +371,9 @@ def test_bench_counts_tokens_flops_and_bytes(result: dict[str, Any], model: Any)
     with tokprune.compress(model, tokprune.FastV(keep=7)) as trace, torch.inference_mode():
         model(**inputs, logits_to_keep=1)
     assert fastv["flops_prefill"] == 2 * trace.to_dict()["macs"]["total"]
-    for cell in (plain, *result["cells"]):
-        assert cell["peak_memory"]["bytes"] >= 0
-        assert cell["peak_memory"]["source"]
+    for trial in (plain, *result["trials"]):
+        assert trial["peak_memory"]["bytes"] >= 0
+        assert trial["peak_memory"]["source"]
     assert not is_patched(model)
 
 
@@ -402,7 +402,7 @@ def test_running_out_of_memory_at_a_later_point_is_reported(
     options: dict[str, Any] = {"rounds": 1, "new_tokens": 1, "text_tokens": (8,)}
     found = bench(model, ["random"], [5], batch_sizes=(1, 3), **options)
     assert found["points"][1]["error"] == "out of memory: no room"
-    measured = found["cells"][0]["break_even"]["measured"]
+    measured = found["trials"][0]["break_even"]["measured"]
     assert measured == [{"batch_size": 1, "prompt_tokens": 44}]
     console = Console(width=100, record=True, file=io.StringIO())
     for part in tables(found):
@@ -421,7 +421,7 @@ def test_running_out_of_memory_at_a_later_point_is_reported(
         ({"keeps": []}, ValueError, "keep is empty"),
         ({"keeps": [0]}, ValueError, "keep=0"),
         ({"keeps": [9999]}, ValueError, "keep=9999"),
-        ({"keeps": [5, 5]}, ValueError, "asked for twice"),
+        ({"keeps": [5, 5]}, ValueError, "stands there twice"),
         ({"rounds": 0}, ValueError, "rounds=0"),
         ({"new_tokens": 0}, ValueError, "new_tokens=0"),
         ({"batch_sizes": ()}, ValueError, "batch_sizes is empty"),
@@ -442,17 +442,17 @@ def test_bad_arguments_are_refused_before_any_work(
         bench(model, **{"methods": ["random"], "keeps": [5], **changes})
 
 
-def test_cells_place_published_layers_in_a_short_decoder() -> None:
-    cells = cells_of(sorted(image_methods()), [9], 8)
-    assert [c.id for c in cells] == [f"{n}@9" for n in sorted(image_methods())]
+def test_trials_place_published_layers_in_a_short_decoder() -> None:
+    trials = trials_of(sorted(image_methods()), [9], 8)
+    assert [c.id for c in trials] == [f"{n}@9" for n in sorted(image_methods())]
     facts_of = tiny.llava()
     from tokprune.families import family_of
 
     family = family_of(facts_of)
     facts = family.facts(facts_of, family.parts(facts_of))
-    for cell in cells:
-        cell.method.plan(facts)  # raises where a layer does not fit
-    twice = cells_of([tokprune.FastV(keep=3), tokprune.FastV(keep=4)], [], 8)
+    for trial in trials:
+        trial.method.plan(facts)  # raises where a layer does not fit
+    twice = trials_of([tokprune.FastV(keep=3), tokprune.FastV(keep=4)], [], 8)
     assert [c.id for c in twice] == ["fastv", "fastv#2"]
 
 
@@ -464,13 +464,13 @@ def test_prompts_have_the_length_asked_for(family: str) -> None:
     model = tiny.BUILDERS[family]()
     processor = tiny_processor.processor(model)
     for given in (None, processor):
-        picture = encode(model, None, given)
-        assert picture.tokens == tiny.tokens_of(model, (480, 640))
+        image = encode(model, None, given)
+        assert image.tokens == tiny.tokens_of(model, (480, 640))
         tokenizer = None if given is None else given.tokenizer
-        inputs = prompt(model, picture, 11, 2, tokenizer)
+        inputs = prompt(model, image, 11, 2, tokenizer)
         ids = inputs["input_ids"]
-        assert ids.shape == (2, 11 + picture.tokens)
-        assert int((ids == tiny.IMAGE_TOKEN).sum()) == 2 * picture.tokens
+        assert ids.shape == (2, 11 + image.tokens)
+        assert int((ids == tiny.IMAGE_TOKEN).sum()) == 2 * image.tokens
         assert ids[0, 0] != tiny.IMAGE_TOKEN
         assert ids[0, -1] != tiny.IMAGE_TOKEN
         assert torch.equal(inputs["pixel_values"][0], inputs["pixel_values"][1])
@@ -578,14 +578,14 @@ def test_command_line_measures_a_saved_model(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(target.read_text())
-    cells = [c["cell"] for c in found["cells"]]
-    assert cells == ["random@9", "random@0.5", "fastv@9", "fastv@0.5"]
-    assert all(cell in done.stdout for cell in cells)
+    trials = [c["trial"] for c in found["trials"]]
+    assert trials == ["random@9", "random@0.5", "fastv@9", "fastv@0.5"]
+    assert all(trial in done.stdout for trial in trials)
     assert found["settings"]["clock"] == "cpu"
-    assert found["points"][0]["cells"]["fastv@9"]["speedup"]["total"]["ratio"]["low"] > 0
+    assert found["points"][0]["trials"]["fastv@9"]["speedup"]["total"]["ratio"]["low"] > 0
     for point in found["points"]:
-        for name in cells:
-            told = point["cells"][name]["speedup"]["total"]
+        for name in trials:
+            told = point["trials"][name]["speedup"]["total"]
             assert (told["speedup"] is None) == ("within noise" in str(told["reason"]))
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["bench.json"]
@@ -627,7 +627,7 @@ GOOD = {"--random-weights": "tiny", "--methods": "todre", "--keep": "64"}
         ({"--keep": "1.5"}, "--keep 1.5"),
         ({"--keep": "nan"}, "--keep nan"),
         ({"--keep": "many"}, "--keep 'many'"),
-        ({"--keep": "64,64"}, "asked for twice"),
+        ({"--keep": "64,64"}, "stands there twice"),
         ({"--keep": "600"}, "keep=600"),
         ({"--rounds": "0"}, "--rounds 0"),
         ({"--new-tokens": "0"}, "--new-tokens 0"),
@@ -671,7 +671,7 @@ def test_missing_extra_is_named(
 
     real = __import__("importlib.util").util.find_spec
     monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *a: None if name == "scipy" else real(name, *a)
+        "importlib.util.find_spec", lambda name, *a: None if name == "psutil" else real(name, *a)
     )
     with pytest.raises(SystemExit) as stop:
         app(["bench", *[x for pair in GOOD.items() for x in pair]])

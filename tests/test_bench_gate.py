@@ -51,27 +51,27 @@ def test_a_clear_speed_up_and_a_clear_slow_down_are_findings() -> None:
 
 
 def test_a_small_but_steady_gain_drowns_in_a_control_that_is_off_by_more() -> None:
-    base, arm = jitter(20, 0.001, 1), [0.97 * t for t in jitter(20, 0.001, 2)]
-    assert judge(base, arm, noise_floor(base, jitter(20, 0.001, 3))).faster
-    off = [1.05 * t for t in base]  # two equal arms differed by 5 %
+    base, variant = jitter(20, 0.001, 1), [0.97 * t for t in jitter(20, 0.001, 2)]
+    assert judge(base, variant, noise_floor(base, jitter(20, 0.001, 3))).faster
+    off = [1.05 * t for t in base]  # two equal variants differed by 5 %
     assert noise_floor(base, off) == pytest.approx(1.05)
-    verdict = judge(base, arm, noise_floor(base, off))
+    verdict = judge(base, variant, noise_floor(base, off))
     assert verdict.speedup is None
     assert verdict.needs is not None
     assert verdict.needs > 1.05
 
 
 def test_needed_ratio_is_where_the_verdict_turns() -> None:
-    base, arm = jitter(20, 0.05, 5), jitter(20, 0.05, 6)
-    verdict = judge(base, arm, 1.03)
+    base, variant = jitter(20, 0.05, 5), jitter(20, 0.05, 6)
+    verdict = judge(base, variant, 1.03)
     assert verdict.needs is not None
     scale = verdict.needs / verdict.ratio.median
     if verdict.needs < 1:  # a slow-down is what it leans to
-        assert judge(base, [t / scale * 1.001 for t in arm], 1.03).speedup is not None
-        assert judge(base, [t / scale * 0.999 for t in arm], 1.03).speedup is None
+        assert judge(base, [t / scale * 1.001 for t in variant], 1.03).speedup is not None
+        assert judge(base, [t / scale * 0.999 for t in variant], 1.03).speedup is None
     else:
-        assert judge(base, [t / scale / 1.001 for t in arm], 1.03).speedup is not None
-        assert judge(base, [t / scale / 0.999 for t in arm], 1.03).speedup is None
+        assert judge(base, [t / scale / 1.001 for t in variant], 1.03).speedup is not None
+        assert judge(base, [t / scale / 0.999 for t in variant], 1.03).speedup is None
 
 
 def test_too_few_rounds_never_claim() -> None:
@@ -85,8 +85,8 @@ def test_too_few_rounds_never_claim() -> None:
 @given(rounds)
 @settings(max_examples=100, deadline=None)
 def test_claims_pass_a_sign_test(pairs: list[tuple[float, float]]) -> None:
-    base, arm = [a for a, _ in pairs], [b for _, b in pairs]
-    verdict = judge(base, arm)
+    base, variant = [a for a, _ in pairs], [b for _, b in pairs]
+    verdict = judge(base, variant)
     if verdict.speedup is None:
         return
     wins = sum(a > b for a, b in pairs)
@@ -109,10 +109,10 @@ def test_ratios_that_straddle_one_are_never_a_finding(above: list[float], random
 def test_more_noise_never_makes_a_claim(
     pairs: list[tuple[float, float]], one: float, two: float
 ) -> None:
-    base, arm = [a for a, _ in pairs], [b for _, b in pairs]
+    base, variant = [a for a, _ in pairs], [b for _, b in pairs]
     low, high = sorted((one, two))
-    if judge(base, arm, high).speedup is not None:
-        assert judge(base, arm, low).speedup is not None
+    if judge(base, variant, high).speedup is not None:
+        assert judge(base, variant, low).speedup is not None
 
 
 @given(st.lists(times, min_size=LEAST_ROUNDS, max_size=40))
@@ -131,7 +131,7 @@ def test_interval_is_of_order_statistics(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "arm", "floor", "said"),
+    ("base", "variant", "floor", "said"),
     [
         ([1.0], [1.0, 2.0], 1.0, "1 and 2 rounds"),
         ([0.0] * 6, [1.0] * 6, 1.0, "should be positive"),
@@ -140,14 +140,14 @@ def test_interval_is_of_order_statistics(values: list[float]) -> None:
         ([], [], 1.0, "at least one"),
     ],
 )
-def test_bad_times(base: list[float], arm: list[float], floor: float, said: str) -> None:
+def test_bad_times(base: list[float], variant: list[float], floor: float, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        judge(base, arm, floor)
+        judge(base, variant, floor)
 
 
 def test_verdicts_survive_json() -> None:
-    for arm in ([0.5] * 20, [1.0] * 20, [1.0] * 3):
-        verdict = judge([1.0] * len(arm), arm)
+    for variant in ([0.5] * 20, [1.0] * 20, [1.0] * 3):
+        verdict = judge([1.0] * len(variant), variant)
         assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict(), allow_nan=False))) == (
             verdict
         )
@@ -185,6 +185,6 @@ def test_the_package_offers_its_functions_by_name() -> None:
     from tokprune.bench import measure, run
 
     assert tokprune.bench.bench is run.bench
-    assert tokprune.bench.measure_cells is measure.measure_cells
+    assert tokprune.bench.measure_trials is measure.measure_trials
     with pytest.raises(AttributeError, match="benhc"):
         _ = tokprune.bench.benhc  # type: ignore[attr-defined]

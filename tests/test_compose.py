@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from oracle import assert_same_logits, compressed_logits, continuation_tokens, oracle_logits
 from tiny import BUILDERS, llava, make_inputs, single
 
 import tokprune
 from tokprune import DivPrune, FastV, FlowCut, MustDrop, Random, ToDRE, TransPrune, VisionZip
+from tokprune.testing.oracle import (
+    assert_same_logits,
+    compressed_logits,
+    continuation_tokens,
+    oracle_logits,
+)
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
-TRANSPRUNE = TransPrune(prune_layers=(3, 4, 6), accumulate_layers=(3, 4, 5, 6))
+TRANSPRUNE = TransPrune(prune_before=(3, 4, 6), transition_layers=(2, 3, 4, 5))
 #: combinations that only drop tokens
 PRUNING = {
     "flowcut+transprune": tokprune.compose(FlowCut(keep=20, decoder_cut=False), TRANSPRUNE),
@@ -61,7 +66,7 @@ NONSENSE: list[tuple[str, Any, str]] = [
     ("two prompt methods", (DivPrune(keep=20), Random(keep=12)), "after the projector"),
     ("two decoder methods", (FastV(keep=5), TRANSPRUNE), "inside the decoder"),
     ("todre's own decoder stage", (ToDRE(keep=16), FastV(keep=5)), "inside the decoder"),
-    ("mustdrop and fastv", (MustDrop(keep=8, pruning_layers=(1, 2, 3, 4)), FastV(keep=5)),
+    ("mustdrop and fastv", (MustDrop(keep=8, prune_before=(2, 3, 4, 5)), FastV(keep=5)),
      "inside the decoder"),
 ]  # fmt: skip
 

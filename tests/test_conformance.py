@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 from methods_table import PRUNING
-from oracle import (
-    assert_same_logits,
-    compressed_logits,
-    continuation_tokens,
-    oracle_logits,
-)
-from tiny import BUILDERS, make_inputs
+from tiny import BUILDERS
 
-import tokprune
+from tokprune.methods import make_method
+from tokprune.testing import Case, tiny_family
+from tokprune.testing.case import dropped
+from tokprune.testing.checks.numbers import equals_oracle
+from tokprune.testing.oracle import merges
 
-STEPS = 8
+SIZES = [(14, 40), (40, 14), (30, 22), (10, 72)]
 BATCHES: dict[str, list[list[Any]]] = {
     "single": [[4, "image", 6]],
     "four": [[4, "image", 6], [7, "image", 9], [2, "image", 3], [5, "image", 12]],
 }
 
 
-@pytest.fixture(scope="module")
-def models() -> dict[tuple[str, str], Any]:
-    return {}
+@functools.cache
+def build(family: str, attention: str) -> Any:
+    return BUILDERS[family](attention=attention)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -33,20 +32,14 @@ def models() -> dict[tuple[str, str], Any]:
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", PRUNING)
 def test_equals_unpruned_model_with_dropped_keys_hidden(
-    models: dict[tuple[str, str], Any], case: str, family: str, attention: str, batch: str
+    case: str, family: str, attention: str, batch: str
 ) -> None:
-    if (family, attention) not in models:
-        models[family, attention] = BUILDERS[family](attention=attention)
-    model = models[family, attention]
-    sizes = [(14, 40), (40, 14), (30, 22), (10, 72)][: len(BATCHES[batch])]
-    inputs = make_inputs(model, BATCHES[batch], sizes)
     method, options = PRUNING[case]
-    continuation = continuation_tokens(len(BATCHES[batch]), STEPS)
-    with tokprune.compress(model, method, **options) as trace:
-        got = compressed_logits(model, inputs, continuation)
-    assert trace.last is not None
-    assert sum(map(sum, trace.last.layers[-1].counts)) < sum(
-        len(image.columns) for image in trace.last.images
-    ), "the method dropped nothing: the comparison would show nothing"
-    want = oracle_logits(model, inputs, trace.last, continuation)
-    assert_same_logits(got, want)
+    prompts, tiny = BATCHES[batch], tiny_family(BUILDERS[family])
+    own = Case(
+        make_method(method, **options), tiny, build(family, attention), prompts,
+        SIZES[: len(prompts)],
+    )  # fmt: skip
+    _, prefill = equals_oracle(own, steps=8)
+    assert not merges(prefill)
+    assert dropped(prefill), "the method dropped nothing: the comparison would show nothing"

@@ -22,14 +22,14 @@ def png(colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "red.png").write_bytes(png())
-    (tmp_path / "pictures" / "blue.png").write_bytes(png((0, 0, 250)))
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "red.png").write_bytes(png())
+    (tmp_path / "images" / "blue.png").write_bytes(png((0, 0, 250)))
+    (tmp_path / "text.png").write_text("no image")
     return tmp_path
 
 
-ROW = {"id": "a", "image": "pictures/red.png", "question": "colour ?", "answer": "red"}
+ROW = {"id": "a", "image": "images/red.png", "question": "colour ?", "answer": "red"}
 
 
 def write(folder: Path, *rows: Any, name: str = "q.jsonl") -> Path:
@@ -49,7 +49,7 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]], name: str = "q.parqu
 def test_json_lines(folder: Path) -> None:
     path = write(
         folder, ROW, "\n",
-        {**ROW, "id": 2, "task": "hue", "image": "pictures/blue.png", "answer": ["blue", 7]},
+        {**ROW, "id": 2, "task": "hue", "image": "images/blue.png", "answer": ["blue", 7]},
         {**ROW, "id": "c", "task": "hue", "image_id": "x", "meta": {"hard": True}, "other": 1},
     )  # fmt: skip
     benchmark = load_benchmark(path)
@@ -63,14 +63,14 @@ def test_json_lines(folder: Path) -> None:
     )
     assert (dict(benchmark.groups), benchmark.splits) == ({}, ("test",))
     assert items[1].answers == ("blue", "7")
-    assert [item.image_id for item in items] == ["pictures/red.png", "pictures/blue.png", "x"]
+    assert [item.image_id for item in items] == ["images/red.png", "images/blue.png", "x"]
     assert items[2].meta == {"hard": True}
     assert benchmark.image(items[1]).getpixel((0, 0)) == (0, 0, 250)
     assert benchmark.score(items[1], " Blue. ") == 1.0
     assert benchmark.score(items[1], "red") == 0.0
 
 
-def test_parquet_with_bytes_paths_and_hugging_face_pictures(folder: Path) -> None:
+def test_parquet_with_bytes_paths_and_hugging_face_images(folder: Path) -> None:
     rows = [
         {"id": str(i), "image": image, "question": "colour ?", "answers": ["red"]}
         for i, image in enumerate([png(), png((0, 0, 250)), png()])
@@ -80,19 +80,19 @@ def test_parquet_with_bytes_paths_and_hugging_face_pictures(folder: Path) -> Non
     assert items[0].image_id == items[2].image_id != items[1].image_id
     assert benchmark.image(items[1]).getpixel((0, 0)) == (0, 0, 250)
     nested = [{**rows[0], "image": {"bytes": png((0, 9, 0)), "path": None}},
-              {**rows[1], "image": {"bytes": None, "path": "pictures/red.png"}}]  # fmt: skip
+              {**rows[1], "image": {"bytes": None, "path": "images/red.png"}}]  # fmt: skip
     benchmark = load_benchmark(write_parquet(folder, nested, "n.parquet"))
     first, second = benchmark.items()
     assert benchmark.image(first).getpixel((0, 0)) == (0, 9, 0)
     assert benchmark.image(second).getpixel((0, 0)) == (200, 30, 30)
 
 
-def test_version_follows_questions_answers_and_pictures(folder: Path) -> None:
+def test_version_follows_questions_answers_and_images(folder: Path) -> None:
     seen = [load_benchmark(write(folder, ROW)).version]
     assert load_benchmark(write(folder, ROW, name="other.jsonl")).version == seen[0]
     for change in ({"answer": "r"}, {"question": "hue ?"}, {"id": "b"}, {"task": "t"}):
         seen.append(load_benchmark(write(folder, {**ROW, **change})).version)
-    (folder / "pictures" / "red.png").write_bytes(png((201, 30, 30)))
+    (folder / "images" / "red.png").write_bytes(png((201, 30, 30)))
     seen.append(load_benchmark(write(folder, ROW)).version)
     assert len(set(seen)) == len(seen)
 
@@ -126,8 +126,8 @@ def without(name: str) -> dict[str, Any]:
         ([without("id")], "line 1: field 'id' should be text, is missing"),
         ([{**ROW, "id": True}], "line 1: field 'id' should be text, is True"),
         ([ROW, ROW], "line 2: field 'id': 'a' is used twice"),
-        ([without("image")], "line 1: field 'image' should be the path of a picture, is missing"),
-        ([{**ROW, "image": 3}], "field 'image' should be the path of a picture, is 3"),
+        ([without("image")], "line 1: field 'image' should be the path of an image, is missing"),
+        ([{**ROW, "image": 3}], "field 'image' should be the path of an image, is 3"),
         ([{**ROW, "image": "no.png"}], "line 1: field 'image': no.png: no such file"),
         ([{**ROW, "question": " "}], "field 'question' should be text"),
         ([without("answer")], "field 'answer' or 'answers' should be given, neither"),
@@ -153,5 +153,5 @@ def test_unreadable_files(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"should be a .jsonl or .parquet"):
         FileBenchmark(folder / "q.csv")
     benchmark = load_benchmark(write(folder, {**ROW, "image": "text.png"}))
-    with pytest.raises(ValueError, match="item 'a': not a picture"):
+    with pytest.raises(ValueError, match="item 'a': not an image"):
         benchmark.image(benchmark.items()[0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from clustering_reference import kmedoids_by_hand
+from reference.clustering import kmedoids_by_hand
 from torch import Tensor, nn
 from transformers import (
     CLIPConfig,

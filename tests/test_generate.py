@@ -48,7 +48,7 @@ def test_batch_equals_singles_through_generate(model: Any, inputs: Any, case: st
 @pytest.mark.parametrize("case", CORE)
 def test_cached_generation_equals_teacher_forced_steps(model: Any, inputs: Any, case: str) -> None:
     """generate() picks the argmax of the logits that single forwards on the cache give."""
-    from oracle import compressed_logits
+    from tokprune.testing.oracle import compressed_logits
 
     method, options = ALL[case]
     with tokprune.compress(model, method, **options):
@@ -70,7 +70,7 @@ def test_beam_search_with_one_beam_per_sample_kept(model: Any, inputs: Any, case
 
 def test_beams_are_reordered_with_their_book_keeping(model: Any, inputs: Any) -> None:
     """The score that beam search reports is the score of its own sequence, run step by step."""
-    from oracle import compressed_logits
+    from tokprune.testing.oracle import compressed_logits
 
     one = single(inputs, 0, slice(0, 1))
     with tokprune.compress(model, "fastv", keep=7), torch.no_grad():

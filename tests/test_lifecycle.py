@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from methods_table import CORE
 from tiny import BUILDERS, llava, make_inputs
 
 import tokprune
+from tokprune.api import _session
+from tokprune.engine.state import ForwardState
+from tokprune.testing.checks.leftovers import fingerprint
 
 PROMPT = [[4, "image", 6], [7, "image", 9]]
 
@@ -102,6 +105,30 @@ def test_works_again_after_an_exception_while_patched(model: Any, case: str) -> 
         with pytest.raises(ValueError):
             model(**bad)
         assert torch.equal(model(**inputs).logits, want)
+
+
+def test_each_forward_and_each_thread_has_a_state_of_its_own() -> None:
+    model = llava(layers=2, vision_layers=2)
+    inputs = make_inputs(model, PROMPT)
+    seen: list[ForwardState] = []
+    with tokprune.compress(model, "random", keep=5), torch.no_grad():
+        session = _session(model)
+        assert session is not None
+        watch = model.model.language_model.layers[1].register_forward_pre_hook(
+            lambda *_: seen.append(session.state)
+        )
+        threads = [threading.Thread(target=model, kwargs=inputs) for _ in range(2)]
+        model(**inputs)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with pytest.raises(ValueError):
+            model(**{**inputs, "input_ids": inputs["input_ids"][:, :-1]})
+        watch.remove()
+        assert session.state == ForwardState()
+    assert len({id(state) for state in seen}) == 3
+    assert all(state.prefill is not None for state in seen)
 
 
 def test_patch_replaces_and_unpatch_is_idempotent(model: Any) -> None:

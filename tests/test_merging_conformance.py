@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import compressed_logits
 from tiny import BUILDERS, GRID, IMAGE_SIZE, IMAGE_TOKEN, make_inputs
 from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 import tokprune
+from tokprune.testing.oracle import compressed_logits
 
 STEPS = 8
 LAYERS = 6

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from golden_checks.models import Watched
-from oracle import assert_same_logits, compressed_logits, continuation_tokens
 from test_merging_conformance import BATCHES, build, check, pooled_image
 from tiny import BUILDERS, GRID, IMAGE_TOKEN, PATCHES, llava, llava_next, make_inputs, single
 from torch import Tensor
@@ -23,6 +22,7 @@ from tokprune.operators.anyres import tile_windows
 from tokprune.operators.cdpruner import minmax_relevance, text_similarity
 from tokprune.operators.dpp import dpp_map
 from tokprune.operators.pooling import share
+from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 22)]
@@ -383,7 +383,7 @@ def test_dart_presets_are_what_the_official_code_keeps() -> None:
     kept = {n: DART.preset("llava-1.5", n).keep for n in (192, 128, 64)}
     assert kept == {192: 196, 128: 132, 64: 68}
     assert DART.preset("llava-next", 320).keep == 324
-    assert DART.preset("llava-1.5", 64).plan(large_facts()).decoder[0].prune_layers == {2}
+    assert DART.preset("llava-1.5", 64).plan(large_facts()).decoder[0].prune_before == {2}
 
 
 def test_dart_of_a_later_turn_ignores_the_keys_of_earlier_ones(models: Any) -> None:
@@ -453,8 +453,12 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("cdpruner", {"keep": 9, "relevance_scope": "tile"}, r"relevance_scope='tile' should be"),
     ("cdpruner", {"keep": 9, "theta": 1.0}, r"theta=1.0 should be in \[0, 1\)"),
     ("dart", {"keep": 0}, r"keep=0 should be at least 1"),
-    ("dart", {"keep": 9, "layer": 0}, r"layer=0 should be a whole number, at least 1"),
-    ("dart", {"keep": 9, "layer": 8}, r"layer=8 should be below the model's 8 layers"),
+    ("dart", {"keep": 9, "prune_before": 0}, r"prune_before=0 should be a whole number, at least"),
+    (
+        "dart",
+        {"keep": 9, "prune_before": 8},
+        r"prune_before=8 should lie between 1 and 7: .* 8",
+    ),
     ("dart", {"keep": 9, "image_pivots": 0}, r"image_pivots=0 should be a whole number"),
     ("dart", {"keep": 9, "text_pivots": 1.5}, r"text_pivots=1.5 should be a whole number"),
     ("dart", {"keep": 9, "pivot_order": "set"}, r"pivot_order='set' should be one of"),

@@ -16,7 +16,8 @@ from tokprune.engine.contracts import Attention, ModelFacts
 from tokprune.families import family_of
 from tokprune.methods import Grid, PiToMe, Pool, ToMe, VisionZip
 from tokprune.methods.base import Method
-from tokprune.methods.merge_stage import MergeStage, Step, layer_counts, removable
+from tokprune.methods.merging.schedule import Step, Steps, removable
+from tokprune.methods.merging.stage import MergeStage
 from tokprune.operators import attention_rows, grid_sample, share, tile_windows
 
 LLAVA = ModelFacts(
@@ -36,8 +37,18 @@ def stage_of(method: Method, facts: ModelFacts = LLAVA) -> MergeStage:
     return stage
 
 
+def steps_of(method: Method, facts: ModelFacts = LLAVA) -> Steps:
+    """The steps that remove something, in order."""
+    return tuple(stage_of(method, facts).steps.values())
+
+
+def layer_counts(steps: Steps, tokens: int) -> list[int]:
+    """Tokens, class token included, before the first step and after each."""
+    return [tokens - sum(step.r for step in steps[:i]) for i in range(len(steps) + 1)]
+
+
 def patches_left(method: Method, facts: ModelFacts = LLAVA) -> int:
-    return layer_counts(stage_of(method, facts).recipe.steps, facts.patches + 1)[-1] - 1
+    return layer_counts(steps_of(method, facts), facts.patches + 1)[-1] - 1
 
 
 # ------------------------------------------------------------------------------- schedules
@@ -58,7 +69,7 @@ def test_published_patch_counts(cls: Any, variant: str, counts: tuple[int, ...])
 
 
 def test_counts_of_every_layer_at_ratio_090() -> None:
-    v1 = stage_of(PiToMe(ratio=0.9)).recipe.steps
+    v1 = steps_of(PiToMe(ratio=0.9))
     assert [step.layer for step in v1] == list(range(1, 22, 2))
     assert layer_counts(v1, 577) == [577, 520, 468, 422, 380, 342, 308, 278, 251, 226, 204, 184]
     head = PiToMe(ratio=0.9, variant="head").schedule(577, True, 24, 22)
@@ -81,8 +92,8 @@ def test_counts_of_every_layer_at_ratio_090() -> None:
 )
 def test_ratios_that_land_exactly(variant: Any, ratio: float, count: int) -> None:
     assert patches_left(PiToMe(ratio=ratio, variant=variant)) == count
-    by_keep = stage_of(PiToMe(keep=count, variant=variant)).recipe.steps
-    by_ratio = stage_of(PiToMe(ratio=ratio, variant=variant)).recipe.steps
+    by_keep = steps_of(PiToMe(keep=count, variant=variant))
+    by_ratio = steps_of(PiToMe(ratio=ratio, variant=variant))
     # several ratios land on one count: the searched one is the largest of them
     assert len(by_keep) == len(by_ratio)
     assert all(abs(a.r - b.r) <= 1 for a, b in zip(by_keep, by_ratio))
@@ -473,7 +484,7 @@ def test_pool_words(models: Any) -> None:
     assert Pool(keep=1 / 9).window_of(LLAVA) == 3
     assert counts_of(models["llava"], Pool(keep=9)) == 9
     assert counts_of(models["llava"], Pool(window=3, place="before")) == 4
-    # base 9, crops 3×6 pooled cells for a 20×40 picture: no padding, 3 newlines
+    # base 9, crops 3×6 pooled cells for a 20×40 image: no padding, 3 newlines
     assert counts_of(models["llava_next"], Pool(keep=9)) == 9 + 3 * 6 + 3
 
 
@@ -530,7 +541,11 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("visionzip", {}, r"exactly one of keep and dominant"),
     ("visionzip", {"dominant": 5}, r"dominant=5 and contextual=None should be given together"),
     ("visionzip", {"keep": 5, "contextual": 5}, r"should be given together"),
-    ("visionzip", {"dominant": 0, "contextual": 2}, r"dominant=0 should be a count .* at least 1"),
+    (
+        "visionzip",
+        {"dominant": 0, "contextual": 2},
+        r"dominant=0 should be a whole .* at least 1",
+    ),
     ("visionzip", {"dominant": 30, "contextual": 8}, r"are more than the 37 tokens of a tile"),
     ("visionzip", {"keep": 10, "score": "sum"}, r"score='sum' should be one of"),
     ("grid", {"keep": 37}, r"keep=37 is larger than the 36"),

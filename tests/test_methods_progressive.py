@@ -10,25 +10,26 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same_logits, compressed_logits, continuation_tokens
 from test_methods_stages import LLAVA, NEXT, SIZES
 from tiny import BUILDERS, PATCHES, llava, make_inputs, single
 
 import tokprune
-from tokprune.eval.sweep.variants import Arm
+from tokprune.methods import make_method
 from tokprune.methods.pyramiddrop import PyramidDrop
+from tokprune.methods.registry import options_for_depth
 from tokprune.methods.schedule import tokens_after
 from tokprune.methods.sparsevlm import SparseVLM
+from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 METHODS = {
-    "pyramiddrop": PyramidDrop(keep=5, prune_layers=(1, 3, 5)),
-    "sparsevlm": SparseVLM(keep=5, pruning_layers=(1, 3, 5)),
+    "pyramiddrop": PyramidDrop(keep=5, prune_before=(1, 3, 5)),
+    "sparsevlm": SparseVLM(keep=5, prune_before=(2, 4, 6)),
     "sparsevlm-spatial": SparseVLM(
-        keep=5, pruning_layers=(0, 3), recycle=0.8, cluster_size=3, order="spatial"
+        keep=5, prune_before=(1, 4), recycle=0.8, cluster_size=3, order="spatial"
     ),
-    "sparsevlm-plus": SparseVLM(keep=5, pruning_layers=(1, 3), version="plus"),
-    "sparsevlm-rank": SparseVLM(keep=None, pruning_layers=(1, 3), rank_scale=1.0),
+    "sparsevlm-plus": SparseVLM(keep=5, prune_before=(2, 4), version="plus"),
+    "sparsevlm-rank": SparseVLM(keep=None, prune_before=(2, 4), rank_scale=1.0),
 }
 
 
@@ -46,9 +47,9 @@ def counts_of(model: Any, method: Any, inputs: Any = None) -> list[list[list[int
 def test_published_schedule_of_pyramiddrop() -> None:
     for keep in (0.125, (0.5, 0.25, 0.125), 72):
         method = PyramidDrop(keep)
-        assert [method.counts(step, 576) for step in range(3)] == [288, 144, 72]
+        assert [method.count(step, 576) for step in range(3)] == [288, 144, 72]
     # floors of the first number, not halves of the last
-    assert PyramidDrop((0.5, 0.25), prune_layers=(1, 2)).counts(1, 45) == 11
+    assert PyramidDrop((0.5, 0.25), prune_before=(1, 2)).count(1, 45) == 11
 
 
 @given(
@@ -97,9 +98,9 @@ def mean_tokens(layers: list[int]) -> float:
     return sum(layers) / len(layers)
 
 
-def leaving(method: Any, cuts: Any, tokens: int, first: int) -> list[int]:
-    """Tokens per layer of 32; ``first``: 0 where a cut counts from its own layer on."""
-    steps = [layer + first for layer in cuts]
+def leaving(method: Any, tokens: int, earlier: int = 0) -> list[int]:
+    """Tokens per layer of 32; ``earlier``: 1 where a cut counts from the layer that ranks on."""
+    steps = [layer - earlier for layer in method.steps]
     now, seen = tokens, []
     for layer in range(32):
         if layer in steps:
@@ -108,7 +109,7 @@ def leaving(method: Any, cuts: Any, tokens: int, first: int) -> list[int]:
                 kept, _, merged = method.counts(step, tokens, now)
                 now = kept + merged
             else:
-                now = method.counts(step, tokens)
+                now = method.count(step, tokens)
         seen.append(now)
     return seen
 
@@ -117,17 +118,17 @@ def leaving(method: Any, cuts: Any, tokens: int, first: int) -> list[int]:
 def test_presets_of_sparsevlm(preset: Any) -> None:
     method = SparseVLM.preset(preset.model, preset.budget)
     facts = LLAVA if preset.model == "llava-1.5" else NEXT
-    assert method.plan(facts).decoder[0].taps == set(method.pruning_layers)
+    assert method.plan(facts).decoder[0].taps == {layer - 1 for layer in method.steps}
     if preset.budget == "rank":
         return
     name, tokens = preset.budget, 576 if preset.model == "llava-1.5" else 2880
     number = int(str(name).removeprefix("plus-"))
-    # as published: the layer that prunes counts as pruned
-    seen = mean_tokens(leaving(method, method.pruning_layers, tokens, 0))
+    # as published: the layer whose attention ranks counts as pruned
+    seen = mean_tokens(leaving(method, tokens, earlier=1))
     assert seen == pytest.approx(number, rel=0.015 if tokens == 576 else 0.04)
     if name == 192:
         assert round(seen, 1) == 192.0
-        true = leaving(method, method.pruning_layers, tokens, 1)
+        true = leaving(method, tokens)
         assert mean_tokens(true) == 206.5
         assert sorted(set(true)) == [113, 204, 309, 576]
 
@@ -136,9 +137,9 @@ def test_presets_of_sparsevlm(preset: Any) -> None:
 def test_presets_of_pyramiddrop(preset: Any) -> None:
     method = PyramidDrop.preset(preset.model, preset.budget)
     facts = LLAVA if preset.model == "llava-1.5" else NEXT
-    assert method.plan(facts).decoder[0].prune_layers == set(method.prune_layers)
+    assert method.plan(facts).decoder[0].prune_before == set(method.steps)
     tokens = 576 if preset.model == "llava-1.5" else 2880
-    seen = leaving(method, method.prune_layers, tokens, 0)
+    seen = leaving(method, tokens)
     if isinstance(preset.budget, int):
         assert mean_tokens(seen) == pytest.approx(preset.budget, abs=0.75 * tokens / 576)
     elif tokens == 576:
@@ -154,11 +155,11 @@ def test_presets_of_pyramiddrop(preset: Any) -> None:
 def test_counts_hold_for_every_image() -> None:
     model = llava()
     inputs = make_inputs(model, [[3, "image", 2, "image", 8], [5, "image", 4]])
-    got = counts_of(model, PyramidDrop(keep=(20, 9), prune_layers=(2, 5)), inputs)
+    got = counts_of(model, PyramidDrop(keep=(20, 9), prune_before=(2, 5)), inputs)
     full = [[PATCHES, PATCHES], [PATCHES]]
     assert got == [full] * 2 + [[[20, 20], [20]]] * 3 + [[[9, 9], [9]]] * 3
     # 36 → 20 and 5 of the 16 dropped into one; 21 → 9 and 4 of the 12 dropped into one
-    got = counts_of(model, SparseVLM((20, 9), pruning_layers=(1, 4)), inputs)
+    got = counts_of(model, SparseVLM((20, 9), prune_before=(2, 5)), inputs)
     assert got == [full] * 2 + [[[21, 21], [21]]] * 3 + [[[10, 10], [10]]] * 3
 
 
@@ -166,18 +167,18 @@ def test_counts_hold_for_every_image() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        PyramidDrop(keep=1.0, prune_layers=(1, 3)),
-        PyramidDrop(keep=36, prune_layers=(1, 3)),
-        SparseVLM(keep=1.0, pruning_layers=(1, 3)),
-        SparseVLM(keep=1.0, pruning_layers=(1, 3), version="plus"),
-        SparseVLM(keep=None, pruning_layers=(1, 3), rank_scale=1e3),
+        PyramidDrop(keep=1.0, prune_before=(1, 3)),
+        PyramidDrop(keep=36, prune_before=(1, 3)),
+        SparseVLM(keep=1.0, prune_before=(2, 4)),
+        SparseVLM(keep=1.0, prune_before=(2, 4), version="plus"),
+        SparseVLM(keep=None, prune_before=(2, 4), rank_scale=1e3),
     ],
     ids=str,
 )
 def test_settings_that_keep_everything_change_nothing(family: str, method: Any) -> None:
     model = BUILDERS[family]()
     if getattr(method, "keep", 0) == 36 and family == "llava_next":
-        method = PyramidDrop(keep=tiny.tokens_of(model, (20, 40)), prune_layers=(1, 3))
+        method = PyramidDrop(keep=tiny.tokens_of(model, (20, 40)), prune_before=(1, 3))
     inputs = make_inputs(model, PROMPTS)
     continuation = continuation_tokens(3, 3)
     want = compressed_logits(model, inputs, continuation)
@@ -187,7 +188,7 @@ def test_settings_that_keep_everything_change_nothing(family: str, method: Any) 
 
 def test_always_drop_drops_at_least_one() -> None:
     model = llava()
-    method = SparseVLM(keep=1.0, pruning_layers=(1, 3, 5), recycle=0, always_drop=True)
+    method = SparseVLM(keep=1.0, prune_before=(2, 4, 6), recycle=0, always_drop=True)
     counts = counts_of(model, method)
     assert [c[0] for c in counts] == [[36]] * 2 + [[35]] * 2 + [[34]] * 2 + [[33]] * 2
 
@@ -197,7 +198,7 @@ def test_rank_counts_follow_the_number_of_raters() -> None:
     model = llava()
     prompts = [[4, "image", 1], [4, "image", 12], [3, "image", 5]]
     counts = counts_of(
-        model, SparseVLM(None, pruning_layers=(2,), recycle=0, rank_scale=1.0),
+        model, SparseVLM(None, prune_before=(3,), recycle=0, rank_scale=1.0),
         make_inputs(model, prompts),
     )  # fmt: skip
     last = [row[0] for row in counts[-1]]
@@ -277,7 +278,7 @@ def test_under_an_encoder_stage_that_merges(family: str) -> None:
     """VisionZip then SparseVLM: sources are followed through both."""
     model = BUILDERS[family]()
     both = tokprune.compose(
-        tokprune.VisionZip(keep=14), SparseVLM(keep=(8, 4), pruning_layers=(1, 4))
+        tokprune.VisionZip(keep=14), SparseVLM(keep=(8, 4), prune_before=(2, 5))
     )
     inputs = make_inputs(model, PROMPTS, SIZES)
     with tokprune.compress(model, both) as trace, torch.no_grad():
@@ -305,7 +306,7 @@ def test_gravity_and_heads_change_the_ranking_alone() -> None:
         "v1": {}, "gravity": {"gravity": True}, "heads": {"heads": 1},
         "plus": {"version": "plus"},
     }.items():  # fmt: skip
-        method = SparseVLM(keep=9, pruning_layers=(2,), recycle=0, **options)
+        method = SparseVLM(keep=9, prune_before=(3,), recycle=0, **options)
         with tokprune.compress(model, method) as trace, torch.no_grad():
             model(**make_inputs(model, PROMPTS))
         kept[name] = [t.column for b in range(3) for t in trace.kept(None, b)]
@@ -340,8 +341,9 @@ def test_a_sweep_can_turn_keep_on_six_layers(name: str, options: dict[str, Any])
     """Measured tokens, merged ones included, rise with keep from layer to layer."""
     model = llava(layers=6)
     inputs = make_inputs(model, PROMPTS[:1])
+    options = {**options_for_depth(name, 6), **options}
     seen = [
-        [sum(row) for (row,) in counts_of(model, Arm(name, False, options).at(keep, 6), inputs)]
+        [sum(row) for (row,) in counts_of(model, make_method(name, keep=keep, **options), inputs)]
         for keep in range(1, PATCHES + 1, 5)
     ]
     for low, high in pairwise(seen):
@@ -352,22 +354,23 @@ def test_a_sweep_can_turn_keep_on_six_layers(name: str, options: dict[str, Any])
 
 # (method, options, exception, pattern)
 ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("pyramiddrop", {}, ValueError, r"prune_layers=\(8, 16, 24\) should lie between 1 and 7"),
+    ("pyramiddrop", {}, ValueError, r"prune_before=\(8, 16, 24\) should lie between 0 and 7"),
     ("pyramiddrop", {"keep": 0}, ValueError, r"keep=0 should be at least 1"),
-    ("pyramiddrop", {"keep": (5, 4)}, ValueError, r"one budget per layer of prune_layers, 3 in"),
-    ("pyramiddrop", {"keep": (5, 9), "prune_layers": (1, 2)}, ValueError, r"should not rise"),
-    ("pyramiddrop", {"keep": (5, 0.0), "prune_layers": (1, 2)}, ValueError, r"keep\[1\]=0.0"),
-    ("pyramiddrop", {"keep": 37, "prune_layers": (1,)}, ValueError, r"keep=37 is larger than"),
-    ("pyramiddrop", {"prune_layers": (0, 2)}, ValueError, r"prune_layers=\(0, 2\) .* from 1 on"),
-    ("pyramiddrop", {"prune_layers": (3, 2)}, ValueError, r"prune_layers=\(3, 2\) .*ascending"),
-    ("pyramiddrop", {"prune_layers": ()}, ValueError, r"prune_layers=\(\) should be a sequence"),
+    ("pyramiddrop", {"keep": (5, 4)}, ValueError, r"one budget per layer of prune_before, 3 in"),
+    ("pyramiddrop", {"keep": (5, 9), "prune_before": (1, 2)}, ValueError, r"should not rise"),
+    ("pyramiddrop", {"keep": (5, 0.0), "prune_before": (1, 2)}, ValueError, r"keep\[1\]=0.0"),
+    ("pyramiddrop", {"keep": 37, "prune_before": (1,)}, ValueError, r"keep=37 is larger than"),
+    ("pyramiddrop", {"prune_before": (-1, 2)}, ValueError, r"prune_before=\(-1, 2\) .* from 0 on"),
+    ("pyramiddrop", {"prune_before": (3, 2)}, ValueError, r"prune_before=\(3, 2\) .*ascending"),
+    ("pyramiddrop", {"prune_before": ()}, ValueError, r"prune_before=\(\) should be a layer"),
     ("pyramiddrop", {"positions": "x"}, ValueError, r"positions='x' should be one of"),
     ("sparsevlm", {}, ValueError, r"'keep' is required by sparsevlm"),
     ("sparsevlm", {"keep": "3"}, TypeError, r"keep='3' should be a number of tokens"),
-    ("sparsevlm", {"keep": 5}, ValueError, r"pruning_layers=\(2, 6, 15\) should lie.* 0 and 6"),
-    ("sparsevlm", {"keep": (5, 4)}, ValueError, r"one budget per layer of pruning_layers, 3 in"),
-    ("sparsevlm", {"keep": 40, "pruning_layers": (1,)}, ValueError, r"keep=40 is larger than the"),
-    ("sparsevlm", {"keep": 5, "pruning_layers": 3}, ValueError, r"pruning_layers=3 should be"),
+    ("sparsevlm", {"keep": 5}, ValueError, r"prune_before=\(3, 7, 16\) should lie.* 1 and 7"),
+    ("sparsevlm", {"keep": (5, 4)}, ValueError, r"one budget per layer of prune_before, 3 in"),
+    ("sparsevlm", {"keep": 40, "prune_before": (1,)}, ValueError, r"keep=40 is larger than the"),
+    ("sparsevlm", {"keep": 5, "prune_before": 0}, ValueError, r"prune_before=0 should .* 1 and 7"),
+    ("sparsevlm", {"keep": 5, "gravity": 2}, ValueError, r"gravity=2 should be one of True, False"),
     ("sparsevlm", {"keep": 5, "version": "v3"}, ValueError, r"version='v3' should be one of"),
     ("sparsevlm", {"keep": 5, "recycle": 1.5}, ValueError, r"recycle=1.5 should be in \[0, 1\]"),
     ("sparsevlm", {"keep": 5, "cluster_size": 0}, ValueError, r"cluster_size=0 should be a whole"),

@@ -20,14 +20,14 @@ from tokprune.engine.contracts import (
     SequenceView,
     TowerInput,
 )
-from tokprune.engine.decoder import _Scoring
 from tokprune.engine.encoder import initial_tokens, reduce_tokens
+from tokprune.engine.scoring_layer import LayerAhead
 from tokprune.families import family_of
 from tokprune.methods import DivPrune, FastV, ToDRE, TransPrune
 from tokprune.operators.diversity import divprune, farthest_pivot, max_sum
 from tokprune.operators.transition import transition_weight
 
-TINY = {"prune_layers": (3, 4, 6), "accumulate_layers": (3, 4, 5, 6)}
+TINY = {"prune_before": (3, 4, 6), "transition_layers": (2, 3, 4, 5)}
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -86,39 +86,39 @@ ERRORS: list[tuple[str, Any, str]] = [
     ("todre", {"keep": 10, "pivot": "best"}, r"pivot='best' should be one of 'cls'"),
     ("todre", {"keep": 10, "tau": 1.5}, r"tau=1.5 should be in \[0, 1\]"),
     ("todre", {"keep": 10, "tau": float("nan")}, r"tau=nan should be in"),
-    ("todre", {"keep": 10, "check_layers": 9}, r"check_layers=9 should lie between 1 and .* 8"),
-    ("todre", {"keep": 10, "check_layers": 0}, r"check_layers=0 should lie between 1 and"),
-    ("todre", {"keep": 10, "check_layers": (4, 9)}, r"check_layers=\(4, 9\) should lie between"),
-    ("todre", {"keep": 10, "check_layers": ()}, r"check_layers=\(\) should be a layer number"),
-    ("todre", {"keep": 10, "check_layers": 3.5}, r"check_layers=3.5 should be a layer number"),
+    ("todre", {"keep": 10, "prune_before": 9}, r"prune_before=9 should lie between 1 and 8"),
+    ("todre", {"keep": 10, "prune_before": 0}, r"prune_before=0 should be .* from 1 on"),
+    ("todre", {"keep": 10, "prune_before": (4, 9)}, r"prune_before=\(4, 9\) should lie between"),
+    ("todre", {"keep": 10, "prune_before": ()}, r"prune_before=\(\) should be a layer number"),
+    ("todre", {"keep": 10, "prune_before": 3.5}, r"prune_before=3.5 should be a layer number"),
     ("todre", {"keep": None, "stage2": False}, r"keep=None with stage2=False does nothing"),
     ("todre", {"keep": 10, "positions": "short"}, r"positions='short' should be one of"),
     ("todre", {"keep": 37}, r"keep=37 is larger than the 36"),
     ("todre", {}, r"'keep' is required by todre"),
     ("divprune", {"keep": 0.0}, r"keep=0.0 should be a fraction"),
     ("divprune", {"keep": 37}, r"keep=37 is larger than the 36"),
-    ("divprune", {"keep": 9, "order": "raster"}, r"order='raster' should be one of 'spatial'"),
-    ("transprune", {}, r"prune_layers=\(7, 9, 12\) should lie between 1 and 7: the model has 8"),
-    ("transprune", {"prune_layers": (3, 4, 8)}, r"prune_layers=\(3, 4, 8\) should lie between 1"),
-    ("transprune", {**TINY, "prune_layers": (4, 3, 6)}, r"prune_layers=.* ascending"),
-    ("transprune", {**TINY, "prune_layers": (0, 3, 6)}, r"prune_layers=.* counted from 1"),
-    ("transprune", {**TINY, "prune_layers": 3}, r"prune_layers=3 should be a sequence"),
-    ("transprune", {**TINY, "prune_layers": ()}, r"prune_layers=\(\) should name at least one"),
-    ("transprune", {**TINY, "accumulate_layers": (3, 9)}, r"accumulate_layers=.* 8 decoder"),
-    ("transprune", {**TINY, "accumulate_layers": (3, 3)}, r"accumulate_layers=.* ascending"),
+    ("divprune", {"keep": 9, "order": "raster"}, r"order='raster' should be one of"),
+    ("transprune", {}, r"prune_before=\(7, 9, 12\) should lie between 1 and 7: .* 8 decoder"),
+    ("transprune", {"prune_before": (3, 4, 8)}, r"prune_before=\(3, 4, 8\) should lie between 1"),
+    ("transprune", {**TINY, "prune_before": (4, 3, 6)}, r"prune_before=.* ascending"),
+    ("transprune", {**TINY, "prune_before": (0, 3, 6)}, r"prune_before=\(0, 3, 6\) should lie.* 1"),
+    ("transprune", {**TINY, "prune_before": 3}, r"keep=.* one budget per layer of prune_before, 1"),
+    ("transprune", {**TINY, "prune_before": ()}, r"prune_before=\(\) should be a layer number"),
+    ("transprune", {**TINY, "transition_layers": (2, 8)}, r"transition_layers=.* 8 decoder"),
+    ("transprune", {**TINY, "transition_layers": (2, 2)}, r"transition_layers=.* ascending"),
     ("transprune", {**TINY, "keep": (0.5, 0.2)}, r"keep=\(0.5, 0.2\) should hold one budget per"),
     ("transprune", {**TINY, "keep": (0.5, 0.6, 0.2)}, r"keep=.* should not rise"),
     ("transprune", {**TINY, "keep": (0.5, 1.2, 0.2)}, r"keep\[1\]=1.2 should be a fraction"),
     ("transprune", {**TINY, "keep": (0.5, 40, 2)}, r"keep=40 is larger than the 36"),
     ("transprune", {**TINY, "keep": 0}, r"keep=0 should be at least 1"),
-    ("transprune", {"keep": 0.2, "prune_layers": (3, 4)}, r"a sequence of 2 budgets"),
+    ("transprune", {"keep": 0.2, "prune_before": (3, 4)}, r"a sequence of 2 budgets"),
     ("transprune", {**TINY, "alpha": -0.1}, r"alpha=-0.1 should be in \[0, 1\]"),
     ("transprune", {**TINY, "direction": "cos"}, r"direction='cos' should be one of 'signed'"),
     ("transprune", {**TINY, "normalize": "image"}, r"normalize='image' should be one of"),
     (
         "transprune",
-        {"prune_layers": (3, 4, 6), "accumulate_layers": (4,), "alpha": 1},
-        r"accumulate_layers=\(4,\) has no layer up to the first of prune_layers, 3",
+        {"prune_before": (3, 4, 6), "transition_layers": (3,), "alpha": 1},
+        r"transition_layers=\(3,\) has no layer before the first of prune_before, 3",
     ),
 ]
 
@@ -128,6 +128,18 @@ def test_bad_options(model: Any, method: str, options: dict[str, Any], pattern: 
     with pytest.raises(ValueError, match=pattern):
         tokprune.patch(model, method, **options)
     assert not tokprune.is_patched(model)
+
+
+def test_todre_layers_by_their_old_name() -> None:
+    with pytest.warns(FutureWarning, match="option 'check_layers' of todre is called 'prune_befo"):
+        made = tokprune.methods.make_method("todre", keep=9, check_layers=(3, 5))
+    assert made == ToDRE(9, prune_before=(3, 5))
+
+
+def test_only_a_random_pivot_draws() -> None:
+    assert [ToDRE(9, pivot=pivot).stochastic for pivot in ("cls", "farthest", "random")] == [
+        False, False, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("cls", [ToDRE, DivPrune, TransPrune, FastV])
@@ -146,9 +158,9 @@ def test_presets_are_the_published_settings() -> None:
     assert DivPrune.preset("llava-1.5", 0.098) == DivPrune(0.098)
     assert TransPrune.preset("llava-next", "high") == TransPrune()
     low = TransPrune.preset("llava-1.5", "low")
-    assert [low.counts(i, 576) for i in range(3)] == [360, 108, 36]
+    assert [low.count(i, 576) for i in range(3)] == [360, 108, 36]
     assert "inferred" in next(p.source for p in TransPrune.presets if p.budget == "low")
-    assert FastV.preset("llava-1.5", 128) == FastV(98, layer=2)
+    assert FastV.preset("llava-1.5", 128) == FastV(98, prune_before=2)
     with pytest.raises(ValueError, match=r"\('llava-next', 288\)"):
         ToDRE.preset("llava-1.5", 64)
 
@@ -311,7 +323,7 @@ def test_ratios_equal_those_of_the_whole_attention_map(family: str) -> None:
     model = BUILDERS[family](attention="eager")
     prompts = [[4, "image", 2, "image", 6], [9], [3, "image", 5], [2, "image"], [1, "image", 9]]
     inputs = make_inputs(model, prompts, [(20, 40), (40, 20), (30, 30), (24, 72), (20, 40)])
-    method = Watched(ToDRE(None, tau=0.0, check_layers=(3, 8)))
+    method = Watched(ToDRE(None, tau=0.0, prune_before=(3, 8)))
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         maps = model(**inputs, position_ids=positions, output_attentions=True).attentions
@@ -332,12 +344,12 @@ def test_ratios_equal_those_of_the_whole_attention_map(family: str) -> None:
 def test_each_sample_decides_for_itself(model: Any) -> None:
     prompts = [[4, "image", 6], [7, "image", 9], [2, "image", 3], [5, "image", 12]]
     inputs = make_inputs(model, prompts)
-    look = Watched(ToDRE(10, tau=0.0, check_layers=5))
+    look = Watched(ToDRE(10, tau=0.0, prune_before=5))
     with tokprune.compress(model, look), torch.no_grad():
         model(**inputs)
     alpha = checks_of(look)[0].alpha_tv
     tau = alpha.sort().values[1:3].mean().item()
-    with tokprune.compress(model, ToDRE(10, tau=tau, check_layers=5)) as trace, torch.no_grad():
+    with tokprune.compress(model, ToDRE(10, tau=tau, prune_before=5)) as trace, torch.no_grad():
         model(**inputs)
     want = [[0] if a < tau else [10] for a in alpha]
     assert sorted(want) == [[0], [0], [10], [10]]
@@ -348,12 +360,12 @@ def test_each_sample_decides_for_itself(model: Any) -> None:
 
 def test_first_layer_that_fires_drops_and_later_ones_are_skipped(model: Any) -> None:
     inputs = make_inputs(model, [[4, "image", 6], [7, "image", 9], [2, "image", 3]])
-    look = Watched(ToDRE(10, tau=0.0, check_layers=(2, 3, 5, 6)))
+    look = Watched(ToDRE(10, tau=0.0, prune_before=(2, 3, 5, 6)))
     with tokprune.compress(model, look), torch.no_grad():
         model(**inputs)
     alpha = torch.stack([c.alpha_tv for c in checks_of(look)])  # [layers, B]
     tau = float(alpha.min(0).values.sort().values[1:].mean())
-    method = Watched(ToDRE(10, tau=tau, check_layers=(2, 3, 5, 6)))
+    method = Watched(ToDRE(10, tau=tau, prune_before=(2, 3, 5, 6)))
     with tokprune.compress(model, method) as trace, torch.no_grad():
         model(**inputs)
     dropped = [False] * 3
@@ -369,7 +381,7 @@ def test_first_layer_that_fires_drops_and_later_ones_are_skipped(model: Any) -> 
 
 
 def test_once_all_samples_have_dropped_no_layer_is_scored(model: Any) -> None:
-    method = Watched(ToDRE(10, tau=1.0, check_layers=(2, 5, 7)))
+    method = Watched(ToDRE(10, tau=1.0, prune_before=(2, 5, 7)))
     with tokprune.compress(model, method) as trace, torch.no_grad():
         model(**make_inputs(model, [[4, "image", 6], [7, "image", 9]]))
     assert [c.layer for c in checks_of(method)] == [2]
@@ -381,8 +393,8 @@ def test_default_check_layer_and_the_last_layer(model: Any) -> None:
     for depth, layer in depths.items():
         facts = ModelFacts(**{**large_facts("llava-1.5").__dict__, "decoder_layers": depth})
         (stage,) = ToDRE(64).plan(facts).decoder
-        assert (stage.taps, stage.prune_layers) == ({layer - 1}, {layer})
-    method = Watched(ToDRE(10, tau=1.0, check_layers=8))
+        assert (stage.taps, stage.prune_before) == ({layer - 1}, {layer} - {depth})
+    method = Watched(ToDRE(10, tau=1.0, prune_before=8))
     with tokprune.compress(model, method) as trace, torch.no_grad():
         model(**make_inputs(model, [[4, "image", 6]]))
     assert checks_of(method)[0].drop.tolist() == [True]
@@ -441,7 +453,7 @@ def test_images_of_other_sizes_in_one_batch_are_selected_as_alone() -> None:
 
 
 def schedule(method: TransPrune, n: int) -> list[int]:
-    return [method.counts(i, n) for i in range(len(method.prune_layers))]
+    return [method.count(i, n) for i in range(len(method.steps))]
 
 
 def test_published_schedule_and_its_arithmetic() -> None:
@@ -460,7 +472,7 @@ def test_one_number_is_the_last_step_of_the_published_shape() -> None:
             assert n >= first >= second >= last
             assert last == (min(keep, n) if isinstance(keep, int) else int(n * keep))
     assert schedule(TransPrune(72), 576) == [504, 360, 72]
-    assert schedule(TransPrune(0.2, prune_layers=(7,)), 100) == [20]
+    assert schedule(TransPrune(0.2, prune_before=(7,)), 100) == [20]
 
 
 def test_counts_are_of_the_tokens_that_entered_the_decoder(model: Any) -> None:
@@ -487,7 +499,7 @@ def test_transitions_alone_read_no_attention(model: Any, monkeypatch: Any) -> No
     def refuse(*args: Any) -> Any:
         raise AssertionError("attention was read")
 
-    monkeypatch.setattr(_Scoring, "probabilities", refuse)
+    monkeypatch.setattr(LayerAhead, "probabilities", refuse)
     monkeypatch.setattr(Attention, "rows", refuse)
     method = TransPrune(5, alpha=1, **TINY)
     (stage,) = method.plan(facts_of(model)).decoder
@@ -504,7 +516,7 @@ def test_transitions_alone_read_no_attention(model: Any, monkeypatch: Any) -> No
 def test_attention_alone_watches_no_module(model: Any) -> None:
     (stage,) = TransPrune(5, alpha=0, **TINY).plan(facts_of(model)).decoder
     assert not stage.transition_layers
-    late = TransPrune(5, prune_layers=(3, 4, 5), accumulate_layers=(2, 5, 6, 7))
+    late = TransPrune(5, prune_before=(3, 4, 5), transition_layers=(1, 4, 5, 6))
     (stage,) = late.plan(facts_of(model)).decoder
     assert stage.transition_layers == {1, 4}, "layers after the last drop are of no use"
 
@@ -620,7 +632,7 @@ def test_fastv_ranks_by_the_whole_attention_map(rows: Any) -> None:
     inputs = make_inputs(model, [[4, "image", 6]])
     with torch.no_grad():
         maps = model(**inputs, output_attentions=True).attentions
-        with tokprune.compress(model, FastV(6, layer=3, rows=rows)) as trace:
+        with tokprune.compress(model, FastV(6, prune_before=3, rows=rows)) as trace:
             model(**inputs)
     text = maps[2][0].mean(0)[[-1] if rows == "last" else slice(40, None)].mean(0)
     best = text[4:40].topk(6).indices.sort().values + 4

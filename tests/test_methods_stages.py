@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same_logits, compressed_logits, continuation_tokens, oracle_logits
+from reference.flow import llm_select
 from tiny import BUILDERS, PATCHES, llava, llava_next, make_inputs, single
 
 import tokprune
 from tokprune.engine.contracts import ModelFacts
 from tokprune.families import family_of
-from tokprune.methods.flowcut import FlowCut, _FlowCutDecoderRun, _FlowCutStage
+from tokprune.methods.flowcut import FlowCut, TowerStage
 from tokprune.methods.mustdrop import MustDrop
-from tokprune.operators.flow import llm_select
+from tokprune.methods.scoring import ScorerRun
+from tokprune.testing.oracle import (
+    assert_same_logits,
+    compressed_logits,
+    continuation_tokens,
+    oracle_logits,
+)
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
@@ -108,11 +114,11 @@ def test_flowcut_cuts_every_second_layer_up_to_the_last_but_one(
 def test_flowcut_presets(model: str, budget: int, facts: ModelFacts, per_tile: int) -> None:
     plan = FlowCut.preset(model, budget).plan(facts)
     (stage,) = plan.encoder
-    assert isinstance(stage, _FlowCutStage)
+    assert isinstance(stage, TowerStage)
     assert stage.patches == per_tile
     assert bool(plan.decoder) == facts.tiled
     if facts.tiled:
-        assert plan.decoder[0].prune_layers == {2}
+        assert plan.decoder[0].prune_before == {2}
 
 
 @pytest.mark.parametrize(
@@ -217,13 +223,13 @@ def test_flowcut_packs_crops_in_raster_order_of_the_picture() -> None:
 def test_flowcut_ranks_each_image_of_a_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder cut of a padded batch against the operator, image by image."""
     seen: list[tuple[Any, Any]] = []
-    attention = _FlowCutDecoderRun.attention
+    attention = ScorerRun.attention
 
     def watched(self: Any, layer: int, call: Any, sequence: Any) -> None:
         seen.append((call, sequence))
         attention(self, layer, call, sequence)
 
-    monkeypatch.setattr(_FlowCutDecoderRun, "attention", watched)
+    monkeypatch.setattr(ScorerRun, "attention", watched)
     model = llava_next()
     inputs = make_inputs(model, [[3, "image", 2, "image", 5], [4, "image", 6]], SIZES)
     with tokprune.compress(model, "flowcut", keep=13) as trace, torch.no_grad():
@@ -243,7 +249,7 @@ def test_flowcut_ranks_each_image_of_a_prompt_alone(monkeypatch: pytest.MonkeyPa
 
 # ------------------------------------------------------------------------------- mustdrop
 
-FILTER: dict[str, Any] = {"spatial": False, "pruning_layers": (1, 3, 4, 6)}
+FILTER: dict[str, Any] = {"spatial": False, "prune_before": (2, 4, 5, 7)}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +261,7 @@ def test_mustdrop_budget_form_leaves_exactly_the_schedule(keep: Any, want: list[
     inputs = make_inputs(model, [[4, "image", 6], [2, "image", 3, "image", 9]])
     with tokprune.compress(model, "mustdrop", keep=keep, **FILTER) as trace, torch.no_grad():
         model(**inputs)
-    counts = [trace.last.layers[cut + 1].counts for cut in FILTER["pruning_layers"]]
+    counts = [trace.last.layers[cut].counts for cut in FILTER["prune_before"]]
     assert counts == [[[n], [n, n]] for n in want]
 
 
@@ -291,9 +297,7 @@ def test_mustdrop_keeps_the_key_set_whatever_the_thresholds() -> None:
 def test_mustdrop_batch_equals_singles_with_ragged_merges(family: str, tower: str) -> None:
     model = BUILDERS[family](tower)
     inputs = make_inputs(model, PROMPTS, SIZES)
-    method = MustDrop(
-        threshold=0.14, window=(2, 2), gamma=0.04, alpha=0.05, pruning_layers=(1, 3, 4)
-    )
+    method = MustDrop(threshold=0.14, window=(2, 2), gamma=0.04, alpha=0.05, prune_before=(2, 4, 5))
     got, last = logits_of(model, inputs, method)
     want, singles = alone(model, inputs, method)
     assert last.layers[0].counts == [one.layers[0].counts[0] for one in singles]
@@ -406,7 +410,7 @@ def test_mustdrop_cache_policy_leaves_earlier_turns_alone(
     model = llava()
     method = MustDrop(
         spatial=spatial, threshold=0.14, window=(2, 2), gamma=0.03, alpha=0.03,
-        pruning_layers=(1, 3, 4), decode_positions=decode_positions,  # type: ignore[arg-type]
+        prune_before=(2, 4, 5), decode_positions=decode_positions,  # type: ignore[arg-type]
     )  # fmt: skip
     start = make_inputs(model, first)
     more = make_inputs(model, [[3, "image", 5], [6, "image", 9]], seed=7)
@@ -449,44 +453,6 @@ def test_mustdrop_cache_policy_leaves_earlier_turns_alone(
     assert_same_logits(together, apart)
 
 
-def test_mustdrop_calibrate_hits_a_mean_number() -> None:
-    model = llava()
-    batches = [make_inputs(model, PROMPTS[:2], seed=1), make_inputs(model, PROMPTS[2:], seed=2)]
-    start = MustDrop(threshold=0.3, window=(2, 2), pruning_layers=(1, 3, 4, 6))
-    for target in (26, 18):
-        found = start.calibrate(model, batches, target)
-        assert found.alpha == found.gamma  # tied 1 : 1
-        total = 0.0
-        with tokprune.compress(model, found) as trace, torch.no_grad():
-            for batch in batches:
-                model(**batch)
-                counts = [sum(map(sum, layer.counts)) for layer in trace.last.layers]
-                total += (sum(counts[1:]) + counts[-1]) / len(counts)
-        assert total / 3 == pytest.approx(target, rel=0.03)
-    fixed = MustDrop(alpha=0.03, threshold=0.3, window=(2, 2), pruning_layers=(1, 3, 4, 6))
-    assert fixed.calibrate(model, batches, 30, tied=False).alpha == 0.03
-    assert not tokprune.is_patched(model)
-
-
-def test_mustdrop_calibrate_knows_its_floor() -> None:
-    model = llava()
-    batches = [make_inputs(model, PROMPTS)]
-    method = MustDrop(pruning_layers=(1, 3, 4, 6), spatial=False)
-    floor = (2 * PATCHES - PATCHES + 7 * 3) / 8  # one layer leaves all tokens, seven the keys
-    with pytest.raises(ValueError, match=rf"target=6 is below the floor of {floor:.1f} tokens"):
-        method.calibrate(model, batches, 6)
-    with pytest.raises(ValueError, match=r"target=40 is above the 36.0 tokens"):
-        method.calibrate(model, batches, 40)
-    with pytest.raises(ValueError, match="at least one batch"):
-        method.calibrate(model, [], 20)
-    with pytest.raises(ValueError, match="hold no image"):
-        method.calibrate(model, [make_inputs(model, [[5]])], 20)
-    with pytest.raises(ValueError, match="alpha=0 keeps every token"):
-        method.calibrate(model, batches, 20, tied=False)
-    with tokprune.compress(model, "fastv", keep=7), pytest.raises(ValueError, match="unpatch"):
-        method.calibrate(model, batches, 20)
-
-
 @pytest.mark.parametrize("preset", MustDrop.presets, ids=lambda p: str(p.budget))
 def test_mustdrop_presets_fit_the_model(preset: Any) -> None:
     method = MustDrop.preset(preset.model, preset.budget)
@@ -497,7 +463,7 @@ def test_mustdrop_presets_fit_the_model(preset: Any) -> None:
     else:
         assert plan.encoder[0].after_layers == {0}
         assert plan.encoder[0].taps == {23}
-        assert plan.decoder[0].prune_layers == {3, 7, 11, 15}
+        assert plan.decoder[0].prune_before == {3, 7, 11, 15}
 
 
 # ------------------------------------------------------------------------------- both
@@ -512,8 +478,8 @@ def test_mustdrop_presets_fit_the_model(preset: Any) -> None:
         ("flowcut", {"keep": 1.0, "tower_keep": 1.0, "decoder_cut": True}),
         ("mustdrop", {"spatial": False}),
         ("mustdrop", {"spatial": False, "gamma": 0.0, "alpha": 0.5}),
-        ("mustdrop", {"spatial": False, "keep": 1.0, "pruning_layers": (1, 3)}),
-        ("mustdrop", {"spatial": False, "gamma": 1e-9, "alpha": 1e-9, "pruning_layers": (1, 3)}),
+        ("mustdrop", {"spatial": False, "keep": 1.0, "prune_before": (2, 4)}),
+        ("mustdrop", {"spatial": False, "gamma": 1e-9, "alpha": 1e-9, "prune_before": (2, 4)}),
     ],
 )
 def test_settings_that_keep_everything_change_nothing(
@@ -546,30 +512,30 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("flowcut", {"keep": 37}, ValueError, r"keep=37 is larger than the 36"),
     ("flowcut", {"keep": 5, "tower_keep": 40}, ValueError, r"tower_keep=40 is larger than the 36"),
     ("flowcut", {"keep": 5, "tower_keep": 0}, ValueError, r"tower_keep=0 should be at least 1"),
-    ("flowcut", {"keep": 5, "period": 0}, ValueError, r"period=0 should be a number of layers"),
+    ("flowcut", {"keep": 5, "period": 0}, ValueError, r"period=0 should be .* at least 1"),
     ("flowcut", {"keep": 5, "ema": 1.5}, ValueError, r"ema=1.5 should be in \[0, 1\]"),
     ("flowcut", {"keep": 5, "entropy": 2}, ValueError, r"entropy=2 should be in \[0, 1\]"),
     ("flowcut", {"keep": 5, "semantic": "l2"}, ValueError, r"semantic='l2' should be one of"),
     ("flowcut", {"keep": 5, "value_norm": 2}, ValueError, r"value_norm=2 should be one of"),
     ("flowcut", {"keep": 5, "count_reduce": "x"}, ValueError, r"count_reduce='x' should be"),
-    ("flowcut", {"keep": 5, "prune_layer": -1}, ValueError, r"prune_layer=-1 should be at least"),
+    ("flowcut", {"keep": 5, "prune_before": 0}, ValueError, r"prune_before=0 should .* least 1"),
     (
         "flowcut",
-        {"keep": 5, "prune_layer": 7, "decoder_cut": True},
+        {"keep": 5, "prune_before": 8, "decoder_cut": True},
         ValueError,
-        r"prune_layer=7 should be at most 6",
+        r"prune_before=8 should lie between 1 and 7",
     ),
-    ("mustdrop", {"keep": 5}, ValueError, r"pruning_layers=\(2, 6, 10, 14\) should lie.* 0 and 6"),
-    ("mustdrop", {"pruning_layers": (3, 1)}, ValueError, r"pruning_layers=\(3, 1\) .*ascending"),
-    ("mustdrop", {"pruning_layers": ()}, ValueError, r"pruning_layers=\(\) should be a sequence"),
+    ("mustdrop", {"keep": 5}, ValueError, r"prune_before=\(3, 7, 11, 15\) should lie.* 1 and 7"),
+    ("mustdrop", {"prune_before": (4, 2)}, ValueError, r"prune_before=\(4, 2\) .*ascending"),
+    ("mustdrop", {"prune_before": ()}, ValueError, r"prune_before=\(\) should be a layer number"),
     ("mustdrop", {"keep": (5, 4)}, ValueError, r"keep=\(5, 4\) should hold one budget per"),
     (
         "mustdrop",
-        {"keep": (5, 9), "pruning_layers": (1, 2)},
+        {"keep": (5, 9), "prune_before": (2, 3)},
         ValueError,
         r"keep=\(5, 9\) should not rise",
     ),
-    ("mustdrop", {"keep": 40, "pruning_layers": (1,)}, ValueError, r"keep=40 is larger than the"),
+    ("mustdrop", {"keep": 40, "prune_before": (2,)}, ValueError, r"keep=40 is larger than the"),
     ("mustdrop", {"gamma": -1}, ValueError, r"gamma=-1 should be in"),
     ("mustdrop", {"alpha": float("nan")}, ValueError, r"alpha=nan should be in"),
     ("mustdrop", {"window": 3}, ValueError, r"window=3 should be \(rows, columns\)"),
@@ -580,7 +546,7 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("mustdrop", {"merge_after_layer": 5}, ValueError, r"merge_after_layer=5 should be in \[0, 4"),
     (
         "mustdrop",
-        {"key_layer": 0, "keep": 5, "pruning_layers": (1,)},
+        {"key_layer": 0, "keep": 5, "prune_before": (2,)},
         ValueError,
         r"key_layer=0 should be in \[1, 5\]",
     ),
@@ -589,6 +555,37 @@ ERRORS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("mustdrop", {"variant": "lightcompress", "keep": 4}, ValueError, r"keep should be None"),
     ("mustdrop", {"variant": "lightcompress", "spatial": False}, ValueError, r"would do nothing"),
 ]
+
+
+RENAMED = [
+    (FlowCut, {"prune_layer": 3}, {"prune_before": 4}),
+    (MustDrop, {"pruning_layers": (2, 6)}, {"prune_before": (3, 7)}),
+    (MustDrop, {"pruning_layers": [0]}, {"prune_before": (1,)}),
+]
+
+
+@pytest.mark.parametrize(("cls", "old", "now"), RENAMED)
+def test_options_by_their_old_names(cls: Any, old: Any, now: Any) -> None:
+    (name,) = old
+    with pytest.warns(FutureWarning, match=f"option '{name}' of {cls.name} is called 'prune_bef"):
+        made = tokprune.methods.make_method(cls.name, keep=0.5, **old)
+    assert made == cls(keep=0.5, **now)
+
+
+@pytest.mark.parametrize(
+    ("depth", "flowcut", "mustdrop"),
+    [
+        (32, {}, {}),
+        (24, {}, {}),
+        (16, {}, (2, 4, 6, 8)),
+        (6, {}, (1, 2, 3, 4)),
+        (3, {"prune_before": 1}, (1, 2)),
+        (2, {"prune_before": 1}, (1,)),
+    ],
+)
+def test_layers_in_decoders_of_other_depths(depth: int, flowcut: Any, mustdrop: Any) -> None:
+    assert FlowCut.options_for_depth(depth) == flowcut
+    assert MustDrop.options_for_depth(depth) == ({"prune_before": mustdrop} if mustdrop else {})
 
 
 @pytest.mark.parametrize(("method", "options", "error", "pattern"), ERRORS)
@@ -610,6 +607,16 @@ def test_feature_layers_that_do_not_fit(setting: Any) -> None:
     if setting != -6:
         with pytest.raises(tokprune.UnsupportedModelError, match="vision_feature_layer"):
             tokprune.patch(model, "mustdrop")
+
+
+def test_flowcut_cuts_down_to_a_single_token() -> None:
+    """A count of 1 is not the share 1.0, which keeps all."""
+    model = llava()
+    inputs = make_inputs(model, PROMPTS)
+    with tokprune.compress(model, "flowcut", keep=1, decoder_cut=True) as trace, torch.no_grad():
+        model(**inputs)
+    assert trace.last.layers[0].counts == [[2]] * 3
+    assert trace.last.layers[-1].counts == [[1]] * 3
 
 
 def test_flowcut_needs_a_token_per_tile() -> None:

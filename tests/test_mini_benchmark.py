@@ -83,7 +83,7 @@ def test_no_answer_is_likely_from_the_question_alone(benchmark) -> None:
 def test_a_scene_is_what_it_claims(number: int) -> None:
     scene = make_scene(7, number)
     assert scene == make_scene(7, number)
-    assert 8 <= len(scene.things) <= 20  # a full picture may have no room for the last ones
+    assert 8 <= len(scene.things) <= 20  # a full image may have no room for the last ones
     assert 1 <= len(scene.plates) <= 4
     taken = np.zeros((GRID, GRID), dtype=int)
     for thing in (*scene.things, *scene.distractors):

@@ -32,8 +32,8 @@ def answers(loaded: Any, items: list[Any]) -> list[str]:
         )
         for item in items
     ]  # fmt: skip
-    pictures = [benchmark.image(item) for item in items]
-    inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+    images = [benchmark.image(item) for item in items]
+    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
     with torch.inference_mode():
         out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]

@@ -48,11 +48,11 @@ def test_it_is_a_benchmark_of_videos(benchmark: MiniVideoBenchmark) -> None:
         benchmark.image(item)
 
 
-def test_benchmarks_of_pictures_have_no_video() -> None:
-    pictures = evals.load_benchmark("mini")
-    assert pictures.media == "image"
-    with pytest.raises(ValueError, match="benchmark mini asks about pictures"):
-        pictures.video(pictures.items("quick", limit=1)[0])
+def test_benchmarks_of_images_have_no_video() -> None:
+    images = evals.load_benchmark("mini")
+    assert images.media == "image"
+    with pytest.raises(ValueError, match="benchmark mini asks about images"):
+        images.video(images.items("quick", limit=1)[0])
 
 
 def test_a_sweep_refuses_it(tmp_path: Path) -> None:

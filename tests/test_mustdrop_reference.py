@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same_logits, compressed_logits, continuation_tokens
+from reference.decoder import Decoder, attention, heads
+from reference.windows import groups_of, similarity, windows
 from tiny import BUILDERS, IMAGE_TOKEN, make_inputs
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 import tokprune
 from tokprune.families import family_of
 from tokprune.methods.mustdrop import MustDrop
+from tokprune.testing.oracle import compressed_logits, continuation_tokens
 
 STEPS = 8
 SIZES = [(20, 40), (40, 20), (30, 30), (24, 72)]
@@ -26,14 +27,14 @@ BATCHES: dict[str, list[list[Any]]] = {
 }
 METHODS = {
     "official": MustDrop(
-        gamma=0.03, alpha=0.03, window=(2, 2), threshold=0.14, pruning_layers=(1, 3, 4, 6)
+        gamma=0.03, alpha=0.03, window=(2, 2), threshold=0.14, prune_before=(2, 4, 5, 7)
     ),
     "continue": MustDrop(
-        gamma=0.08, alpha=0.06, window=(3, 3), threshold=0.1, pruning_layers=(0, 4),
+        gamma=0.08, alpha=0.06, window=(3, 3), threshold=0.1, prune_before=(1, 5),
         decode_positions="continue", key_rate=0.2,
     ),
     "no-cache-policy": MustDrop(
-        gamma=0.04, alpha=0.08, window=(2, 3), threshold=0.2, pruning_layers=(2, 3),
+        gamma=0.04, alpha=0.08, window=(2, 3), threshold=0.2, prune_before=(3, 4),
         cache_policy=False, merge_after_layer=1,
     ),
 }  # fmt: skip
@@ -49,28 +50,6 @@ class Seen:
     cached: list[int]
 
 
-# ------------------------------------------------------------------------------- attention
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """Whole maps [H, Lq, Lk] and outputs [Lq, H·d] of q [Lq, H, d], k and v [Lk, Hkv, d]; the
-    last query is that of the last key."""
-    maps, outs = [], []
-    for head in range(q.shape[1]):
-        own = head // (q.shape[1] // k.shape[1])
-        logits = q[:, head] @ k[:, own].T / math.sqrt(q.shape[2])
-        if causal:
-            for i in range(q.shape[0]):
-                logits[i, k.shape[0] - q.shape[0] + i + 1 :] = -math.inf
-        maps.append(logits.softmax(-1))
-        outs.append(maps[-1] @ v[:, own])
-    return torch.stack(maps), torch.cat(outs, dim=1)
-
-
-def heads(x: Tensor, projection: Any, width: int) -> Tensor:
-    return projection(x).view(len(x), -1, width)
-
-
 # ------------------------------------------------------------------------------- vision
 
 
@@ -84,23 +63,6 @@ def clip_block(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return maps, x + layer.mlp(layer.layer_norm2(x))
 
 
-def windows(side: int, window: tuple[int, int]) -> list[list[int]]:
-    """Patches of each window, both in raster order."""
-    a, b = window
-    return [
-        [(y + i) * side + x + j for i in range(a) for j in range(b)]
-        for y in range(0, side, a)
-        for x in range(0, side, b)
-    ]
-
-
-def similarity(patches: Tensor, window: list[int]) -> float:
-    pairs = [(i, j) for i in window for j in window if i != j]
-    return sum(float(cosine_similarity(patches[i], patches[j], dim=0)) for i, j in pairs) / len(
-        pairs
-    )
-
-
 def encode(model: Any, tiles: Tensor, method: MustDrop) -> tuple[Tensor, list[bool], int]:
     """Visual tokens [n, D] of one image in published order, which of them are key tokens, and
     how many windows merged in each tile."""
@@ -112,17 +74,13 @@ def encode(model: Any, tiles: Tensor, method: MustDrop) -> tuple[Tensor, list[bo
     for layer in layers[: merge_layer + 1]:
         xs = [clip_block(layer, x)[1] for x in xs]
     side = math.isqrt(len(xs[0]) - 1)
-    boxes = windows(side, method.window)
+    boxes = windows(method.window, (side, side))
     similar = [[similarity(x[1:], box) for box in boxes] for x in xs]
     merged = min(sum(s >= method.threshold for s in own) for own in similar)
     features, marks = [], []
     for x, own in zip(xs, similar):
-        best = sorted(range(len(boxes)), key=lambda w: -own[w])[:merged]
-        gone = {i for w in best for i in boxes[w]}
-        rows = [x[0]]
-        rows += [torch.stack([x[1 + i] for i in boxes[w]]).mean(0) for w in best]
-        rows += [x[1 + i] for i in range(side * side) if i not in gone]
-        hidden = torch.stack(rows)
+        groups = groups_of(boxes, own, merged)
+        hidden = torch.stack([x[0], *(x[1:][members].mean(0) for members in groups)])
         for number, layer in enumerate(layers[merge_layer + 1 :], merge_layer + 1):
             maps, hidden = clip_block(layer, hidden)
             if number == len(layers) - 2:
@@ -135,52 +93,6 @@ def encode(model: Any, tiles: Tensor, method: MustDrop) -> tuple[Tensor, list[bo
 
 
 # ------------------------------------------------------------------------------- language
-
-
-def rotate(x: Tensor, positions: list[int], base: float) -> Tensor:
-    """Rotary embedding of [L, H, d], halves paired."""
-    half = x.shape[-1] // 2
-    out = torch.empty_like(x)
-    for row, position in enumerate(positions):
-        angle = torch.tensor(
-            [position * base ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=torch.float32
-        )
-        first, second = x[row, :, :half], x[row, :, half:]
-        out[row, :, :half] = first * angle.cos() - second * angle.sin()
-        out[row, :, half:] = second * angle.cos() + first * angle.sin()
-    return out
-
-
-class Decoder:
-    """A Llama with a cache per layer: keys rotated where they were computed."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.lm = model, model.model.language_model
-        config = self.lm.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        self.base = rope.get("rope_theta") or config.rope_theta
-        self.cache: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(
-            self.lm.layers
-        )
-
-    def layer(self, number: int, x: Tensor, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Attention maps [H, L, keys] and output of a layer on the newest tokens [L, D]."""
-        layer = self.lm.layers[number]
-        attn, normed = layer.self_attn, layer.input_layernorm(x)
-        width = attn.head_dim
-        q = rotate(heads(normed, attn.q_proj, width), positions, self.base)
-        k = rotate(heads(normed, attn.k_proj, width), positions, self.base)
-        v = heads(normed, attn.v_proj, width)
-        old_k, old_v = self.cache[number]
-        if old_k.numel():
-            k, v = torch.cat([old_k, k]), torch.cat([old_v, v])
-        self.cache[number] = (k, v)
-        maps, out = attention(q, k, v, causal=True)
-        x = x + attn.o_proj(out)
-        return maps, x + layer.mlp(layer.post_attention_layernorm(x))
-
-    def logits(self, x: Tensor) -> Tensor:
-        return self.model.lm_head(self.lm.norm(x[-1:]))[0]
 
 
 def weak(maps: Tensor, image: list[int], text: list[int], method: MustDrop) -> list[bool]:
@@ -208,7 +120,7 @@ def reference(
     for number in range(len(decoder.lm.layers)):
         held.append(list(alive))
         maps, x = decoder.layer(number, x, list(range(len(alive))))
-        if number in method.pruning_layers:
+        if number + 1 in method.prune_before:
             here = [place for place, token in enumerate(alive) if token in image]
             text = [p for p, token in enumerate(alive) if token >= start + len(features)]
             drop = {
@@ -221,7 +133,7 @@ def reference(
             counts.append(sum(token in image for token in alive))
     following = [len(tokens) for tokens in held]
     if method.cache_policy:
-        for number in range(min(method.pruning_layers), max(method.pruning_layers) + 1):
+        for number in range(min(method.prune_before) - 1, max(method.prune_before)):
             rows = [place for place, token in enumerate(held[number]) if token in alive]
             decoder.cache[number] = tuple(t[rows] for t in decoder.cache[number])
             if method.decode_positions == "cache_length":
@@ -267,14 +179,16 @@ def test_equals_the_reference(case: str, family: str, attention_kind: str, batch
         seen.append(own)
     last: Any = trace.last
     for b, own in enumerate(seen):
-        counts = [sum(last.layers[cut + 1].counts[b]) for cut in method.pruning_layers]
+        counts = [sum(last.layers[cut].counts[b]) for cut in method.prune_before]
         assert counts == own.counts
         assert [layer.cached[b] for layer in last.layers] == own.cached
     assert any(own.merged for own in seen), "nothing merged: the comparison would show little"
     entered = [sum(counts) for counts in last.layers[0].counts]
     assert any(own.counts[0] < n for own, n in zip(seen, entered))
     assert any(own.counts[-1] < own.counts[0] for own in seen)
-    assert_same_logits(got, torch.stack(want))
+    # loops round in another order than kernels do, and differently on every kind of processor
+    error, scale = (got - torch.stack(want)).abs().max(), torch.stack(want).abs().max()
+    assert error <= 3e-5 * max(1.0, scale)
 
 
 def test_the_batch_is_ragged_in_every_way() -> None:

@@ -263,7 +263,8 @@ def call_dart(**changes: object) -> Callable[[], object]:
         (call_dart(hidden=torch.ones(1, 5, 2)), "norms has shape"),
         (call_dart(image=torch.ones(1, 4, dtype=torch.bool)), "image is"),
         (call_dart(text=torch.ones(1, 1, 4)), "text is torch.float32"),
-        (call_dart(keep=torch.ones(1, 2, dtype=torch.long)), "image, text and keep"),
+        (call_dart(keep=torch.ones(1, 2, dtype=torch.long)), "image is torch.bool"),
+        (call_dart(keep=torch.ones(2, 1, dtype=torch.long)), "keep has shape"),
     ],
 )
 def test_errors_name_the_argument_and_its_value(call: Callable[[], object], message: str) -> None:

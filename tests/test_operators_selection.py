@@ -1,13 +1,15 @@
-"""Properties of the selecting operators: top-k, diversity, relevance, transition, FastV."""
+"""Properties of the selecting operators: attention, top-k, diversity, relevance, transition."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import attention as slow_attention
+from reference import diversity as slow_diversity
 from torch import Tensor
 
-from tokprune.operators import diversity, fastv, relevance, topk, transition
-from tokprune.operators.attention import attention_rows, mean_rows, repeat_heads
+from tokprune.operators import diversity, relevance, topk, transition
+from tokprune.operators.attention import attention_rows, mean_rows
 
 few = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 10_000)
@@ -43,7 +45,7 @@ def test_attention_rows_equal_dense_softmax(
     allowed[0, 0] = False
     got = attention_rows(q, k, 0.3, allowed)
     assert got.dtype == torch.float32
-    keys = repeat_heads(k, h)
+    keys = k.repeat_interleave(h // key_heads, dim=1)
     logits = torch.einsum("bhrd,bhld->bhrl", q, keys).double() * 0.3
     mask = allowed[:, None].expand_as(logits)
     weight = logits.exp() * mask
@@ -53,13 +55,6 @@ def test_attention_rows_equal_dense_softmax(
     assert (got[0, :, 0] == 0).all()
     one = attention_rows(q[1:], k[1:], 0.3, allowed[1:])
     torch.testing.assert_close(one[0], got[1])
-
-
-def test_repeat_heads_is_the_input_when_equal() -> None:
-    k = normal(0, 1, 3, 5, 4)
-    assert repeat_heads(k, 3) is k
-    six = repeat_heads(k, 6)
-    assert torch.equal(six[:, 3], k[:, 1])
 
 
 def test_attention_rows_scale_defaults_to_head_width() -> None:
@@ -102,8 +97,7 @@ def test_mean_rows_counts_valid_rows_only() -> None:
         ),
         (lambda: diversity.divprune(torch.ones(4, 2), 0), "k is 0"),
         (lambda: diversity.divprune(torch.ones(4, 2), 5), "k is 5"),
-        (lambda: diversity.divprune(torch.ones(4), 1), "one dimension"),
-        (lambda: diversity.divprune_from_distance(torch.ones(4, 3), 1), "distance has shape"),
+        (lambda: diversity.divprune(torch.ones(4), 1), "x has shape"),
         (lambda: diversity.max_sum(torch.ones(4, 2), 0, torch.tensor(0)), "k is 0"),
         (lambda: diversity.max_sum(torch.ones(4, 2), 2, torch.tensor([0])), "pivot is"),
         (lambda: diversity.k_center(torch.ones(4, 2), 2, torch.tensor(0.0)), "pivot is"),
@@ -113,12 +107,6 @@ def test_mean_rows_counts_valid_rows_only() -> None:
         ),
         (lambda: diversity.cls_scores(torch.ones(4)), "attn_row has shape"),
         (lambda: diversity.random_pivot(0), "k is 1"),
-        (
-            lambda: relevance.cross_modal_ratio(
-                torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), torch.ones(1, 3).long()
-            ),
-            "segment has shape",
-        ),
         (
             lambda: relevance.ratio_from_rows(
                 torch.ones(1, 1, 2, 4), torch.ones(1, 3).bool(), torch.ones(1, 4).bool()
@@ -130,24 +118,20 @@ def test_mean_rows_counts_valid_rows_only() -> None:
             lambda: transition.transition_weight(
                 torch.ones(2, 3), torch.ones(2, 3), normalize="image"
             ),
-            "normalize is 'image'",
+            "normalize='image' is unknown",
         ),
         (
             lambda: transition.transition_weight(
                 torch.ones(2, 3), torch.ones(2, 3), direction="none"
             ),
-            "direction is 'none'",
+            "direction='none' is unknown",
         ),
         (lambda: transition.transition_score([], None), "ttv is empty"),
         (lambda: transition.transition_score([], torch.ones(2), alpha=1.5), "alpha is 1.5"),
         (
-            lambda: transition.instruction_attention(
-                torch.ones(1, 2, 4), torch.ones(1, 6, 4), start=1, n=4
-            ),
-            "q_text has 2 rows",
+            lambda: transition.image_share(torch.ones(1, 4), torch.zeros(1, 3).long()),
+            r"segment has shape \(1, 3\) and value",
         ),
-        (lambda: fastv.select(torch.ones(2, 6), start=4, n=4, k=1), "start is 4"),
-        (lambda: fastv.select(torch.ones(2, 6), start=1, n=4, k=5), "k is 5"),
     ],
 )
 def test_errors_name_the_argument_and_its_value(call: object, message: str) -> None:
@@ -176,35 +160,11 @@ def test_segment_topk_equals_slow_loop(seed: int, length: int, segments: int) ->
     score = torch.randint(-2, 3, (3, length), generator=g).float()
     segment = torch.randint(-1, segments, (3, length), generator=g)
     budget = torch.randint(-1, 6, (3, segments), generator=g)
-    want = torch.zeros(3, length, dtype=torch.bool)
-    for b in range(3):
-        for s in range(segments):
-            own = [i for i in range(length) if segment[b, i] == s]
-            own.sort(key=lambda i, row=score[b]: (-row[i].item(), i))
-            for i in own[: max(0, int(budget[b, s]))]:
-                want[b, i] = True
+    want = slow_attention.segment_topk(score, segment, budget)
     assert torch.equal(topk.segment_topk(score, segment, budget), want)
 
 
 # ------------------------------------------------------------------------------- diversity
-
-
-def brute_max_sum(x: Tensor, k: int, pivot: int, allowed: Tensor) -> list[int]:
-    unit = torch.nn.functional.normalize(x.double(), dim=-1)
-    order = [pivot]
-    while len(order) < k:
-        rest = [i for i in range(len(x)) if i not in order and allowed[i]]
-        order.append(max(rest, key=lambda i: sum(float(1 - unit[i] @ unit[c]) for c in order)))
-    return order
-
-
-def brute_k_center(x: Tensor, k: int, pivot: int, allowed: Tensor) -> list[int]:
-    unit = torch.nn.functional.normalize(x.double(), dim=-1)
-    order = [pivot]
-    while len(order) < k:
-        rest = [i for i in range(len(x)) if i not in order and allowed[i]]
-        order.append(max(rest, key=lambda i: min(float(1 - unit[i] @ unit[c]) for c in order)))
-    return order
 
 
 @pytest.fixture(params=["dense", "streaming"])
@@ -224,12 +184,11 @@ def test_greedy_equals_brute_force(path: str, name: str, seed: int) -> None:
     allowed = torch.rand(3, n, generator=generator(seed)) < 0.7
     allowed[:, :10] = True
     pivot = torch.randint(10, (3,), generator=generator(seed))
-    operator = getattr(diversity, name)
-    brute = brute_max_sum if name == "max_sum" else brute_k_center
+    operator, slow = getattr(diversity, name), getattr(slow_diversity, name)
     got = operator(x, k, pivot, allowed)
     assert_chosen(got, n, k)
     for b in range(3):
-        assert got[b].tolist() == brute(x[b], k, int(pivot[b]), allowed[b])
+        assert torch.equal(got[b], slow(x[b].double(), int(pivot[b]), k, allowed[b]))
         assert torch.equal(operator(x[b], k, pivot[b], allowed[b]), got[b])
     # a candidate mask of all ones changes nothing
     everything = torch.ones(3, n, dtype=torch.bool)
@@ -246,15 +205,16 @@ def test_divprune_is_k_center_from_the_most_isolated(path: str, seed: int, with_
         allowed = torch.ones(2, n, dtype=torch.bool)
         allowed[:, ::3] = False
     got = diversity.divprune(x, k, allowed)
-    distance = diversity.cosine_distance(x)
+    distance = slow_diversity.cosine_distance(x)
     for b in range(2):
         own = list(range(n)) if allowed is None else allowed[b].nonzero().view(-1).tolist()
         nearest = {i: min(float(distance[b, i, j]) for j in own if j != i) for i in own}
         assert got[b, 0] == max(own, key=nearest.__getitem__)
     assert torch.equal(got, diversity.k_center(x, k, got[:, 0], allowed))
     before = distance.clone()
-    assert torch.equal(got, diversity.divprune_from_distance(distance, k, allowed))
-    assert torch.equal(before, distance), "the input was overwritten"
+    if not with_mask:
+        assert torch.equal(got, diversity.k_center_from_distance(distance, k, got[:, 0]))
+        assert torch.equal(before, distance), "the input was overwritten"
 
 
 @few
@@ -310,23 +270,15 @@ def test_single_token() -> None:
         assert got.tolist() == [0]
 
 
-def test_set_measures_of_a_selection() -> None:
+def test_k_center_covers_what_is_left() -> None:
     x = normal(5, 2, 12, 6)
     order = diversity.k_center(x, 5, torch.tensor([1, 2]))
-    distance = diversity.cosine_distance(x)
-    for b in range(2):
-        chosen = order[b].tolist()
-        near = distance[b][:, chosen].amin(1).clamp(min=0)
-        torch.testing.assert_close(diversity.min_distance(x, order)[b], near, atol=1e-6, rtol=1e-5)
-        total = (1 - distance[b][:, chosen]).sum(1)
-        torch.testing.assert_close(
-            diversity.summed_similarity(x, order)[b], total, atol=1e-5, rtol=1e-5
-        )
-        radius = diversity.selection_radius(x, order)[b]
-        assert radius[0] == torch.inf
-        assert (radius[1:].diff() <= 1e-6).all()
-        # what is left is no farther away than the last chosen token was
-        assert near.max() <= radius[-1] + 1e-6
+    radius = slow_diversity.selection_radius(x, order)
+    assert (radius[:, 0] == torch.inf).all()
+    assert (radius[:, 1:].diff() <= 1e-6).all()
+    # what is left is no farther away than the last chosen token was
+    near = slow_diversity.min_distance(x, order)
+    assert (near.amax(-1) <= radius[:, -1] + 1e-6).all()
 
 
 def test_pivots() -> None:
@@ -355,49 +307,31 @@ def test_random_pivot_is_seeded_and_uniform() -> None:
 # ------------------------------------------------------------------------------- relevance
 
 
-def dense_ratio(q: Tensor, k: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
-    length = segment.shape[1]
-    allowed = torch.ones(length, length, dtype=torch.bool).tril() & (segment != 0)[:, None]
-    attn = attention_rows(q, k, None, allowed).mean(1)
-    text, visual = (segment == 3).float(), (segment == 2).float()
-    tv = torch.einsum("bi,bij,bj->b", text, attn, visual) / text.sum(1)
-    vt = torch.einsum("bi,bij,bj->b", visual, attn, text) / visual.sum(1)
-    return tv, vt
-
-
 @few
 @given(seeds, st.integers(1, 24))
-def test_cross_modal_ratio_equals_the_full_map(seed: int, length: int) -> None:
-    segment = torch.randint(0, 4, (4, length), generator=generator(seed))
+def test_ratios_equal_those_of_the_full_map(seed: int, length: int) -> None:
+    segment = torch.randint(1, 4, (4, length), generator=generator(seed))
+    text, visual = segment == 3, segment == 2
     q, k = normal(seed, 4, 4, length, 8), normal(seed + 1, 4, 2, length, 8)
-    got = relevance.cross_modal_ratio(q, k, segment)
-    for ours, want in zip(got, dense_ratio(q, k, segment)):
-        torch.testing.assert_close(ours, want, equal_nan=True, atol=1e-6, rtol=1e-5)
-    for b in range(4):
-        one = relevance.cross_modal_ratio(q[b : b + 1], k[b : b + 1], segment[b : b + 1])
-        for ours, want in zip(one, got):
-            torch.testing.assert_close(ours[0], want[b], equal_nan=True, atol=1e-6, rtol=1e-5)
-
-
-def test_many_rows_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    segment = torch.tensor([[1, 2, 2, 3, 2, 2, 2, 3, 3, 3]])
-    q, k = normal(0, 1, 2, 10, 8), normal(1, 1, 2, 10, 8)
-    whole = relevance.cross_modal_ratio(q, k, segment)
-    assert whole[1] > 0
-    monkeypatch.setattr(relevance, "_CHUNK", 2)
-    torch.testing.assert_close(relevance.cross_modal_ratio(q, k, segment), whole)
+    causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+    rows = attention_rows(q, k, None, causal)
+    for who, whom in ((text, visual), (visual, text)):
+        got = relevance.ratio_from_rows(rows, who, whom)
+        want = slow_attention.text_to_image_ratio(q, k, who, whom)
+        torch.testing.assert_close(got, want, equal_nan=True, atol=1e-6, rtol=1e-5)
+        # rows in parts, divided by what is known of their number
+        parts = [
+            relevance.ratio_from_rows(part, real, whom, count=torch.ones(4))
+            for part, real in zip(rows.split(5, 2), who.split(5, 1))
+        ]
+        whole = sum(parts, torch.zeros(4)) / who.sum(1)
+        torch.testing.assert_close(whole, got, equal_nan=True, atol=1e-6, rtol=1e-5)
 
 
 def test_samples_without_text_or_image_never_drop() -> None:
-    segment = torch.tensor([[1, 2, 2, 2], [1, 3, 3, 3], [1, 2, 3, 3]])
-    q, k = normal(0, 3, 2, 4, 8), normal(1, 3, 2, 4, 8)
-    tv, vt = relevance.cross_modal_ratio(q, k, segment)
-    assert tv.isnan().tolist() == [True, False, False]
-    assert vt.isnan().tolist() == [False, True, False]
-    assert relevance.should_drop(tv, vt, 1.1).tolist() == [False, False, True]
-    text_rows, visual_rows = relevance.ratio_rows(segment)
-    assert text_rows.tolist() == [[-1, -1, -1], [1, 2, 3], [2, 3, -1]]
-    assert visual_rows is None
+    nan = torch.nan
+    tv, vt = torch.tensor([nan, 0.0, 0.0, 0.2]), torch.tensor([0.0, nan, 0.0, 0.0])
+    assert relevance.should_drop(tv, vt, 0.1).tolist() == [False, False, True, False]
 
 
 # ------------------------------------------------------------------------------ transition
@@ -415,13 +349,14 @@ def test_transition_weight_by_definition() -> None:
     assert (got[1, :2] == 0).all()
     alone = transition.transition_weight(before[1:, 2:], after[1:, 2:])
     torch.testing.assert_close(got[1, 2:], alone[0])
+    whole = slow_attention.transition_weight(before[:1], after[:1]).nan_to_num(posinf=0)
+    torch.testing.assert_close(got[:1], whole)
+    torch.testing.assert_close(
+        got[1:, 2:], slow_attention.transition_weight(before[1:, 2:], after[1:, 2:])
+    )
     e = torch.exp(1 - torch.nn.functional.cosine_similarity(before, after, dim=-1)) * valid
-    ratio = after.norm(dim=-1) / before.norm(dim=-1)
-    want = (ratio * e / e.sum(1, keepdim=True)).nan_to_num(posinf=0)
-    torch.testing.assert_close(got, want)
     batch = transition.transition_weight(before, after, valid, normalize="batch")
-    scale = e.sum(1, keepdim=True) / e.sum()
-    torch.testing.assert_close(batch, want * scale)
+    torch.testing.assert_close(batch, got * (e.sum(1, keepdim=True) / e.sum()))
 
 
 def test_transition_direction() -> None:
@@ -466,50 +401,16 @@ def test_transition_score_parts() -> None:
     assert (text_only == 0).all()
 
 
-def test_instruction_attention_in_batches_and_without_text() -> None:
-    q, k = normal(0, 3, 4, 2, 8), normal(1, 3, 2, 9, 8)
-    got = transition.instruction_attention(q, k, 3, 4)
-    assert got.shape == (3, 4)
-    torch.testing.assert_close(got.sum(-1), torch.ones(3))
-    for b in range(3):
-        torch.testing.assert_close(transition.instruction_attention(q[b], k[b], 3, 4), got[b])
-    none = transition.instruction_attention(q[:, :, :0], k, 5, 4)
-    assert (none == 0).all()
-
-
-# ----------------------------------------------------------------------------------- fastv
-
-
-@few
-@given(seeds, st.integers(0, 5), st.integers(0, 8), st.integers(0, 4), st.data())
-def test_fastv_keeps_all_text(
-    seed: int, start: int, n: int, after: int, data: st.DataObject
-) -> None:
-    k = data.draw(st.integers(0, n))
-    length = start + n + after
-    row = torch.rand(3, 2, length, generator=generator(seed))
-    keep = fastv.select(row, start, n, k)
-    assert keep.shape == (3, length - n + k)
-    score = row.mean(1)
-    for b in range(3):
-        kept = keep[b].tolist()
-        assert kept == sorted(set(kept))
-        text = set(range(start)) | set(range(start + n, length))
-        assert text <= set(kept)
-        image = set(kept) - text
-        dropped = set(range(start, start + n)) - image
-        assert len(image) == k
-        if image and dropped:
-            assert min(score[b, list(image)]) >= max(score[b, list(dropped)])
-        assert torch.equal(fastv.select(row[b], start, n, k), keep[b])
-
-
-def test_fastv_row_scores_mean_over_rows() -> None:
-    rows = torch.rand(2, 3, 4, 5, generator=generator(0))
-    torch.testing.assert_close(fastv.row_scores(rows), rows.mean((1, 2)))
-    torch.testing.assert_close(
-        fastv.row_scores(rows[:, :, :1]), fastv.last_row_scores(rows[:, :, 0])
-    )
+def test_instruction_attention_of_one_image_and_without_text() -> None:
+    q, k = normal(0, 3, 4, 9, 8), normal(1, 3, 2, 9, 8)
+    segment = torch.full((3, 9), -1)
+    segment[:, 3:7] = 0
+    causal = torch.ones(1, 9, 9, dtype=torch.bool).tril()
+    rows = attention_rows(q, k, None, causal)[:, :, 7:]
+    got = transition.instruction_rows(rows, None, segment)
+    torch.testing.assert_close(got[:, 3:7], slow_attention.instruction_attention(q, k, 3, 4))
+    assert (got[segment < 0] == 0).all()
+    assert (transition.instruction_rows(rows[:, :, :0], None, segment) == 0).all()
 
 
 # --------------------------------------------------------------------------------- no sync
@@ -534,11 +435,10 @@ def test_no_operator_reads_the_device() -> None:
     assert topk.segment_topk(score, segment, budget).shape == (2, 30)
     q = torch.empty(2, 4, 30, 8, device=meta)
     k = torch.empty(2, 2, 30, 8, device=meta)
-    rows = torch.empty(2, 6, dtype=torch.long, device=meta)
-    tv, vt = relevance.cross_modal_ratio(q, k, segment, None, rows, rows)
-    assert tv.shape == vt.shape == (2,)
+    rows = attention_rows(q, k, None, mask[:, None])
+    alpha = relevance.ratio_from_rows(rows, mask, mask)
+    assert relevance.should_drop(alpha, alpha, 0.1).shape == (2,)
     assert transition.transition_weight(x, x, mask).shape == (2, 30)
     probs = torch.empty(2, 4, 6, 30, device=meta)
-    iga = transition.instruction_rows(probs, rows > 0, segment, 3)
+    iga = transition.instruction_rows(probs, mask[:, :6], segment, 3)
     assert transition.transition_score([score], iga, 0.5, segment, 3).shape == (2, 30)
-    assert fastv.select(probs[:, :, 0], 3, 10, 4).shape == (2, 24)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from reference.sparsevlm import recycle
 from torch import Tensor
 
-from tokprune.operators.pyramiddrop import rank_drop
 from tokprune.operators.sparsevlm import (
     attention_rank,
     best_heads,
@@ -31,30 +31,6 @@ seeds = st.integers(0, 10_000)
 
 def randn(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def slow_recycle(x: Tensor, clusters: int) -> tuple[list[int], list[list[int]]]:
-    """Centres, and members of each cluster, of vectors [M, D]; loops in float64."""
-    m, d = x.shape
-    x = x.double()
-    apart = [[float((a - b).norm()) / math.sqrt(d) for b in x] for a in x]
-    density = [-sum(v * v for v in sorted(row)[:clusters]) / clusters for row in apart]
-    widest = max(max(row) for row in apart)
-    score = []
-    for i in range(m):
-        higher = [apart[i][j] for j in range(m) if density[j] > density[i]]
-        delta = min(higher, default=widest)
-        score.append(density[i] + math.log(delta) if delta else -math.inf)
-    centres = sorted(range(m), key=lambda i: -score[i])[:clusters]
-    members: list[list[int]] = [[] for _ in centres]
-    for i in range(m):
-        home = (
-            centres.index(i)
-            if i in centres
-            else min(range(clusters), key=lambda c: apart[i][centres[c]])
-        )
-        members[home].append(i)
-    return centres, members
 
 
 # ------------------------------------------------------------------------------- raters
@@ -239,7 +215,7 @@ def test_clusters_equal_those_of_the_loops(seed: int, sizes: list[int], most: in
     valid = torch.arange(m) < torch.tensor([[n] for n in sizes])
     got = recycle_merge(x.masked_fill(~valid[:, :, None], 1e3), most, torch.tensor(clusters), valid)
     for b, (n, k) in enumerate(zip(sizes, clusters)):
-        centres, members = slow_recycle(x[b, :n], k)
+        centres, members = recycle(x[b, :n], k)
         assert got.centre[b].tolist() == centres + [-1] * (most - k)
         for c, group in enumerate(members):
             assert (got.cluster[b] == c).nonzero().view(-1).tolist() == group
@@ -290,26 +266,7 @@ def test_two_clusters_do_not_depend_on_rounding() -> None:
         alone = recycle_merge(x, 2)
         many = recycle_merge(torch.cat([randn(99, 6, 21, 64), x]), 2)
         assert torch.equal(alone.centre[0], many.centre[-1])
-        assert alone.centre[0].tolist() == slow_recycle(x[0], 2)[0]
-
-
-# ------------------------------------------------------------------------------- pyramiddrop
-
-
-@given(seeds, st.lists(st.integers(0, 5), min_size=2, max_size=2))
-@few
-def test_rank_drop_keeps_the_best_of_each_image(seed: int, budget: list[int]) -> None:
-    row = randn(seed, 2, 3, 15).softmax(-1)
-    segment = torch.tensor([[-1, 0, 0, 0, 0, -1, 1, 1, 1, 1, 1, 1, -1, -1, -1]] * 2)
-    score, mask = rank_drop(row, segment, torch.tensor([budget] * 2))
-    for b in range(2):
-        mean = [sum(float(row[b, h, j]) for h in range(3)) / 3 for j in range(15)]
-        assert score[b].tolist() == pytest.approx(mean, rel=1e-5)
-        want = set()
-        for s in (0, 1):
-            own = [j for j in range(15) if segment[b, j] == s]
-            want |= set(sorted(own, key=lambda j: -float(score[b, j]))[: budget[s]])
-        assert set(mask[b].nonzero().view(-1).tolist()) == want
+        assert alone.centre[0].tolist() == recycle(x[0], 2)[0]
 
 
 # ------------------------------------------------------------------------------- errors
@@ -333,5 +290,3 @@ def test_errors_name_what_is_wrong() -> None:
         recycle_merge(torch.ones(1, 3, 2), 4)
     with pytest.raises(ValueError, match=r"valid is torch.bool \(1, 2\)"):
         recycle_merge(torch.ones(1, 3, 2), 1, valid=torch.ones(1, 2).bool())
-    with pytest.raises(ValueError, match=r"budget has shape \(3,\)"):
-        rank_drop(probs[:, :, 0], torch.zeros(1, 4).long(), torch.ones(3).long())

@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import flow as slow_flow
+from reference import mustdrop as slow_mustdrop
+from reference import visionzip as slow_visionzip
+from reference import windows as slow_windows
+from reference.packing import raster_pack
 from torch import Tensor
 
-from tokprune.operators.anyres import flowcut_pack, unpad_bounds, visionzip_pack
+from tokprune.operators.anyres import raster_position, unpad_bounds
 from tokprune.operators.flow import (
     accumulate,
     attention_entropy,
@@ -17,13 +23,10 @@ from tokprune.operators.flow import (
     encoder_keep,
     flow_score,
     global_query_terms,
-    llm_select,
     prune_count,
     text_terms,
 )
 from tokprune.operators.mustdrop import (
-    cache_policy,
-    dual_filter,
     filter_score,
     key_mask,
     key_tokens,
@@ -34,8 +37,6 @@ from tokprune.operators.pooling import (
     grid_avg_pool,
     grid_sample,
     nested_scales,
-    random_sample,
-    sequential_sample,
 )
 from tokprune.operators.topk import keep_topk
 from tokprune.operators.visionzip import compress, contextual, dominant, token_scores
@@ -70,15 +71,13 @@ def padded(rows: list[Tensor], fill: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def test_attn_terms_are_rows_of_the_whole_map() -> None:
     q, k, v = (randn(i, 2, 6, 11, 8) for i in range(3))
-    terms = attn_terms(q, k[:, :3], v[:, :3], value_norm="per_head")
-    whole = (q @ k[:, :3].repeat_interleave(2, 1).mT / 8**0.5).softmax(-1).mean(1)
-    values = (v[:, :3] @ v[:, :3].mT).softmax(-1).mean(1)
-    torch.testing.assert_close(terms.attention, whole[:, 0, 1:])
-    torch.testing.assert_close(terms.semantic, values[:, 0, 1:])
-    norm = v[:, :3, 1:].abs().sum((1, 3))
-    torch.testing.assert_close(terms.value.abs().sum(-1), norm)
-    cosine = torch.cosine_similarity(v[:, :3, :1], v[:, :3, 1:], dim=-1).mean(1).clamp(min=0)
-    torch.testing.assert_close(attn_terms(q, k[:, :3], v[:, :3], semantic="cosine")[1], cosine)
+    k, v = k[:, :3], v[:, :3]
+    for got, want in zip(attn_terms(q, k, v), slow_flow.attn_terms(q, k, v)):
+        torch.testing.assert_close(got, want)
+    per_head = attn_terms(q, k, v, value_norm="per_head").value
+    assert torch.equal(per_head, v[:, :, 1:].transpose(1, 2).flatten(2))
+    cosine = torch.cosine_similarity(v[:, :, :1], v[:, :, 1:], dim=-1).mean(1).clamp(min=0)
+    torch.testing.assert_close(attn_terms(q, k, v, semantic="cosine").semantic, cosine)
 
 
 @pytest.mark.parametrize("semantic", ["dot", "cosine"])
@@ -110,15 +109,6 @@ def test_semantic_underflow_counts_as_zero() -> None:
     torch.testing.assert_close(flow_score(*terms), flow_score(terms[0], None, terms[2]))
 
 
-def expected_count(p: list[float], remaining: int, target: int) -> float:
-    """The number before rounding, by the formula."""
-    n, total = len(p), sum(p)
-    if n <= target:
-        return 0.0
-    h = -sum(x / total * math.log(x / total) for x in p if x > 0) / math.log(n)
-    return (n - target) / math.sqrt(remaining) * (1 - h * h)
-
-
 @few
 @given(seeds, st.lists(st.integers(2, 60), min_size=1, max_size=4), st.integers(1, 22))
 def test_prune_count_of_ragged_images(seed: int, lengths: list[int], remaining: int) -> None:
@@ -129,7 +119,7 @@ def test_prune_count_of_ragged_images(seed: int, lengths: list[int], remaining: 
     attention, valid = padded(rows, fill=0.7)
     single = prune_count(attention, remaining, target, valid)
     batch = prune_count(attention, remaining, target, valid, reduce="batch")
-    raw = [expected_count(r.tolist(), remaining, target) for r in rows]
+    raw = [slow_flow.raw_prune_count(r, remaining, target) for r in rows]
     for got, want, n in zip(single.tolist(), raw, lengths):
         assert abs(got - want) <= 0.5 + 1e-3
         assert 0 <= got <= max(0, n - target)
@@ -224,8 +214,6 @@ def test_flow_in_half_precision_is_flow_of_the_same_numbers(dtype: torch.dtype) 
     assert torch.equal(keep_topk(score, 12), keep_topk(flow_score(*full), 12))
     attention = peaked(5, 3, 500).to(dtype)
     assert torch.equal(prune_count(attention, 3, 60), prune_count(attention.float(), 3, 60))
-    got = llm_select(q[0], k[0], v[0], 4, 40, 50, 9)
-    assert torch.equal(got, llm_select(q[0].float(), k[0].float(), v[0].float(), 4, 40, 50, 9))
 
 
 def test_accumulate_halves_the_history() -> None:
@@ -237,18 +225,18 @@ def test_accumulate_halves_the_history() -> None:
 
 def test_decoder_cut_sees_only_the_visual_tokens() -> None:
     q, k, v = randn(0, 4, 40, 8), randn(1, 2, 40, 8), randn(2, 2, 40, 8)
-    got = llm_select(q, k, v, 6, 20, 33, 7)
-    assert got.tolist() == sorted(set(got.tolist()))
-    assert len(got) == 7
+    block, last = slice(6, 26), slice(33, 34)
+
+    def chosen() -> Tensor:
+        terms = text_terms(q[:, last], k[:, block], v[:, last], v[:, block])
+        return keep_topk(flow_score(*terms), 7)
+
+    got = chosen()
+    assert torch.equal(got, slow_flow.llm_select(q, k, v, 6, 20, 33, 7))
     k[:, :6], v[:, :6] = 50.0, 50.0  # other tokens have no part
     k[:, 26:33], k[:, 34:] = -50.0, 50.0
-    assert torch.equal(llm_select(q, k, v, 6, 20, 33, 7), got)
-    assert llm_select(q, k, v, 6, 20, 33, 20).tolist() == list(range(20))
-    assert llm_select(q, k, v, 6, 0, 33, 20).tolist() == []
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    block = torch.cat([torch.arange(6), 6 + order, torch.arange(26, 40)])
-    moved = llm_select(q, k[:, block], v[:, block], 6, 20, 33, 7)
-    assert sorted(order[moved].tolist()) == got.tolist()
+    assert torch.equal(chosen(), got)
+    assert torch.equal(slow_flow.llm_select(q, k, v, 6, 20, 33, 7), got)
 
 
 def test_text_terms_of_spans_in_a_batch() -> None:
@@ -273,47 +261,17 @@ def test_global_query_of_one_image_among_two() -> None:
     torch.testing.assert_close(attention[0, :6], alone[0])
     torch.testing.assert_close(value[0, :6], alone[1])
     assert not attention[0, 6:].any()
-    whole = (q.mean(2, keepdim=True) @ k.mT / 2).softmax(-1).mean(1)[:, 0]
-    torch.testing.assert_close(attention[1], whole[1])
+    for got, want in zip((attention, value), slow_flow.global_query_terms(q, k, v)):
+        torch.testing.assert_close(got[1], want[1])
 
 
 # ------------------------------------------------------------------------------------ windows
 
 
-def slow_windows(tokens: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> list[list[int]]:
-    """Grid indices of each window."""
-    (a, b), (h, w) = window, grid
-    return [
-        [(y + i) * w + x + j for i in range(a) for j in range(b)]
-        for y in range(0, h, a)
-        for x in range(0, w, b)
-    ]
-
-
-def slow_similarity(tokens: Tensor, members: list[int]) -> float:
-    pairs = [
-        torch.cosine_similarity(tokens[i].double(), tokens[j].double(), dim=0).item()
-        for i in members
-        for j in members
-        if i != j
-    ]
-    return sum(pairs) / len(pairs)
-
-
-def slow_merge(
-    tokens: Tensor, r: int, window: tuple[int, int], grid: tuple[int, int]
-) -> tuple[Tensor, list[list[int]]]:
-    """Rows and the grid tokens in each, one window after the other."""
-    windows = slow_windows(tokens, window, grid)
-    best = sorted(windows, key=lambda m: -slow_similarity(tokens, m))[:r]
-    gone = {i for members in best for i in members}
-    groups = best + [[i] for i in range(len(tokens)) if i not in gone]
-    return torch.stack([tokens[g].mean(0) for g in groups]), groups
-
-
 def check_sample(
-    merge: WindowMerge, i: int, out: Tensor, groups: list[list[int]], cls: int
+    merge: WindowMerge, i: int, tokens: Tensor, groups: list[list[int]], cls: int
 ) -> None:
+    out = torch.stack([tokens[members].mean(0) for members in groups])
     m, r = len(groups), int(merge.r[i])
     assert merge.counts[i] == m + cls == int(merge.valid[i].sum())
     torch.testing.assert_close(merge.out[i, cls : cls + m], out)
@@ -352,9 +310,9 @@ def test_spatial_merge_is_the_slow_loop(
     cls, n, batch = int(class_token), grid[0] * grid[1], len(images)
     x = grid_tokens(seed, batch, n)
     lead = randn(seed + 2, batch, cls, 5)
-    similarity = torch.tensor(
-        [[slow_similarity(t, m) for m in slow_windows(t, window, grid)] for t in x]
-    )
+    boxes = slow_windows.windows(window, grid)
+    similar = [[slow_windows.similarity(t.double(), m) for m in boxes] for t in x]
+    similarity = torch.tensor(similar)
     torch.testing.assert_close(window_similarity(x, window, grid), similarity, atol=1e-5, rtol=1e-5)
     threshold = similarity.flatten().sort().values.unfold(0, 2, 1)  # between two neighbours
     threshold = float(threshold[len(threshold) // 2].mean()) if len(threshold) else 0.0
@@ -364,7 +322,7 @@ def test_spatial_merge_is_the_slow_loop(
     for i, image in enumerate(images):
         r = min(o for o, other in zip(own, images) if other == image)
         assert merge.r[i] == r
-        check_sample(merge, i, *slow_merge(x[i], r, window, grid), cls)
+        check_sample(merge, i, x[i], slow_windows.groups_of(boxes, similar[i], r), cls)
     assert torch.equal(merge.out[:, :cls], lead)
     shared = spatial_merge(whole, threshold, window, class_token, "batch", grid)
     assert shared.r.tolist() == [min(own)] * batch
@@ -399,7 +357,10 @@ def test_fixed_merge_reaches_its_count(retained: int, left: int) -> None:
     merge = spatial_merge_fixed(x, (3, 3), retained)
     assert merge.out.shape[1] == 1 + left
     for i in range(2):
-        check_sample(merge, i, *slow_merge(x[i, 1:], int(merge.r[i]), (3, 3), (12, 12)), 1)
+        boxes = slow_windows.windows((3, 3), (12, 12))
+        similar = [slow_windows.similarity(x[i, 1:].double(), m) for m in boxes]
+        groups = slow_windows.groups_of(boxes, similar, int(merge.r[i]))
+        check_sample(merge, i, x[i, 1:], groups, 1)
         single = spatial_merge_fixed(x[i : i + 1], (3, 3), retained)
         torch.testing.assert_close(single.out[0], merge.out[i])
 
@@ -435,11 +396,10 @@ def test_key_tokens_of_ragged_samples() -> None:
     assert mask.sum(1).tolist() == [math.ceil(0.3 * n) for n in lengths]
 
 
-def slow_filter(attn: Tensor, gamma: float, alpha: float) -> list[bool]:
-    mean = attn.float().mean(0)
-    g, m = mean.sum(0), mean.amax(0)
-    limit = gamma * g.sum()
-    return [bool(~((g[j] < limit) & (m[j] < alpha))) for j in range(len(g))]
+def stays(
+    attn: Tensor, gamma: float, alpha: float, rows: Any = None, columns: Any = None
+) -> Tensor:
+    return filter_score(*text_attention(attn, rows, columns), gamma, alpha) >= 1
 
 
 @few
@@ -457,89 +417,33 @@ def test_filter_score_says_what_the_filter_does(
     attn = peaked(seed, 2, rows, n + 5)[..., :n]
     if coarse:  # exact ties with the limits
         attn = (attn * 8).round() / 8
-    total, peak = text_attention(attn)
-    q = filter_score(total, peak, gamma, alpha)
+    q = filter_score(*text_attention(attn), gamma, alpha)
     assert not q.isnan().any()
-    keep = dual_filter(attn, None, gamma, alpha)
-    assert keep.tolist() == slow_filter(attn, gamma, alpha)
-    assert torch.equal(q >= 1, keep)
-    keys = key_mask(torch.tensor([n - 1]), n)
-    assert torch.equal(dual_filter(attn, keys, gamma, alpha), keep | keys)
+    assert torch.equal(q >= 1, slow_mustdrop.dual_filter(attn, gamma, alpha))
 
 
 def test_a_probability_equal_to_the_limit_is_kept() -> None:
     for i in range(1, 200):
         alpha = i / 201
         attn = torch.tensor([[[alpha, 0.0, 1.0]]])
-        assert dual_filter(attn, None, 1.0, alpha).tolist() == [True, False, True]
+        assert stays(attn, 1.0, alpha).tolist() == [True, False, True]
 
 
 def test_filter_of_a_ragged_batch() -> None:
     attn = peaked(1, 3, 2, 4, 20)
     rows = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
     columns = torch.arange(20) < torch.tensor([[20], [12], [7]])
-    keys = key_mask(torch.tensor([[3, 15], [11, -1], [0, -1]]), 20)
-    keep = dual_filter(attn, keys, 0.06, 0.08, rows, columns)
+    keep = stays(attn, 0.06, 0.08, rows, columns)
     for i in range(3):
         own = attn[i][:, rows[i]][..., columns[i]]
-        want = dual_filter(own, keys[i][columns[i]], 0.06, 0.08)
-        assert torch.equal(keep[i][columns[i]], want)
-    assert not keep[~columns].any()
-    assert keep[2].sum() == 7  # no text after the image: everything stays
+        assert torch.equal(keep[i][columns[i]], stays(own, 0.06, 0.08))
+    assert keep[2].all()  # no text after the image: everything stays
     assert 0 < keep[1].sum() < 12
-    assert dual_filter(attn[:, :, :0], None, 0.5, 0.5).all()
-    assert torch.equal(
-        dual_filter(attn.flip(0), keys.flip(0), 0.06, 0.08).flip(0),
-        dual_filter(attn, keys, 0.06, 0.08),
-    )
-
-
-@few
-@given(seeds, st.integers(0, 6), st.integers(1, 30), st.integers(0, 5))
-def test_cache_policy_is_the_gathers_one_after_the_other(
-    seed: int, start: int, n: int, text: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    cuts, layers = (1, 3, 4, 7), 10
-    alive, keeps, caches = torch.arange(start + n + text), [], []
-    for layer in range(layers):
-        caches.append(alive)  # every layer caches what enters it
-        if layer in cuts:
-            image = alive[start : len(alive) - text]
-            stays = (torch.rand(len(image), generator=generator) < 0.7).nonzero()[:, 0]
-            keeps.append(stays)
-            alive = torch.cat([alive[:start], image[stays], alive[len(alive) - text :]])
-    for layer, index in enumerate(cache_policy(keeps, start, n, text, layers, cuts)):
-        if layer < cuts[0] or layer > cuts[-1]:
-            assert index is None
-        else:
-            assert index is not None
-            assert torch.equal(caches[layer][index], alive)
-    assert cache_policy([], start, n, text, layers, ()) == [None] * layers
+    assert stays(attn[:, :, :0], 0.5, 0.5).all()
+    assert torch.equal(stays(attn.flip(0), 0.06, 0.08).flip(0), stays(attn, 0.06, 0.08))
 
 
 # ------------------------------------------------------------------------------------ visionzip
-
-
-def slow_compress(
-    hidden: Tensor, metric: Tensor, kept: list[int], count: int
-) -> tuple[list[Tensor], list[list[int]]]:
-    rest = [i for i in range(len(hidden)) if i not in kept]
-    out, groups = [hidden[i] for i in sorted(kept)], [[i] for i in sorted(kept)]
-    if not count:
-        return out, groups
-    step = max(1, len(rest) // count)
-    targets = rest[::step][:count]
-    joined: dict[int, list[int]] = {t: [] for t in targets}
-    for i in rest:
-        if i not in joined:
-            near = [torch.cosine_similarity(metric[i], metric[t], dim=0).item() for t in targets]
-            joined[targets[near.index(max(near))]].append(i)
-    for t in targets:
-        mean = hidden[joined[t]].mean(0) if joined[t] else torch.zeros_like(hidden[t])
-        out.append(hidden[t] + mean)
-        groups.append([t, *joined[t]])
-    return out, groups
 
 
 @few
@@ -556,8 +460,10 @@ def test_compress_is_the_slow_loop(seed: int, kept: int, count: int, class_token
             score[0] = torch.inf
         indices = score.sort(descending=True, stable=True).indices[:kept].tolist()
         assert got.indices[i].tolist() == indices
-        out, groups = slow_compress(hidden[i], metric[i], indices, count)
-        torch.testing.assert_close(got.out[i], torch.stack(out))
+        merged, groups = slow_visionzip.contextual(hidden[i], metric[i], indices, count)
+        kept_tokens = sorted(indices)
+        torch.testing.assert_close(got.out[i], torch.cat([hidden[i, kept_tokens], merged]))
+        groups = [[token] for token in kept_tokens] + groups
         assert got.rows[i].tolist() == [g[0] for g in groups]
         where = {token: row for row, members in enumerate(groups) for token in members}
         assert got.group[i].tolist() == [where.get(t, -1) for t in range(tokens)]
@@ -613,44 +519,19 @@ def test_unpad_keeps_the_image(height: int, width: int, w: int, h: int) -> None:
     assert -1e-6 <= right - left - shown_width + 1 <= 2
 
 
-def random_patches(seed: int, tiles: int, keep: int, side: int) -> Tensor:
-    return randn(seed, tiles, side * side).argsort(-1)[:, :keep]
-
-
-def test_flowcut_pack_reads_the_stitched_map_row_by_row() -> None:
+def test_positions_read_the_stitched_map_row_by_row() -> None:
     side, tiles = 6, (2, 3)
-    kept = random_patches(0, 6, 11, side).sort(-1).values
-    at = flowcut_pack(kept, tiles, side, base=4)
-    assert at[:4].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
-    places = []
-    for tile, row in at[4:].tolist():
-        patch = int(kept[tile - 1, row])
-        y, x = (tile - 1) // 3 * side + patch // side, (tile - 1) % 3 * side + patch % side
-        places.append((y, x))
-    assert places == sorted(set(places))
-    assert len(places) == kept.numel()
+    kept = randn(0, 6, side * side).argsort(-1)[:, :11].sort(-1).values
+    order = raster_position(kept, tiles, side).flatten().argsort()
+    at = torch.stack([order // 11 + 1, order % 11], dim=1)
+    assert torch.equal(at, raster_pack(kept, tiles, side, base=0))
     top, bottom, left, right = unpad_bounds(12, 18, (900, 300))
     assert (top, left) != (0, 0)
-    cropped = flowcut_pack(kept, tiles, side, base=4, original_size=(900, 300))
-    inside = [top <= y < bottom and left <= x < right for y, x in places]
-    assert torch.equal(cropped[4:], at[4:][torch.tensor(inside)])
-    valid = torch.arange(11) < torch.tensor([[11], [3], [0], [5], [11], [1]])
-    some = flowcut_pack(kept, tiles, side, base=4, valid=valid)
-    assert torch.equal(some[4:], at[4:][valid[at[4:, 0] - 1, at[4:, 1]]])
-
-
-def test_visionzip_pack_names_every_row_once() -> None:
-    side, tiles = 5, (2, 2)
-    patches = random_patches(1, 4, 6, side)
-    indices = torch.cat([torch.zeros(4, 1, dtype=torch.long), patches + 1], dim=1)
-    at = visionzip_pack(indices, 3, tiles, side)
-    assert sorted(at.tolist()) == [[t, r] for t in range(5) for r in range(10)]
-    assert at[34:38].tolist() == [[t, 0] for t in range(1, 5)]
-    assert at[38:].tolist() == [[t, r] for t in range(1, 5) for r in (7, 8, 9)]
-    kept = patches.sort(-1).values
-    raster = flowcut_pack(kept, tiles, side, base=0)
-    assert torch.equal(at[10:34], raster + torch.tensor([0, 1]))
-    assert len(visionzip_pack(indices[:, :1], 0, tiles, side, base=0)) == 4
+    place = raster_position(kept, tiles, side).flatten()[order]
+    y, x = place // 18, place % 18
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    cropped = raster_pack(kept, tiles, side, 0, (top, bottom, left, right))
+    assert torch.equal(at[inside], cropped)
 
 
 # ------------------------------------------------------------------------------------ pooling
@@ -726,28 +607,6 @@ def test_grid_sample_at_exact_scales_takes_window_centres(height: int, width: in
     assert grid_sample(height, width, 0).tolist() == []
 
 
-@few
-@given(st.integers(1, 700), st.data())
-def test_list_samples(n: int, data: st.DataObject) -> None:
-    keep = data.draw(st.integers(0, n))
-    even = sequential_sample(n, keep)
-    assert even.tolist() == [i * n // keep for i in range(keep)]
-    chosen = random_sample(n, keep, torch.Generator().manual_seed(n))
-    assert torch.equal(chosen, random_sample(n, keep, torch.Generator().manual_seed(n)))
-    for index in (even, chosen):
-        assert len(index) == keep
-        assert torch.equal(index, index.unique())
-        assert keep == 0 or (index[0] >= 0 and index[-1] < n)
-
-
-def test_random_sample_favours_no_position() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hits = sum(
-        torch.zeros(10).index_fill(0, random_sample(10, 3, generator), 1) for _ in range(2000)
-    )
-    assert (hits - 600).abs().max() < 100
-
-
 # ------------------------------------------------------------------------------------ errors
 
 ROW, MAP = torch.ones(1, 2, 5), torch.ones(1, 9, 4)
@@ -757,10 +616,10 @@ Q = torch.ones(1, 2, 5, 4)
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: attn_terms(Q, Q, Q, semantic="sine"), "semantic is 'sine'"),
-        (lambda: attn_terms(Q, Q, Q, value_norm="max"), "value_norm is 'max'"),
+        (lambda: attn_terms(Q, Q, Q, semantic="sine"), "semantic='sine' is unknown"),
+        (lambda: attn_terms(Q, Q, Q, value_norm="max"), "value_norm='max' is unknown"),
         (lambda: attn_terms(Q, Q, Q[:, :, :4]), "v has shape"),
-        (lambda: attn_terms(Q, Q, Q, allowed=torch.ones(1, 4).bool()), "allowed has shape"),
+        (lambda: attn_terms(Q, Q, Q, allowed=torch.ones(1, 4).bool()), "allowed is torch.bool"),
         (lambda: flow_score(ROW[0], ROW[0], ROW[0]), "value has shape"),
         (lambda: flow_score(ROW[0], ROW[0, :, :3], Q[0]), "semantic has shape"),
         (lambda: accumulate(ROW, ROW[..., :3]), "previous has shape"),
@@ -768,18 +627,15 @@ Q = torch.ones(1, 2, 5, 4)
         (lambda: prune_count(ROW[0], 0, 1), "remaining is 0"),
         (lambda: prune_count(ROW[0], 2, 0), "target is 0"),
         (lambda: prune_count(ROW, 2, 1), "attention has shape"),
-        (lambda: prune_count(ROW[0], 2, 1, reduce="all"), "reduce is 'all'"),
+        (lambda: prune_count(ROW[0], 2, 1, reduce="all"), "reduce='all' is unknown"),
         (lambda: prune_count(ROW[0], 2, 1, ROW[0]), "valid is torch.float32"),
         (lambda: encoder_keep(ROW[0], ROW[0, :, :2], 2, 1), "attention has shape"),
         (lambda: encoder_keep(ROW[0], ROW[0], -1, 1), "remaining is -1"),
-        (lambda: llm_select(Q, Q, Q, 3, 4, 4, 1), "start is 3 and n is 4"),
-        (lambda: llm_select(Q, Q, Q, 0, 3, 5, 1), "last is 5"),
-        (lambda: llm_select(Q, Q, Q, 0, 3, 4, 0), "target is 0"),
         (lambda: spatial_merge(MAP, window=(2, 2), class_token=False), r"window is \(2, 2\)"),
         (lambda: spatial_merge(MAP, window=(1, 1), class_token=False), r"window is \(1, 1\)"),
         (lambda: spatial_merge(MAP), "8 tokens are no square"),
         (lambda: spatial_merge(MAP, class_token=False, grid=(3, 2)), r"grid is \(3, 2\)"),
-        (lambda: spatial_merge(MAP, class_token=False, share="image"), "share is 'image'"),
+        (lambda: spatial_merge(MAP, class_token=False, share="image"), "share='image' is unknown"),
         (lambda: spatial_merge(MAP, class_token=False, share=torch.ones(2)), "share has shape"),
         (lambda: spatial_merge(MAP[0]), "x has shape"),
         (lambda: spatial_merge_fixed(torch.ones(1, 577, 2), (3, 3), 32), "retained is 32.* 58 and"),
@@ -787,26 +643,19 @@ Q = torch.ones(1, 2, 5, 4)
         (lambda: key_tokens(ROW, 0), "rate is 0"),
         (lambda: key_tokens(ROW[0]), "cls_row has shape"),
         (lambda: key_tokens(ROW, 0.1, torch.ones(1, 5).bool()), "valid is torch.bool"),
-        (lambda: dual_filter(ROW[0]), "attn has shape"),
-        (lambda: dual_filter(Q, torch.ones(4)), "keys is torch.float32"),
-        (lambda: dual_filter(Q, gamma=-1), "gamma is -1"),
-        (lambda: dual_filter(Q, row_valid=torch.ones(5).bool()), "row_valid is torch.bool"),
-        (lambda: dual_filter(Q, col_valid=torch.ones(1, 5).bool()), "col_valid is torch.bool"),
+        (lambda: text_attention(ROW[0]), "attn has shape"),
+        (lambda: filter_score(ROW, ROW, gamma=-1), "gamma is -1"),
+        (lambda: text_attention(Q, row_valid=torch.ones(5).bool()), "row_valid is torch.bool"),
+        (lambda: text_attention(Q, col_valid=torch.ones(1, 5).bool()), "col_valid is torch.bool"),
         (lambda: filter_score(ROW, ROW[0]), "peak has shape"),
-        (lambda: cache_policy([], 0, 3, 1, 9), "keeps has 0 entries"),
-        (lambda: cache_policy([ROW] * 2, 0, 3, 1, 9, (4, 2)), r"pruning_layers is \[4, 2\]"),
-        (lambda: cache_policy([ROW], 0, 3, 1, 9, (9,)), r"pruning_layers is \[9\]"),
         (lambda: token_scores(ROW, "mean_received"), "attn has shape"),
-        (lambda: token_scores(ROW, "max"), "score is 'max'"),
+        (lambda: token_scores(ROW, "max"), "score='max' is unknown"),
         (lambda: dominant(ROW, 0), "count is 0"),
         (lambda: dominant(ROW, 6), "count is 6"),
         (lambda: compress(MAP, MAP, torch.ones(1, 1, 9), 4, 6), "count is 6.* 5 other"),
         (lambda: compress(MAP, MAP[:, :3], torch.ones(1, 1, 9), 4, 2), "metric has shape"),
-        (lambda: flowcut_pack(torch.ones(3, 2).long(), (2, 2)), "patch has shape"),
-        (lambda: flowcut_pack(torch.ones(4, 2).long(), (2, 2), 0), "side is 0"),
-        (lambda: flowcut_pack(torch.ones(4, 2).long(), (2, 2), base=-1), "base is -1"),
-        (lambda: visionzip_pack(torch.ones(4, 2).long(), -1, (2, 2)), "contextual is -1"),
-        (lambda: visionzip_pack(torch.ones(4, 0).long(), 1, (2, 2)), "dominant has shape"),
+        (lambda: raster_position(torch.ones(3, 2).long(), (2, 2), 6), "patch has shape"),
+        (lambda: raster_position(torch.ones(4, 2).long(), (2, 2), 0), "side is 0"),
         (lambda: unpad_bounds(3, 3, (0, 2)), "original_size is"),
         (lambda: grid_avg_pool(MAP, 4), r"scale is 4.*\[9, 1\]"),
         (lambda: grid_avg_pool(MAP, 10, official_rounding=True), "scale is 10"),
@@ -817,8 +666,6 @@ Q = torch.ones(1, 2, 5, 4)
         (lambda: grid_avg_pool(MAP, 1, grid=(2, 4)), r"grid is \(2, 4\)"),
         (lambda: grid_sample(3, 3, 10), "keep is 10"),
         (lambda: grid_sample(0, 3, 0), "grid is 0×3"),
-        (lambda: random_sample(3, -1), "keep is -1"),
-        (lambda: sequential_sample(3, 4), "keep is 4"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], object], match: str) -> None:

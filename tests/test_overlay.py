@@ -143,7 +143,7 @@ def test_several_images_and_rows() -> None:
     one = tokprune.overlay(trace, landscape())
     two = tokprune.overlay(trace, [landscape(), landscape(100, 300)], row=1)
     assert two.height > 1.8 * one.height
-    with pytest.raises(ValueError, match=r"1 picture\(s\) for batch row 1, which has 2"):
+    with pytest.raises(ValueError, match=r"1 image\(s\) for batch row 1, which has 2"):
         tokprune.overlay(trace, landscape(), row=1)
 
 

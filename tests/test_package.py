@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tokprune
 from tokprune.methods import available_methods
-from tokprune.methods.base import Method, option_names
+from tokprune.methods.base import Method
+from tokprune.methods.registry import option_names
 
 ROOT = Path(__file__).parent.parent
 

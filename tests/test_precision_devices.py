@@ -10,26 +10,27 @@ from methods_table import CORE
 from tiny import BUILDERS, make_inputs
 
 import tokprune
+from tokprune.methods import make_method
+from tokprune.testing import Case, tiny_family
+from tokprune.testing.case import GREEDY
+from tokprune.testing.checks.numbers import hidden_states_fit, runs_in
 
-PROMPTS = [[4, "image", 6], [7, "image", 9]]
-GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+PROMPTS: list[list[Any]] = [[4, "image", 6], [7, "image", 9]]
+
+
+def case_of(case: str, family: str) -> Case:
+    method, options = CORE[case]
+    tiny = tiny_family(BUILDERS[family])
+    return Case(make_method(method, **options), tiny, tiny.build(), PROMPTS, [(20, 40)] * 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", CORE)
-def test_half_precision_runs_and_stays_close(case: str, family: str, dtype: torch.dtype) -> None:
-    """Same budget as in float32, output in the model's dtype, finite, batch rows independent."""
-    method, options = CORE[case]
-    model = BUILDERS[family]().to(dtype)
-    inputs = make_inputs(model, PROMPTS)
-    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with tokprune.compress(model, method, **options) as trace, torch.no_grad():
-        logits = model(**inputs).logits
-        model.generate(**inputs, **GREEDY)
-    assert logits.dtype == dtype
-    assert torch.isfinite(logits[:, -1]).all()
-    assert trace.last.layers[-1].lengths[0] < trace.last.original_lengths[0]
+def test_half_precision_runs(case: str, family: str, dtype: torch.dtype) -> None:
+    """Tokens go, output in the model's dtype, finite."""
+    prefill = runs_in(case_of(case, family), dtype)[1]
+    assert prefill.layers[-1].lengths[0] < prefill.original_lengths[0]
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -62,12 +63,4 @@ def test_device_map_with_offload_to_disk(case: str, family: str, tmp_path: Any) 
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", CORE)
 def test_output_hidden_states_have_the_layers_lengths(case: str, family: str) -> None:
-    """output_hidden_states=True works; each entry is as long as the sequence of its layer."""
-    method, options = CORE[case]
-    model = BUILDERS[family]()
-    inputs = make_inputs(model, PROMPTS)
-    with tokprune.compress(model, method, **options) as trace, torch.no_grad():
-        states = model(**inputs, output_hidden_states=True).hidden_states
-    widths = [layer.column.shape[1] for layer in trace.last.layers]
-    assert [s.shape[1] for s in states[1:-1]] == widths[:-1]
-    assert states[-1].shape[1] == widths[-1]
+    hidden_states_fit(case_of(case, family))

@@ -36,7 +36,7 @@ def value(paper: str, table: str, label: str, asked: str, benchmark: str, **more
     """The one figure that fits."""
     found = [
         row for row in PAPERS[paper]
-        if (row.table, row.label, row.budget.asked, row.benchmark)
+        if (row.table, row.label, row.budget.printed, row.benchmark)
         == (table, label, asked, benchmark)
         and all(getattr(row, name) == wanted for name, wanted in more.items())
     ]  # fmt: skip
@@ -108,7 +108,7 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
             r for r in load_paper(paper)
-            if (r.model, r.label, r.budget.asked, r.method) == (model, label, asked, method)
+            if (r.model, r.label, r.budget.printed, r.method) == (model, label, asked, method)
         )  # fmt: skip
         preset = available_methods()[method].preset(family, budget)
         assert full_options(row) == json_options(preset), row.key
@@ -129,10 +129,10 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
             row.value / base.value for row in PAPERS[average.paper.key]
             if row.quality and row.benchmark != "average"
             and all(getattr(row, n) == getattr(average, n) for n in same)
-            and row.budget.asked == average.budget.asked
+            and row.budget.printed == average.budget.printed
             and (base := baseline(row, PAPERS[average.paper.key])) is not None
         ]  # fmt: skip
-        name = (average.paper.key, average.label, average.budget.asked)
+        name = (average.paper.key, average.label, average.budget.printed)
         if len(parts) < 5 or name in odd or (*name, average.table) in odd:
             continue
         assert 100 * sum(parts) / len(parts) == pytest.approx(average.value, abs=0.07), average.key
@@ -208,7 +208,7 @@ def test_quoted_rows_are_filed_under_the_paper_that_printed_them() -> None:
 
 def test_unpruned_figure_of_a_row() -> None:
     rows = load_paper("visionzip")
-    row = next(r for r in rows if r.budget.asked == "64" and r.benchmark == "textvqa")
+    row = next(r for r in rows if r.budget.printed == "64" and r.benchmark == "textvqa")
     base = baseline(row, rows)
     assert base is not None
     assert (base.method, base.value, base.budget.tokens) == ("none", 58.2, 576)

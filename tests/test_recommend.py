@@ -40,20 +40,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _real(folder: Path) -> Path:
-    """Give the cells options and texts of real methods (the fake ones have stand-ins)."""
+    """Give the trials options and texts of real methods (the fake ones have stand-ins)."""
     run = json.loads((folder / "run.json").read_text())
-    made = {c["cell"]: make_method(c["method"], keep=int(c["budget"])) for c in run["cells"]
+    made = {c["trial"]: make_method(c["method"], keep=int(c["budget"])) for c in run["trials"]
             if c["method"] is not None}  # fmt: skip
     rows = [json.loads(x) for x in (folder / "rows.jsonl").read_text().splitlines()]
-    for cell in run["cells"]:
-        if cell["cell"] in made:
-            cell["options"] = _options(made[cell["cell"]])
-            cell["repr"] = repr(made[cell["cell"]])
+    for trial in run["trials"]:
+        if trial["trial"] in made:
+            trial["options"] = _options(made[trial["trial"]])
+            trial["repr"] = repr(made[trial["trial"]])
     from tokprune.eval.sweep.identity import row_id
 
-    cells = {c["cell"]: c for c in run["cells"]}
+    trials = {c["trial"]: c for c in run["trials"]}
     for row in rows:
-        row["row"] = row_id(run, cells[row["cell"]], row["item"], row["task"])
+        row["row"] = row_id(run, trials[row["trial"]], row["item"], row["task"])
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
@@ -66,7 +66,7 @@ def _options(method: Method) -> dict[str, Any]:
 @functools.cache
 def _all(folder: Path) -> list[Any]:
     return [r for r in analyse(load_run(folder), draws=20).results
-            if r.point.arm not in ("none", "downsample")]  # fmt: skip
+            if r.point.variant not in ("none", "downsample")]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ choice
@@ -120,7 +120,7 @@ def test_confidence_costs_more(folder: Path) -> None:
 def test_a_winning_control_is_named(tmp_path: Path) -> None:
     run = fake_run.make_run(tmp_path, count=180, methods=("mustdrop",), budgets=(64,))
     found = recommend(run, max_tokens=64)
-    assert found.result.point.arm == "pool"  # downsample is more accurate, and no setting
+    assert found.result.point.variant == "pool"  # downsample is more accurate, and no setting
     assert found.setting["evidence"]["control"] is True
     assert any("control 'pool'" in line for line in found.warnings)
     assert found.setting["method"] == "pool"
@@ -187,7 +187,7 @@ def test_refuses_a_run_of_controls_alone(tmp_path: Path) -> None:
 def test_every_method_round_trips(case: str, text: bool, tmp_path: Path) -> None:
     name, options = methods_table.ALL[case]
     method = make_method(name, **options)
-    setting: dict[str, Any] = {"schema": 1, "method": name, "options": _options(method)}
+    setting: dict[str, Any] = {"schema": 2, "method": name, "options": _options(method)}
     if text:
         setting["repr"] = repr(method)
     save_setting(setting, tmp_path / "s.json")
@@ -202,7 +202,7 @@ def test_every_preset_round_trips(name: str) -> None:
     cls = available_methods()[name]
     for preset in cls.presets:
         method = cls(**preset.options)
-        setting = {"schema": 1, "method": name, "options": _options(method), "repr": repr(method)}
+        setting = {"schema": 2, "method": name, "options": _options(method), "repr": repr(method)}
         again = load_setting(json.loads(json.dumps(setting)))
         assert repr(again) == repr(method)
 
@@ -211,7 +211,7 @@ def test_every_preset_round_trips(name: str) -> None:
 def test_lists_and_tuples_that_mean_different_things(r: Any) -> None:
     """ToMe's (count, inflection) is a tuple, its list of counts is not: repr tells them apart."""
     method = ToMe(r=r)
-    setting = {"schema": 1, "method": "tome", "options": _options(method), "repr": repr(method)}
+    setting = {"schema": 2, "method": "tome", "options": _options(method), "repr": repr(method)}
     assert load_setting(json.loads(json.dumps(setting))) == method
 
 
@@ -224,13 +224,13 @@ def test_recommended_setting_is_a_method(tmp_path: Path) -> None:
     assert found.setting["model"]["hash"] == "hash-of-tiny"
 
 
-GOOD: dict[str, Any] = {"schema": 1, "method": "random", "options": {"keep": 9}}
+GOOD: dict[str, Any] = {"schema": 2, "method": "random", "options": {"keep": 9}}
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({**GOOD, "schema": 2}, "schema=2 is unknown"),
+        ({**GOOD, "schema": 3}, "schema=3 is unknown"),
         ({}, "schema=None is unknown"),
         ({**GOOD, "method": "nope"}, "method='nope' is unknown"),
         ({**GOOD, "method": None}, "'method'=None"),

@@ -65,7 +65,7 @@ def test_a_report_is_made_without_torch() -> None:
 
 def test_numbers_are_those_of_the_rows(folder: Path, made: Any) -> None:
     """Accuracy, flips, loyalty, retention and cost of one point, counted by hand."""
-    rows = {(r["cell"], r["item"]): r for r in _rows(folder)}
+    rows = {(r["trial"], r["item"]): r for r in _rows(folder)}
     names = sorted({item for _, item in rows})
     headline = [t for t in fake_run.TASKS if t not in fake_run.OUTSIDE]
     mine = {i: rows["todre@64", i] for i in names}
@@ -94,7 +94,7 @@ def test_numbers_are_those_of_the_rows(folder: Path, made: Any) -> None:
     assert r.loyalty == pytest.approx(same)
     assert r.point.tokens == 64
     assert r.cost("flops") == 2 * rows["todre@64", names[0]]["macs"]
-    timing = json.loads((folder / "latency.json").read_text())["cells"]["todre@64"]
+    timing = json.loads((folder / "latency.json").read_text())["trials"]["todre@64"]
     assert r.cost("latency") == timing["total"]["median"]
     tests = [x for x in made.analysis.results if x.flips is not None]
     assert r.p == pytest.approx(min(1, mcnemar(lost, gained) * len(tests)), rel=len(tests))
@@ -102,10 +102,10 @@ def test_numbers_are_those_of_the_rows(folder: Path, made: Any) -> None:
 
 
 def test_accuracies_rank_as_they_were_made(made: Any) -> None:
-    arms = [r.point.arm for r in made.analysis.at_budget(16)]
-    assert arms.index("todre") < arms.index("divprune") < arms.index("random")
+    variants = [r.point.variant for r in made.analysis.at_budget(16)]
+    assert variants.index("todre") < variants.index("divprune") < variants.index("random")
     assert made.analysis.at == 64
-    assert made.contest.best.point.arm == "todre"
+    assert made.contest.best.point.variant == "todre"
     assert made.contest.gap > 0
     assert made.contest.interval[0] > 0
     low, high = made.contest.corrected
@@ -114,7 +114,7 @@ def test_accuracies_rank_as_they_were_made(made: Any) -> None:
 
 
 def test_failed_and_missing_items(made: Any) -> None:
-    """A failed item counts as wrong and disloyal; a missing one leaves the comparison."""
+    """A failed item counts as incorrect and disloyal; a missing one leaves the comparison."""
     failed, short = _point(made.analysis, "divprune @ 16"), _point(made.analysis, "divprune @ 64")
     assert (failed.n, failed.missing, failed.point.failed) == (COUNT, 0, 2)
     assert failed.tasks["presence"].n == COUNT // 9
@@ -131,7 +131,7 @@ def test_failed_and_missing_items(made: Any) -> None:
 def test_seeds_are_averaged(folder: Path, made: Any) -> None:
     r = _point(made.analysis, "random @ 64")
     assert r.point.seeds == (0, 1)
-    rows = [x["score"] for x in _rows(folder) if x["cell"] in ("random@64", "random@64.s1")
+    rows = [x["score"] for x in _rows(folder) if x["trial"] in ("random@64", "random@64.s1")
             and x["task"] == "word"]  # fmt: skip
     assert r.tasks["word"].accuracy == pytest.approx(np.mean(rows))
 
@@ -155,7 +155,7 @@ def test_frontiers_leave_nominal_budgets_out(made: Any) -> None:
     assert shrunk.point.nominal
     assert shrunk.point.tokens == 64
     assert shrunk.point.measured["tokens_mean"] == fake_run.N
-    assert not any(r.on for r in points.values() if r.point.arm == "downsample")
+    assert not any(r.on for r in points.values() if r.point.variant == "downsample")
     assert "tokens" in points["unpruned"].on
     best = max((r for r in points.values() if r.point.budget == 16 and not r.point.nominal),
                key=lambda r: r.accuracy)  # fmt: skip
@@ -164,11 +164,11 @@ def test_frontiers_leave_nominal_budgets_out(made: Any) -> None:
 
 def test_pairs_of_methods(made: Any) -> None:
     found = made.differences
-    assert found.arms == ("todre",)  # divprune lacks answers at 64, fastv cannot reach it
+    assert found.variants == ("todre",)  # divprune lacks answers at 64, fastv cannot reach it
     complete = analyse(made.analysis.data, at=0.25, draws=50)
     assert complete.at == 144
     found = differences(complete)
-    assert set(found.arms) == {"divprune", "fastv", "todre"}
+    assert set(found.variants) == {"divprune", "fastv", "todre"}
     assert len(found.pairs) == 3 * len(fake_run.TASKS)
     raw = []
     for pair in found.pairs:
@@ -179,7 +179,7 @@ def test_pairs_of_methods(made: Any) -> None:
         assert counted.lost >= counted.gained
         assert pair.p >= counted.p
     assert min(p.p for p in found.pairs) == pytest.approx(min(1, min(raw) * len(raw)))
-    total = sum(found.wins(a, b) for a in found.arms for b in found.arms)
+    total = sum(found.wins(a, b) for a in found.variants for b in found.variants)
     assert total == sum(map(len, found.tasks().values()))
 
 
@@ -199,27 +199,27 @@ def test_nearest_budget(wanted: float, budget: float) -> None:
 
 
 def test_groups_are_as_defined(folder: Path, made: Any) -> None:
-    rows = {(r["cell"], r["item"]): r["score"] for r in _rows(folder)}
+    rows = {(r["trial"], r["item"]): r["score"] for r in _rows(folder)}
     names = {item for _, item in rows}
     for table in made.groups:
         g = table.groups
-        cell = f"downsample@{g.budget:g}"
-        right = {i for i in names if rows["none", i] == 1}
-        assert set(g.hard) == {i for i in right if rows[cell, i] == 0}
-        assert set(g.easy) == {i for i in right if rows[cell, i] == 1}
-        assert "downsample" not in [row.result.point.arm for row in table.rows]
+        trial = f"downsample@{g.budget:g}"
+        correct = {i for i in names if rows["none", i] == 1}
+        assert set(g.hard) == {i for i in correct if rows[trial, i] == 0}
+        assert set(g.easy) == {i for i in correct if rows[trial, i] == 1}
+        assert "downsample" not in [row.result.point.variant for row in table.rows]
         for row in table.rows:
             if len(row.result.point.seeds) == 1 and not row.hard.missing:
-                cell_of = row.result.point.cells[0]
-                own = [rows[cell_of, i] for i in g.hard]
-                assert (row.hard.right, row.hard.n) == (sum(own), len(own))
+                trial_of = row.result.point.trials[0]
+                own = [rows[trial_of, i] for i in g.hard]
+                assert (row.hard.correct, row.hard.n) == (sum(own), len(own))
         shares = [row.hard.accuracy for row in table.rows]
         assert shares == sorted(shares, reverse=True)
 
 
 def test_groups_count_missing_answers(made: Any) -> None:
     table = next(t for t in made.groups if t.groups.budget == 64)
-    row = next(r for r in table.rows if r.result.point.arm == "divprune")
+    row = next(r for r in table.rows if r.result.point.variant == "divprune")
     absent = {f"item{n:05d}" for n in range(5)}
     assert row.hard.missing == len(absent & set(table.groups.hard))
     assert row.hard.missing + row.easy.missing > 0
@@ -254,7 +254,7 @@ def test_files(made: Any) -> None:
     assert folder.name == "report"
     plots = {p.name for p in (folder / "plots").iterdir()}
     assert plots == {f"accuracy-vs-{x}.svg" for x in ("tokens", "flops", "latency")} | {
-        "accuracy-per-arm.svg", "oracle.svg", "retention.svg"}  # fmt: skip
+        "accuracy-per-variant.svg", "oracle.svg", "retention.svg"}  # fmt: skip
     for plot in (folder / "plots").iterdir():
         ElementTree.fromstring(plot.read_text())
     text = made.markdown.read_text()
@@ -281,7 +281,7 @@ def test_page_says_what_it_must(made: Any) -> None:
         "2 questions failed", "points lack answers", "Not in the headline average: relation",
         "out of memory", "the lowest mean it can do", "Blind baseline",
         "tokprune sweep --model tiny",
-        "Right answer:", "✓ right", "✗ wrong", "frontier", "@media (max-width",
+        "Correct answer:", "✓ correct", "✗ incorrect", "frontier", "@media (max-width",
     ):  # fmt: skip
         assert words in text, words
     assert not re.search(r'\b(?:src|href)="(?!data:image/|#)', text)
@@ -354,30 +354,32 @@ def test_unfinished_run(tmp_path: Path) -> None:
 def test_drawing_shows_kept_patches() -> None:
     from PIL import Image
 
-    picture = Image.new("RGB", (96, 96), (200, 30, 30))
+    image = Image.new("RGB", (96, 96), (200, 30, 30))
     record: dict[str, Any] = {"kept": [[0, 0, 0], [2, 1, 0]], "merged": False}
-    drawn = draw(picture, record, 16)
+    drawn = draw(image, record, 16)
     assert drawn is not None
-    cell = drawn.width // 4
-    middle = [drawn.getpixel((c * cell + cell // 2, r * cell + cell // 2))
+    trial = drawn.width // 4
+    middle = [drawn.getpixel((c * trial + trial // 2, r * trial + trial // 2))
               for r, c in ((0, 0), (2, 1), (3, 3), (0, 1))]  # fmt: skip
     assert middle[0] == middle[1] == (200, 30, 30)
     for dropped in middle[2:]:
         assert max(dropped) - min(dropped) < 5  # grey
     assert drawn.getpixel((0, 0)) == (255, 140, 0)
     merged = {**record, "merged": True, "sources": [[[0, 0, 0], [0, 1, 0]], [[2, 1, 0]]]}
-    shown = draw(picture, merged, 16)
+    shown = draw(image, merged, 16)
     assert shown is not None
-    assert shown.getpixel((cell + cell // 2, cell // 2)) == shown.getpixel((cell // 2, cell // 2))
-    assert draw(picture, record, 15) is None  # no square
+    assert shown.getpixel((trial + trial // 2, trial // 2)) == shown.getpixel(
+        (trial // 2, trial // 2)
+    )
+    assert draw(image, record, 15) is None  # no square
 
 
 def test_looks_are_distinct() -> None:
-    arms = [f"method{n:02d}" for n in range(16)]
-    found = looks([*arms, *fake_run.CONTROLS], fake_run.CONTROLS)
+    variants = [f"method{n:02d}" for n in range(16)]
+    found = looks([*variants, *fake_run.CONTROLS], fake_run.CONTROLS)
     pairs = {(x.colour, x.marker) for x in found.values()}
     assert len(pairs) == 20
-    assert len({found[a].colour for a in arms}) == 16
+    assert len({found[a].colour for a in variants}) == 16
     for look in found.values():
         assert _contrast(look.colour) >= 3, look.colour
         assert look.filled == (look not in [found[c] for c in fake_run.CONTROLS])
@@ -408,14 +410,14 @@ def _write(name: str, text: str) -> Callable[[Path], None]:
 
 
 def _without_unpruned(run: dict[str, Any]) -> dict[str, Any]:
-    return {**run, "cells": [c for c in run["cells"] if c["arm"] != "none"]}
+    return {**run, "trials": [c for c in run["trials"] if c["variant"] != "none"]}
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no run.json": (lambda f: (f / "run.json").unlink(), "holds no run.json"),
     "corrupt run.json": (_write("run.json", "{"), r"run\.json: not valid JSON"),
     "list run.json": (_write("run.json", "[]"), "should be a JSON object"),
-    "schema": (_edit("run.json", lambda r: {**r, "schema": 2}), "schema 2 cannot be read"),
+    "schema": (_edit("run.json", lambda r: {**r, "schema": 3}), "schema 3 cannot be read"),
     "field": (_edit("run.json", lambda r: {k: r[k] for k in r if k != "model"}), "'model'"),
     "no rows": (lambda f: (f / "rows.jsonl").unlink(), "no answers yet"),
     "empty rows": (_write("rows.jsonl", ""), "no answers yet"),
@@ -530,18 +532,18 @@ def test_cli_bad_input(small: Path, call: Any, args: list[str], message: str) ->
 
 
 def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokprune.eval.report import extra
+    from tokprune.eval import extra
 
     monkeypatch.setattr(extra, "find_spec", lambda name: None if name == "scipy" else object())
     with pytest.raises(ImportError, match=r"need scipy.*pip install 'tokprune\[sweep\]'"):
-        extra.check_extra()
+        extra.check_extra("reports")
 
 
 def test_unknown_numbers_are_left_out(copied: Path) -> None:
     """Rows of failed items have no costs; a point that failed altogether has none at all."""
     lines = []
     for row in _rows(copied):
-        if row["cell"] == "todre@64":
+        if row["trial"] == "todre@64":
             row |= {"status": "failed", "score": 0.0, "answer": "", "error": "E: x"}
             row |= dict.fromkeys(report_data.MEASURED) | {"new_tokens": 0}
         lines.append(json.dumps(row))
@@ -566,7 +568,7 @@ def test_the_harness_s_own_metrics_have_a_table(tmp_path: Path) -> None:
     lines = build_report(folder).markdown.read_text().replace("\\_", "_").splitlines()
     (head,) = [n for n, line in enumerate(lines) if "own metrics at 64 tokens" in line]
     table = [
-        [cell.strip() for cell in line.strip("|").split("|")]
+        [trial.strip() for trial in line.strip("|").split("|")]
         for line in lines[head : head + 7]
         if line.startswith("|")
     ]

@@ -20,7 +20,7 @@ COUNT = 108
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirteen arms at five budgets."""
+    """Thirteen variants at five budgets."""
     folder = fake_run.make_run(
         tmp_path_factory.mktemp("run"), count=COUNT, methods=fake_run.METHODS,
         budgets=fake_run.BUDGETS, overlays=1, failed=1,
@@ -61,8 +61,8 @@ def test_dom(page: Path) -> None:
     assert seen.tags["svg"] == 2 * 6  # wide and narrow
     assert seen.tags["img"] == 1 + len(fake_run.METHODS) + 3  # no overlay of downsample
     assert seen.tags["table"] >= 10
-    for arm in (*fake_run.METHODS, *fake_run.CONTROLS):
-        assert len(re.findall(rf">{arm}\b", text)) >= 5
+    for variant in (*fake_run.METHODS, *fake_run.CONTROLS):
+        assert len(re.findall(rf">{variant}\b", text)) >= 5
     assert not re.search(r"https?://(?!www\.w3\.org/)", text)
 
 

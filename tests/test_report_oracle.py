@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tokprune.eval.report import RunData, analyse, build_report, load_run
-from tokprune.eval.report.highlights import findings
+from tokprune.eval.report.highlights import highlights
 from tokprune.eval.report.oracle import chance, choose, oracle
 from tokprune.eval.report.oracle_section import oracle_section
 from tokprune.eval.report.oracle_variants import TOGETHER, most_accurate, oracles, together
 
 COUNT = 180
-TITLE = "Oracle: the smallest budget that still answers right"
+TITLE = "Oracle: the smallest budget that still answers correctly"
 EXAMPLE = [[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0], [0, 1, 0]]
 SETTINGS = settings(max_examples=150, deadline=None)
 
@@ -31,7 +31,7 @@ SETTINGS = settings(max_examples=150, deadline=None)
 
 
 def test_worked_example() -> None:
-    """Three scales of 1, 9 and 36 tokens; the fourth question is right at none."""
+    """Three scales of 1, 9 and 36 tokens; the fourth question is correct at none."""
     found = oracle(EXAMPLE, (1, 9, 36))
     assert (found.n, found.accuracy, found.never) == (5, pytest.approx(0.8), 1)
     assert found.tokens == pytest.approx((1 + 9 + 36 + 1 + 9) / 5) == pytest.approx(11.2)
@@ -164,7 +164,7 @@ def test_independent_budgets_are_at_chance_and_nested_ones_below() -> None:
     best = coins.mean(0).max()
     assert found.accuracy > best + 0.09  # coins alone gain this much
 
-    nested = rng.random((40_000, 1)) < shares  # what fewer tokens get right, more do as well
+    nested = rng.random((40_000, 1)) < shares  # what fewer tokens answer correctly, more do as well
     found = oracle(nested, tokens)
     assert found.accuracy == nested[:, 3].mean()
     assert chance(nested, tokens)[0] > found.accuracy + 0.05
@@ -192,23 +192,23 @@ def data(folder: Path) -> RunData:
 
 @pytest.fixture(scope="module")
 def found(data: RunData) -> dict[str, Any]:
-    return {o.arm: o for o in oracles(analyse(data, draws=300))}
+    return {o.variant: o for o in oracles(analyse(data, draws=300))}
 
 
 def _rows(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     rows = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
-    return {(row["cell"], row["item"]): row for row in rows}
+    return {(row["trial"], row["item"]): row for row in rows}
 
 
-def _by_hand(folder: Path, cells: list[str]) -> tuple[float, float, float]:
-    """Macro accuracy, tokens and share never right, from the rows."""
+def _by_hand(folder: Path, trials: list[str]) -> tuple[float, float, float]:
+    """Macro accuracy, tokens and share never correct, from the rows."""
     rows = _rows(folder)
     parts = []
     for task in (t for t in fake_run.TASKS if t not in fake_run.OUTSIDE):
-        names = [i for (cell, i), row in rows.items() if cell == "none" and row["task"] == task]
+        names = [i for (trial, i), row in rows.items() if trial == "none" and row["task"] == task]
         own = []
         for name in names:
-            tried = [rows[cell, name] for cell in cells]
+            tried = [rows[trial, name] for trial in trials]
             right = [row["tokens_mean"] for row in tried if row["score"] == 1]
             least = min(row["tokens_mean"] for row in tried)
             own.append((bool(right), min(right, default=least), not right))
@@ -217,8 +217,8 @@ def _by_hand(folder: Path, cells: list[str]) -> tuple[float, float, float]:
     return float(accuracy), float(tokens), float(never)
 
 
-def test_arms_are_counted_right(folder: Path, found: dict[str, Any]) -> None:
-    cells = {
+def test_variants_are_counted_right(folder: Path, found: dict[str, Any]) -> None:
+    trials = {
         # 5 answers of divprune@64 are missing: it does not compete; fastv reaches 144 alone
         "divprune": ["divprune@16", "divprune@144"],
         "fastv": ["fastv@144"],
@@ -227,35 +227,35 @@ def test_arms_are_counted_right(folder: Path, found: dict[str, Any]) -> None:
         "grid": ["grid@16", "grid@64", "grid@144"],
         "pool": ["pool@16", "pool@64", "pool@144"],
     }
-    cells[TOGETHER] = [*cells["divprune"], *cells["fastv"], *cells["todre"]]
-    assert set(found) == set(cells)  # neither blind nor downsample
-    for arm, own in found.items():
-        accuracy, tokens, never = _by_hand(folder, [*cells[arm], "none"])
+    trials[TOGETHER] = [*trials["divprune"], *trials["fastv"], *trials["todre"]]
+    assert set(found) == set(trials)  # neither blind nor downsample
+    for variant, own in found.items():
+        accuracy, tokens, never = _by_hand(folder, [*trials[variant], "none"])
         assert own.accuracy == pytest.approx(accuracy)
         assert own.tokens == pytest.approx(tokens)
         assert own.never == pytest.approx(never)
         assert own.accuracy + own.never == pytest.approx(1)
         assert sum(share for _, share in own.shares) == pytest.approx(own.accuracy)
         assert {b for b, _ in own.shares} == {float(c.partition("@")[2] or 576)
-                                              for c in [*cells[arm], "none"]}  # fmt: skip
-        assert len(own.cells) == len(cells[arm]) + 1
+                                              for c in [*trials[variant], "none"]}  # fmt: skip
+        assert len(own.trials) == len(trials[variant]) + 1
         assert own.interval[0] <= own.accuracy <= own.interval[1]
         assert own.tokens_interval[0] < own.tokens < own.tokens_interval[1]
-        assert own.control == (arm in ("random", "grid", "pool"))
+        assert own.control == (variant in ("random", "grid", "pool"))
 
 
 def test_fixed_budgets(data: RunData, found: dict[str, Any]) -> None:
     results = {r.point.name: r for r in analyse(data, draws=300).results}
     for own in found.values():
-        assert own.best.accuracy == max(c.accuracy for c in own.cells)
+        assert own.best.accuracy == max(c.accuracy for c in own.trials)
         assert own.gap == pytest.approx(own.accuracy - own.best.accuracy)
         assert own.gap_interval[0] <= own.gap <= own.gap_interval[1]
         assert own.gap >= 0
         assert (own.equal is None) == (own.gap > 1e-9)
-        fits = [c for c in own.cells if results[c.result.point.name].drop_interval[0] <= 0]
+        fits = [c for c in own.trials if results[c.result.point.name].drop_interval[0] <= 0]
         assert own.enough.tokens == min(c.tokens for c in fits)
-        assert own.tokens <= own.cells[-1].tokens == fake_run.N
-        for c in own.cells:
+        assert own.tokens <= own.trials[-1].tokens == fake_run.N
+        for c in own.trials:
             if len(c.result.point.seeds) == 1:
                 assert c.accuracy == pytest.approx(c.result.accuracy)
 
@@ -277,7 +277,7 @@ def test_failed_questions_are_wrong_whatever_they_took(folder: Path, data: RunDa
     """A failed row has tokens of its own in the file; they are unknown to the report."""
     point = next(p for p in data.points if p.name == "divprune @ 16")
     assert np.isnan(point.spent).sum() == 2
-    failed = {i for (cell, i), row in _rows(folder).items() if row["status"] == "failed"}
+    failed = {i for (trial, i), row in _rows(folder).items() if row["status"] == "failed"}
     where = np.array([item.id in failed for item in data.items])
     assert np.isnan(point.spent[where]).all()
     assert (point.first[where] == 0).all()
@@ -287,20 +287,20 @@ def test_failed_questions_are_wrong_whatever_they_took(folder: Path, data: RunDa
 def test_budget_stands_for_tokens_that_no_answer_tells(tmp_path: Path) -> None:
     made = fake_run.make_run(tmp_path, methods=("todre",), controls=(), failed=90)
     (own,) = oracles(analyse(load_run(made), draws=20))
-    assert [c.tokens for c in own.cells] == [16, 64, 144, 576]
-    assert own.cells[0].accuracy == 0
+    assert [c.tokens for c in own.trials] == [16, 64, 144, 576]
+    assert own.trials[0].accuracy == 0
     assert _by_hand(made, ["todre@16", "todre@64", "todre@144", "none"])[1] == own.tokens
 
 
-def test_chance_of_an_arm(folder: Path, found: dict[str, Any]) -> None:
+def test_chance_of_a_variant(folder: Path, found: dict[str, Any]) -> None:
     """Right unpruned, or else right by luck at one budget or another, per task."""
-    rows, cells = _rows(folder), ["todre@16", "todre@64", "todre@144"]
+    rows, trials = _rows(folder), ["todre@16", "todre@64", "todre@144"]
     parts = []
     for task in (t for t in fake_run.TASKS if t not in fake_run.OUTSIDE):
         plain = {i: row["score"] for (c, i), row in rows.items()
                  if c == "none" and row["task"] == task}  # fmt: skip
         wrong = [i for i, score in plain.items() if score == 0]
-        gained = [np.mean([rows[c, i]["score"] for i in wrong]) if wrong else 0.0 for c in cells]
+        gained = [np.mean([rows[c, i]["score"] for i in wrong]) if wrong else 0.0 for c in trials]
         share = len(wrong) / len(plain)
         parts.append(1 - share + share * (1 - np.prod(1 - np.array(gained))))
     assert found["todre"].chance == pytest.approx(np.mean(parts))
@@ -312,7 +312,7 @@ def test_enough_is_what_cannot_be_told_from_unpruned(tmp_path: Path) -> None:
     analysis = analyse(load_run(made), draws=300)
     low, high = next(r for r in analysis.results if r.point.name == "todre @ 288").drop_interval
     assert low < 0 < high
-    own = next(o for o in oracles(analysis) if o.arm == "todre")
+    own = next(o for o in oracles(analysis) if o.variant == "todre")
     assert own.enough.result.point.name == "todre @ 288"
     assert next(r for r in analysis.results if r.point.name == "todre @ 16").drop_interval[0] > 0
 
@@ -320,7 +320,7 @@ def test_enough_is_what_cannot_be_told_from_unpruned(tmp_path: Path) -> None:
 def test_unpruned_without_answers_has_no_oracle(tmp_path: Path) -> None:
     made = fake_run.make_run(tmp_path, methods=("todre",))
     lines = (made / "rows.jsonl").read_text().splitlines(keepends=True)
-    assert json.loads(lines[3])["cell"] == "none"
+    assert json.loads(lines[3])["trial"] == "none"
     (made / "rows.jsonl").write_text("".join(lines[:3] + lines[4:]))
     assert oracles(analyse(load_run(made), draws=20)) == []
 
@@ -338,27 +338,27 @@ def test_section(folder: Path, tmp_path: Path) -> None:
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]
     assert len(rows) == len(report.oracles) == 7
     for row, own in zip(rows, report.oracles, strict=True):
-        name, *cells = (cell.strip(" *") for cell in row.strip("|").split("|"))
-        assert name == f"{own.arm}{' †' if own.control else ''} ({len(own.cells)})"
-        assert cells[0].startswith(f"{100 * own.accuracy:.1f} ")
-        assert cells[2].startswith(f"{100 * own.chance:.1f} at ")
-        assert cells[3] == f"{100 * own.best.accuracy:.1f} at {own.best.tokens:.0f}"
-        assert cells[-1] == f"{100 * own.never:.1f}"
+        name, *trials = (trial.strip(" *") for trial in row.strip("|").split("|"))
+        assert name == f"{own.variant}{' †' if own.control else ''} ({len(own.trials)})"
+        assert trials[0].startswith(f"{100 * own.accuracy:.1f} ")
+        assert trials[2].startswith(f"{100 * own.chance:.1f} at ")
+        assert trials[3] == f"{100 * own.best.accuracy:.1f} at {own.best.tokens:.0f}"
+        assert trials[-1] == f"{100 * own.never:.1f}"
     plot = (tmp_path / "plots" / "oracle.svg").read_text()
-    for words in ("16 tokens", "144 tokens", "unpruned only", "never right", "best fixed budget",
+    for words in ("16 tokens", "144 tokens", "unpruned only", "never correct", "best fixed budget",
                   *(o.name for o in report.oracles)):  # fmt: skip
         assert f">{words}<" in plot, words
     best = most_accurate(report.oracles)
     assert best is not None
-    told = [x for x in findings(report.analysis, report.differences, report.contest,
+    told = [x for x in highlights(report.analysis, report.differences, report.contest,
                                 report.oracles) if x.startswith("Oracle")]  # fmt: skip
     assert len(told) == 1
-    assert f"{best.arm} {100 * best.accuracy:.1f} %" in told[0]
+    assert f"{best.variant} {100 * best.accuracy:.1f} %" in told[0]
     assert told[0] in page.replace("&#39;", "'")
 
 
 @pytest.mark.parametrize(
-    ("changes", "arms"),
+    ("changes", "variants"),
     [
         ({"budgets": (64,)}, None),
         ({"methods": (), "controls": ()}, None),
@@ -368,13 +368,15 @@ def test_section(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_section_is_there_only_with_budgets(
-    tmp_path: Path, changes: dict[str, Any], arms: list[str] | None
+    tmp_path: Path, changes: dict[str, Any], variants: list[str] | None
 ) -> None:
     report = build_report(fake_run.make_run(tmp_path, **changes), draws=20)
     page = report.html.read_text()
-    assert [o.arm for o in report.oracles] == (arms or [])
-    assert ('<section id="oracle">' in page) == bool(arms)
-    assert bool(re.search(r"<li>Oracle ", page)) == (arms == ["todre"])  # no finding of controls
-    assert (report.html.parent / "plots" / "oracle.svg").is_file() == bool(arms)
-    if not arms:
+    assert [o.variant for o in report.oracles] == (variants or [])
+    assert ('<section id="oracle">' in page) == bool(variants)
+    assert bool(re.search(r"<li>Oracle ", page)) == (
+        variants == ["todre"]
+    )  # no finding of controls
+    assert (report.html.parent / "plots" / "oracle.svg").is_file() == bool(variants)
+    if not variants:
         assert oracle_section(report.analysis, report.oracles) is None

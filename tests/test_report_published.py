@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         controls=("random",), noise=False, model="llava-hf/llava-1.5-7b-hf",
     )  # fmt: skip
     run = json.loads((made / "run.json").read_text())
-    cells = {cell["cell"]: cell for cell in run["cells"]}
-    cells["visionzip@64"]["options"] = ZIP
+    trials = {trial["trial"]: trial for trial in run["trials"]}
+    trials["visionzip@64"]["options"] = ZIP
     for name in ("tasks", "headline"):
         run["benchmark"][name] = [NAMES.get(t, t) for t in run["benchmark"][name]]
     run["benchmark"]["groups"] = {}
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for line in (made / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
         row["task"] = NAMES.get(row["task"], row["task"])
-        row["row"] = row_id(run, cells[row["cell"]], row["item"], row["task"])
+        row["row"] = row_id(run, trials[row["trial"]], row["item"], row["task"])
         lines.append(json.dumps(row))
     (made / "run.json").write_text(json.dumps(run))
     (made / "rows.jsonl").write_text("".join(f"{x}\n" for x in lines))
@@ -81,17 +81,19 @@ def test_rows_of_the_model_and_its_tasks(analysis: Any) -> None:
 def test_ours_is_that_of_the_exact_setting(folder: Path, analysis: Any) -> None:
     found = find_published(analysis, ["visionzip"])
     run = {c.row.key: c for c in found.comparisons if c.ours is not None}
-    labels = {(c.row.budget.asked, c.row.benchmark) for c in run.values()}
+    labels = {(c.row.budget.printed, c.row.benchmark) for c in run.values()}
     # MME's score takes the harness; 192 and 128 were run at other settings
     assert labels == {(a, b) for a in ("unpruned", "64") for b in ("gqa", "pope", "vqav2")}
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     for c in run.values():
         assert c.ours is not None
-        cell = "none" if c.row.method == "none" else "visionzip@64"
-        scores = [r["score"] for r in rows if (r["cell"], r["task"]) == (cell, c.ours.task)]
+        trial = "none" if c.row.method == "none" else "visionzip@64"
+        scores = [r["score"] for r in rows if (r["trial"], r["task"]) == (trial, c.ours.task)]
         assert c.ours.value == pytest.approx(100 * sum(scores) / len(scores))
         assert c.gap == pytest.approx(c.ours.value - c.row.value)
-    reasons = {c.row.budget.asked: c.reason for c in found.comparisons if c.row.benchmark == "gqa"}
+    reasons = {
+        c.row.budget.printed: c.reason for c in found.comparisons if c.row.benchmark == "gqa"
+    }
     assert reasons["128"] == "the run has visionzip at other settings"
 
 

@@ -20,7 +20,7 @@ from tokprune.eval.published.reproduce import compare, execute, read_figures, se
 from tokprune.eval.published.reproduce.execution import plan
 from tokprune.eval.report.statistics import wilson
 from tokprune.eval.sweep import read_run
-from tokprune.eval.sweep.variants import build_arms, parse_arm
+from tokprune.eval.sweep.variants import build_variants, parse_variant
 
 COMMAND = str(Path(sys.executable).with_name("tokprune"))
 
@@ -65,14 +65,14 @@ def _of(told: dict[str, Any], label: str, benchmark: str, unit: str = "%") -> di
     return comparison
 
 
-def _answers(home: Path, arm: str, task: str) -> list[float]:
-    """Scores of a cell, from whichever run folder has it."""
+def _answers(home: Path, variant: str, task: str) -> list[float]:
+    """Scores of a trial, from whichever run folder has it."""
     for folder in sorted((home / "out").glob("run-*")):
         run = read_run(folder)
-        scores = [r["score"] for r in run.rows if (r["cell"], r["task"]) == (arm, task)]
+        scores = [r["score"] for r in run.rows if (r["trial"], r["task"]) == (variant, task)]
         if scores:
             return scores
-    raise AssertionError(f"no run has {arm} on {task}")
+    raise AssertionError(f"no run has {variant} on {task}")
 
 
 # ------------------------------------------------------------------------------ running
@@ -81,28 +81,30 @@ def _answers(home: Path, arm: str, task: str) -> list[float]:
 def test_rows_are_run_at_exactly_the_published_options(
     home: Path, executed: dict[str, Any]
 ) -> None:
-    cells = {c["cell"]: c for folder in (home / "out").glob("run-*")
-             for c in read_run(folder).info["cells"]}  # fmt: skip
-    fastv = cells["fastv+exact=true+keep=166+layer=2"]
-    assert fastv["options"] == {"keep": 166, "layer": 2, "rows": "last", "positions": "preserve"}
+    trials = {c["trial"]: c for folder in (home / "out").glob("run-*")
+             for c in read_run(folder).info["trials"]}  # fmt: skip
+    fastv = trials["fastv+as_published=true+keep=166+prune_before=2"]
+    assert fastv["options"] == {
+        "keep": 166, "prune_before": 2, "rows": "last", "positions": "preserve",
+    }  # fmt: skip
     # two of six layers see all 576 tokens, which matching to 192 on average would have changed
     assert fastv["budget"] == pytest.approx((2 * 576 + 4 * 166) / 6)
-    assert fastv["budget_asked"] == "exact"
-    zipped = cells["visionzip+contextual=10+dominant=54+exact=true"]
+    assert fastv["budget_text"] == "as_published"
+    zipped = trials["visionzip+as_published=true+contextual=10+dominant=54"]
     assert (zipped["options"]["dominant"], zipped["options"]["contextual"]) == (54, 10)
     assert zipped["calibrated"]["tokens_last"] == 64
-    assert cells["none"]["control"]
+    assert trials["none"]["control"]
 
 
 def test_ours_gap_and_tolerance_are_those_of_the_answers(
     home: Path, executed: dict[str, Any]
 ) -> None:
-    for label, arm, task, benchmark in (
+    for label, variant, task, benchmark in (
         ("LLaVA", "none", "gqa", "gqa"),
-        ("VisionZip", "visionzip+contextual=10+dominant=54+exact=true", "POPE", "pope"),
-        ("FastV", "fastv+exact=true+keep=166+layer=2", "gqa", "gqa"),
+        ("VisionZip", "visionzip+as_published=true+contextual=10+dominant=54", "POPE", "pope"),
+        ("FastV", "fastv+as_published=true+keep=166+prune_before=2", "gqa", "gqa"),
     ):
-        scores = _answers(home, arm, task)
+        scores = _answers(home, variant, task)
         told = _of(executed, label, benchmark)
         mean, n = sum(scores) / len(scores), len(scores)
         published = told["published"]["value"]
@@ -124,8 +126,8 @@ def test_retention_is_of_the_unpruned_figures_of_each_side(
     home: Path, executed: dict[str, Any]
 ) -> None:
     told = _of(executed, "VisionZip", "pope")
-    arm = "visionzip+contextual=10+dominant=54+exact=true"
-    mine, base = _answers(home, arm, "POPE"), _answers(home, "none", "POPE")
+    variant = "visionzip+as_published=true+contextual=10+dominant=54"
+    mine, base = _answers(home, variant, "POPE"), _answers(home, "none", "POPE")
     assert told["retained"]["published"] == pytest.approx(77.0 / 85.9)
     assert told["retained"]["ours"] == pytest.approx(sum(mine) / sum(base))
 
@@ -135,7 +137,7 @@ def test_retention_is_of_the_unpruned_figures_of_each_side(
     [
         ("FasterVLM", "gqa", "%", "method not in this version"),
         ("ToDRE", "gqa", "%", "exact setting not known"),
-        ("TransPrune", "gqa", "%", "not possible on this model: prune_layers=(7, 9, 12) should"),
+        ("TransPrune", "gqa", "%", "not possible on this model: prune_before=(7, 9, 12) should"),
         ("VisionZip", "mme", "score", "not comparable: mme_perception_score cannot be had"),
         ("VisionZip", "textvqa", "%", "no data: no task textvqa"),
         ("VisionZip", "vqav2", "%", "no data: no task vqav2 (test-dev)"),
@@ -222,10 +224,10 @@ def test_metrics_of_a_harness_go_before_means(home: Path, executed: dict[str, An
     folder = next(f for f in sorted((home / "out").glob("run-*"))
                   if {"gqa", "POPE"} <= {r["task"] for r in read_run(f).rows})  # fmt: skip
     figures = read_figures(folder, "llava-1.5-7b")
-    arm = "visionzip+contextual=10+dominant=54+exact=true"
+    variant = "visionzip+as_published=true+contextual=10+dominant=54"
     figures.tasks["mme"] = [("mme", None)]
-    figures._rows[arm, "mme"] = figures._rows[arm, "gqa"]
-    figures.metrics = {arm: {"mme": {"mme_perception_score,none": 1512.5},
+    figures._rows[variant, "mme"] = figures._rows[variant, "gqa"]
+    figures.metrics = {variant: {"mme": {"mme_perception_score,none": 1512.5},
                              "gqa": {"exact_match,none": 0.625}}}  # fmt: skip
     rows = select(["toy"], model="llava-1.5-7b", tasks=["mme", "gqa"], methods=["visionzip"],
                   ledger=home / "ledger")  # fmt: skip
@@ -248,8 +250,8 @@ def test_methods_of_the_same_tasks_share_a_sweep(home: Path, tmp_path: Path) -> 
     assert len(reasons) == 3
     for settings, own in jobs:
         assert not settings.controls
-        assert settings.arms()[0].name == "none"
-        assert all(arm.exact for arm in settings.arms()[1:])
+        assert settings.compared()[0].name == "none"
+        assert all(variant.as_published for variant in settings.compared()[1:])
         assert {row.method for row in own} >= {m["name"] for m in settings.methods}
 
 
@@ -397,7 +399,7 @@ def test_bad_input_is_one_line(home: Path, tmp_path: Path, refused: Callable[...
     assert "setting 'dytpe' is unknown. Did you mean 'dtype'?" in refused(
         *ready, "--config", tmp_path / "less.yaml"
     )
-    assert "is for harness 'own'" in refused(*ready, "--harness", "lmms-eval")
+    assert "is for harness 'builtin'" in refused(*ready, "--harness", "lmms-eval")
     assert "--config is for --execute" in refused(*toy, "--tasks", "gqa", "--config",
                                                   tmp_path / "more.yaml")  # fmt: skip
     assert "--ledger" in refused("--ledger", tmp_path / "nothing")
@@ -414,19 +416,19 @@ def test_metrics_file_of_another_form_is_refused(home: Path, executed: Any, tmp_
         read_figures(tmp_path)
 
 
-def test_exact_arms_take_options_as_they_are() -> None:
-    name, options = parse_arm("visionzip:dominant=54:contextual=10:exact=True")
-    arm = build_arms([(name, options)], False, False)[1]
-    assert arm.exact
-    assert not arm.draws
-    assert arm.name == "visionzip+contextual=10+dominant=54+exact=true"
-    made = arm.as_given()
+def test_exact_variants_take_options_as_they_are() -> None:
+    name, options = parse_variant("visionzip:dominant=54:contextual=10:as_published=True")
+    variant = build_variants([(name, options)], False, False)[1]
+    assert variant.as_published
+    assert not variant.stochastic
+    assert variant.name == "visionzip+as_published=true+contextual=10+dominant=54"
+    made = variant.published_method()
     assert (made.dominant, made.contextual) == (54, 10)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="'exact' of fastv should be true, is 1"):
-        parse_arm({"name": "fastv", "keep": 3, "exact": 1})
+    with pytest.raises(ValueError, match="'as_published' of fastv should be true, is 1"):
+        parse_variant({"name": "fastv", "keep": 3, "as_published": 1})
     with pytest.raises(ValueError, match="option 'kept' is unknown to fastv"):
-        parse_arm({"name": "fastv", "kept": 3, "exact": True})
+        parse_variant({"name": "fastv", "kept": 3, "as_published": True})
     with pytest.raises(ValueError, match="'keep' is required by fastv"):
-        parse_arm({"name": "fastv", "exact": True})
+        parse_variant({"name": "fastv", "as_published": True})
     with pytest.raises(ValueError, match="keep='many' should be a number"):
-        parse_arm({"name": "fastv", "keep": "many", "exact": True})
+        parse_variant({"name": "fastv", "keep": "many", "as_published": True})

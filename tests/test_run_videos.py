@@ -1,4 +1,4 @@
-"""``tokprune run --video``: folders of frames and animated pictures."""
+"""``tokprune run --video``: folders of frames and animated images."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from PIL import Image
 
 from tokprune.cli import app
 from tokprune.cli.app import BadInput
-from tokprune.cli.visuals import open_picture, open_video
+from tokprune.cli.visuals import open_image, open_video
 
 
 def frame(number: int, side: int = 24) -> Image.Image:
-    picture = Image.new("RGB", (side, side), (20, 40, 60))
-    picture.paste((250, 200, 10), (number % side, 4, number % side + 6, 10))
-    return picture
+    image = Image.new("RGB", (side, side), (20, 40, 60))
+    image.paste((250, 200, 10), (number % side, 4, number % side + 6, 10))
+    return image
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("run")
     tiny_processor.save_video(root / "video", "llava_next_video")
-    tiny_processor.save(root / "pictures")
+    tiny_processor.save(root / "images")
     (root / "clip").mkdir()
     for number in range(12):
         frame(number).save(root / "clip" / f"f{number}.png")
@@ -90,7 +90,7 @@ def test_bad_videos_are_refused_in_one_line(run: Any, home: Path, tmp_path: Path
         return str(lines[0])
 
     clip = home / "clip"
-    assert "takes pictures only" in refused("--video", clip, model="pictures")
+    assert "takes images only" in refused("--video", clip, model="images")
     assert "no such file or folder" in refused("--video", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "the folder holds no frames" in refused("--video", tmp_path / "empty")
@@ -106,4 +106,4 @@ def test_bad_videos_are_refused_in_one_line(run: Any, home: Path, tmp_path: Path
         "--overlay", tmp_path / "x.png", "--method", "evs", "--keep", 12
     )
     with pytest.raises(BadInput, match=r"--image .*: no such file$"):
-        open_picture(tmp_path / "none.png")
+        open_image(tmp_path / "none.png")

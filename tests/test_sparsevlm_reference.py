@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_same_logits, compressed_logits, continuation_tokens
-from test_mustdrop_reference import Decoder
-from test_operators_sparsevlm import slow_recycle
+from reference.decoder import Decoder
+from reference.sparsevlm import recycle
 from tiny import BUILDERS, IMAGE_TOKEN, make_inputs, single
 from torch import Tensor
 
 import tokprune
 from tokprune.methods.sparsevlm import SparseVLM
+from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 
 STEPS = 6
 SIZES = [(20, 40), (40, 20), (30, 30), (24, 72)]
@@ -48,37 +48,37 @@ class Setting:
 
 SETTINGS = {
     "v1": Setting(
-        {"keep": (18, 0.25, 4), "pruning_layers": (1, 3, 5)}, (1, 3, 5),
+        {"keep": (18, 0.25, 4), "prune_before": (2, 4, 6)}, (1, 3, 5),
         lambda n: (18, n // 4, 4),
     ),
     "v1-many-clusters": Setting(
-        {"keep": 6, "pruning_layers": (0, 4), "recycle": 0.9, "cluster_size": 4}, (0, 4),
+        {"keep": 6, "prune_before": (1, 5), "recycle": 0.9, "cluster_size": 4}, (0, 4),
         lambda n: (int(n * (6 / n) ** 0.5 + 1e-6), 6), recycled=0.9, size=4,
     ),
     "spatial-preserve": Setting(
         {
-            "keep": (0.5, 0.2), "pruning_layers": (1, 2), "recycle": 0.6, "cluster_size": 3,
+            "keep": (0.5, 0.2), "prune_before": (2, 3), "recycle": 0.6, "cluster_size": 3,
             "order": "spatial", "positions": "preserve",
         },
         (1, 2), lambda n: (n // 2, n // 5), recycled=0.6, size=3, behind=False, compact=False,
     ),
     "published-preserve": Setting(
-        {"keep": (0.5, 0.2), "pruning_layers": (1, 2), "positions": "preserve"}, (1, 2),
+        {"keep": (0.5, 0.2), "prune_before": (2, 3), "positions": "preserve"}, (1, 2),
         lambda n: (n // 2, n // 5), compact=False,
     ),
     "plus": Setting(
-        {"keep": (20, 5), "pruning_layers": (0, 3), "version": "plus", "heads": 2}, (0, 3),
+        {"keep": (20, 5), "prune_before": (1, 4), "version": "plus", "heads": 2}, (0, 3),
         lambda n: (20, 5), recycled=0, gravity=True, heads=2, compact=False,
     ),
     "plus-recycled": Setting(
         {
-            "keep": (20, 5), "pruning_layers": (2, 5), "version": "plus", "recycle": 0.5,
+            "keep": (20, 5), "prune_before": (3, 6), "version": "plus", "recycle": 0.5,
             "positions": "compact",
         },
         (2, 5), lambda n: (20, 5), recycled=0.5, gravity=True, heads=14,
     ),
     "rank": Setting(
-        {"keep": None, "pruning_layers": (1, 4), "rank_scale": 2.5, "rank_bias": 1.0}, (1, 4),
+        {"keep": None, "prune_before": (2, 5), "rank_scale": 2.5, "rank_bias": 1.0}, (1, 4),
         rank=(2.5, 1.0),
     ),
 }  # fmt: skip
@@ -182,7 +182,7 @@ def reference(
                 clusters = min(len(chosen) // setting.size + 1, len(chosen))
                 if clusters >= len(dropped):
                     continue  # as many as before: nothing goes
-                centres, groups = slow_recycle(x[chosen], clusters)
+                centres, groups = recycle(x[chosen], clusters)
                 for centre, group in zip(centres, groups):
                     place = chosen[centre]
                     new[place] = sum((x[chosen[i]] for i in group), torch.zeros(())) / len(group)

@@ -23,7 +23,7 @@ light = settings(max_examples=60, deadline=None)
 
 
 @pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
+    ("correct", "n", "low", "high"),
     [
         (8, 10, 0.4902, 0.9433),  # textbook value
         (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I, method 3
@@ -34,26 +34,26 @@ light = settings(max_examples=60, deadline=None)
         (0, 0, 0.0, 1.0),
     ],
 )
-def test_wilson_known_values(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+def test_wilson_known_values(correct: int, n: int, low: float, high: float) -> None:
+    assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
 
 
 @light
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))),
        st.sampled_from([0.8, 0.95, 0.99]))  # fmt: skip
 def test_wilson_is_scipy_and_holds_the_share(pair: tuple[int, int], level: float) -> None:
-    right, n = pair
-    low, high = wilson(right, n, level)
-    theirs = stats.binomtest(right, n).proportion_ci(level, method="wilson")
+    correct, n = pair
+    low, high = wilson(correct, n, level)
+    theirs = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
-    assert 0 <= low <= right / n <= high <= 1
-    assert wilson(n - right, n, level) == pytest.approx((1 - high, 1 - low), abs=1e-9)
+    assert 0 <= low <= correct / n <= high <= 1
+    assert wilson(n - correct, n, level) == pytest.approx((1 - high, 1 - low), abs=1e-9)
 
 
-@pytest.mark.parametrize(("right", "n", "level"), [(3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
-def test_wilson_refuses(right: float, n: int, level: float) -> None:
+@pytest.mark.parametrize(("correct", "n", "level"), [(3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
+def test_wilson_refuses(correct: float, n: int, level: float) -> None:
     with pytest.raises(ValueError, match="should be"):
-        wilson(right, n, level)
+        wilson(correct, n, level)
 
 
 # ------------------------------------------------------------------------------ McNemar, Holm
@@ -75,7 +75,7 @@ def test_mcnemar_vectorised_and_known() -> None:
 
 @light
 @given(scores, st.data())
-def test_flips_swap_with_the_arms(first: list[float], data: st.DataObject) -> None:
+def test_flips_swap_with_the_variants(first: list[float], data: st.DataObject) -> None:
     second = data.draw(st.lists(st.sampled_from([0.0, 1.0, NAN]), min_size=len(first),
                                 max_size=len(first)))  # fmt: skip
     forth, back = flips(first, second), flips(second, first)
@@ -172,15 +172,15 @@ def test_bootstrap_of_independent_items_is_binomial() -> None:
     assert (low, high) == pytest.approx(wilson(140, 200), abs=0.012)
 
 
-def test_bootstrap_draws_pictures() -> None:
-    """Four equal answers per picture hold the information of one."""
+def test_bootstrap_draws_images() -> None:
+    """Four equal answers per image hold the information of one."""
     score = np.repeat(np.repeat([1.0, 0.0], [35, 15]), 4)[:, None]
     images = [f"i{k // 4}" for k in range(200)]
     _, samples = _plain(score, images=images).task_means(score, ["t"])
     assert samples[:, 0, 0].std() == pytest.approx(math.sqrt(0.7 * 0.3 / 50), rel=0.06)
 
 
-def test_bootstrap_is_stratified_where_pictures_have_one_task() -> None:
+def test_bootstrap_is_stratified_where_images_have_one_task() -> None:
     """Every resample has as many questions of each task as there are."""
     score = np.zeros((60, 1))
     tasks = ["a"] * 20 + ["b"] * 40

@@ -72,12 +72,12 @@ def test_installed_command_sweeps_resumes_and_exports(home: Path, tmp_path: Path
     call = command(*arguments(home, out, "--parquet", table, "--seeds", "0,1"))
     done = subprocess.run(call, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out}: 28 answers in 4 cells\n"
+    assert done.stdout == f"{out}: 28 answers in 4 trials\n"
     assert "answers: 28/28" in done.stderr
     run = read_run(out)
     assert run.info["finished"]
     assert run.info["command"].startswith("tokprune sweep --model")
-    assert set(run.cells) == {"none", "fastv@18", "random@18", "random@18.s1"}
+    assert set(run.trials) == {"none", "fastv@18", "random@18", "random@18.s1"}
     assert table.stat().st_size > 1000
     module = [sys.executable, "-m", "tokprune", *call[1:]]
     again = subprocess.run(module, capture_output=True, text=True, env=environment(), timeout=300)
@@ -103,7 +103,7 @@ def test_config_file_and_options_before_it(
         ])  # fmt: skip
     assert caught.value.code == 0, capsys.readouterr().err
     run = read_run(tmp_path / "run")
-    assert set(run.cells) == {"none", "fastv+rows=text@18", "random+positions=preserve@18"}
+    assert set(run.trials) == {"none", "fastv+rows=text@18", "random+positions=preserve@18"}
     assert len(run.rows) == 9
 
 
@@ -128,7 +128,7 @@ def test_bad_input_is_one_line_before_any_work(
         for more, message in [
             (["--methods", "fastvv"], "Did you mean 'fastv'"),
             (["--methods", "fastv,,random"], "separated by commas"),
-            (["--methods", "fastv:layr=2"], "Did you mean 'layer'"),
+            (["--methods", "fastv:prune_befor=2"], "Did you mean 'prune_before'"),
             (["--keep", ""], "at least one"),
             (["--keep", "64,"], "at least one"),
             (["--keep", "many"], "should be a count"),
@@ -141,7 +141,7 @@ def test_bad_input_is_one_line_before_any_work(
             (["--seeds", "one"], "whole numbers"),
             (["--match", "median"], "one of mean, last"),
             (["--limit", "0"], "'--limit'"),
-            (["--option", "fastv.layr=2"], "Did you mean 'layer'"),
+            (["--option", "fastv.prune_befor=2"], "Did you mean 'prune_before'"),
             (["--option", "todre.tau=0.1"], "not among the swept"),
             (["--config", tmp_path / "none.yaml"], "No such file"),
             (["--out", home / "bench" / "small.jsonl"], "is a file"),

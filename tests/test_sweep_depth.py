@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from tokprune.families import family_of
 from tokprune.methods import image_methods, make_method
-from tokprune.methods.depth import layer_options, scaled_layers
+from tokprune.methods.depth import scaled_layers
+from tokprune.methods.registry import options_for_depth
 
 
 @pytest.mark.parametrize("name", image_methods())
 @pytest.mark.parametrize("depth", [24, 32, 40])
 def test_deep_decoders_keep_the_published_layers(name: str, depth: int) -> None:
-    assert layer_options(name, depth) == {}
+    assert options_for_depth(name, depth) == {}
 
 
 @pytest.mark.parametrize("name", image_methods())
@@ -24,17 +25,32 @@ def test_every_method_fits_a_short_decoder(name: str, layers: int) -> None:
     model = tiny.llava(layers=layers)
     family = family_of(model)
     facts = family.facts(model, family.parts(model))
-    plan = make_method(name, keep=9, **layer_options(name, layers)).plan(facts)
+    plan = make_method(name, keep=9, **options_for_depth(name, layers)).plan(facts)
     assert plan.encoder or plan.prompt or plan.decoder
 
 
 def test_six_layers() -> None:
-    assert layer_options("transprune", 6) == {
-        "prune_layers": (1, 2, 3), "accumulate_layers": (1, 2, 3),
+    assert options_for_depth("transprune", 6) == {
+        "prune_before": (1, 2, 3), "transition_layers": (0, 1, 2),
     }  # fmt: skip
-    assert layer_options("mustdrop", 6) == {"pruning_layers": (0, 1, 2, 3)}
-    assert layer_options("fastv", 6) == {"layer": 1}
-    assert layer_options("fastv", 8) == {}  # the first two layers see all tokens, as published
+    assert options_for_depth("mustdrop", 6) == {"prune_before": (1, 2, 3, 4)}
+    assert options_for_depth("sparsevlm", 6) == {"prune_before": (1, 2, 4)}
+    assert options_for_depth("pyramiddrop", 6) == {"prune_before": (2, 3, 5)}
+    for name in ("fastv", "dart"):
+        assert options_for_depth(name, 6) == {"prune_before": 1}
+        assert options_for_depth(name, 8) == {}  # the first two layers see all tokens, as published
+
+
+@pytest.mark.parametrize("depth", range(2, 24))
+def test_short_decoders_get_the_layers_they_had_before_they_were_renamed(depth: int) -> None:
+    """Counted as published (SparseVLM by the layer whose attention ranks), then shifted."""
+    ranking = scaled_layers((2, 6, 15)[-max(1, depth - 1) :], depth, first=0, last=depth - 2)
+    assert options_for_depth("sparsevlm", depth) == {"prune_before": tuple(n + 1 for n in ranking)}
+    after = scaled_layers((7, 9, 12) if depth > 3 else (9,), depth, first=1, last=depth - 1)
+    assert options_for_depth("transprune", depth) == {
+        "prune_before": after,
+        "transition_layers": tuple(n - 1 for n in range(after[0], after[-1] + 1)),
+    }
 
 
 @given(

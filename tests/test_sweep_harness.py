@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from tokprune.eval.benchmarks.files import FileBenchmark
 from tokprune.eval.report import build_report
 from tokprune.eval.report.groups import read_groups
 from tokprune.eval.sweep import Settings, read_run, run_sweep
-from tokprune.eval.sweep.harness import CellsFailedError
+from tokprune.eval.sweep.harness import TrialsFailedError
 from tokprune.eval.sweep.progress import Lines
 from tokprune.eval.sweep.settings import make_settings, with_options
-from tokprune.eval.sweep.trials import Cell
-from tokprune.integrations.lmms_eval.driver import arguments, child, samples, tasks
-from tokprune.integrations.lmms_eval.driver.benchmark import LmmsBenchmark
-from tokprune.integrations.lmms_eval.driver.tasks import LoadedTasks
+from tokprune.eval.sweep.trials import Trial
+from tokprune.integrations.lmms_eval import arguments, child, driver, samples
+from tokprune.integrations.lmms_eval.benchmark import LmmsBenchmark
+from tokprune.integrations.lmms_eval.tasks import loading
+from tokprune.integrations.lmms_eval.tasks.loading import LoadedTasks
 from tokprune.integrations.lmms_eval.tasks.scores import NoScoreError, check_task, score
+from tokprune.integrations.lmms_eval.wrapped import Base
 
 BASE: dict[str, Any] = {"model": "m", "out": "o"}
 LMMS: dict[str, Any] = {**BASE, "harness": "lmms-eval", "tasks": ("pope",)}
@@ -42,15 +44,15 @@ LMMS: dict[str, Any] = {**BASE, "harness": "lmms-eval", "tasks": ("pope",)}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({**BASE, "harness": "lmms"}, "harness='lmms' should be one of own, lmms-eval"),
+        ({**BASE, "harness": "lmms"}, "harness='lmms' should be one of builtin, lmms-eval"),
         ({**BASE, "base": "llava_hf"}, "base='llava_hf' belongs to harness lmms-eval"),
         ({**BASE, "processes": 2}, "processes=2 belongs to harness lmms-eval"),
         ({**BASE, "model_args": {"x": 1}}, "belongs to harness lmms-eval"),
         ({**BASE, "launch": "--num_machines 2"}, "launch=--num_machines 2 belongs to harness"),
-        ({**LMMS, "benchmark": "small.jsonl"}, "belongs to harness own, and harness is lmms-eval"),
-        ({**LMMS, "split": "val"}, "split='val' belongs to harness own"),
-        ({**LMMS, "share": False}, "share=False belongs to harness own"),
-        ({**LMMS, "latency_rounds": 2}, "latency_rounds=2 belongs to harness own"),
+        ({**LMMS, "benchmark": "small.jsonl"}, "belongs to harness builtin, and harness is lmms"),
+        ({**LMMS, "split": "val"}, "split='val' belongs to harness builtin"),
+        ({**LMMS, "share": False}, "share=False belongs to harness builtin"),
+        ({**LMMS, "latency_rounds": 2}, "latency_rounds=2 belongs to harness builtin"),
         ({**LMMS, "tasks": None}, "tasks is missing"),
         ({**LMMS, "processes": 0}, "processes=0 should be a whole number, at least 1"),
         ({**LMMS, "launch": "--a 'b"}, "launch=.* No closing quotation"),
@@ -88,14 +90,14 @@ def test_settings_of_lmms_eval(tmp_path: Path) -> None:
 
 
 def test_without_lmms_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'tokprune\[eval\]'"):
         run_sweep(Settings(**LMMS))
 
 
 def test_commands() -> None:
     def words(**changes: Any) -> list[str]:
-        return arguments.command(Settings(**{**LMMS, **changes}))
+        return child.command(Settings(**{**LMMS, **changes}))
 
     plain = [sys.executable, "-m", "lmms_eval", "--config", "config.json"]
     assert words() == plain
@@ -116,8 +118,8 @@ def test_commands() -> None:
     assert nodes[at : at + 4] == ["--rdzv_backend", "c10d", "--machine_rank", "0"]
     ranked = words(processes=16, launch="--num_machines 2 --machine_rank 1")
     assert "--rdzv_backend" not in ranked
-    assert arguments.environment("cpu", {"A": "b"})["ACCELERATE_USE_CPU"] == "true"
-    assert "ACCELERATE_USE_CPU" not in arguments.environment("cuda", {})
+    assert child.environment("cpu")["ACCELERATE_USE_CPU"] == "true"
+    assert "ACCELERATE_USE_CPU" not in child.environment("cuda")
 
 
 # --------------------------------------------------------------------------------- rows
@@ -132,8 +134,8 @@ def logged(**changes: Any) -> dict[str, Any]:
 
 def test_a_sample_becomes_a_row() -> None:
     row = samples.sample_row("r", "none", ITEM, logged(), 12.3456)
-    assert {name: row[name] for name in ("row", "cell", "item", "task", "answer", "score")} == {
-        "row": "r", "cell": "none", "item": "t:3", "task": "t", "answer": "house", "score": 1.0,
+    assert {name: row[name] for name in ("row", "trial", "item", "task", "answer", "score")} == {
+        "row": "r", "trial": "none", "item": "t:3", "task": "t", "answer": "house", "score": 1.0,
     }  # fmt: skip
     assert (row["tokens_in"], row["tokens_mean"], row["macs"], row["kv_bytes"]) == (
         36, 36.0, 1000, 100,
@@ -142,7 +144,7 @@ def test_a_sample_becomes_a_row() -> None:
     assert row["time"] == 12.346
 
 
-def test_a_failed_sample_counts_as_wrong() -> None:
+def test_a_failed_sample_counts_as_incorrect() -> None:
     sample = logged()
     told = sample["token_counts"][0]["tokprune"]
     told |= {"status": "failed", "error": "RuntimeError: no room", "tokens_mean": None}
@@ -273,7 +275,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def behave(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Puts the stand-in where lmms-eval is; called with what cells should do wrong."""
+    """Puts the stand-in where lmms-eval is; called with what trials should do wrong."""
     small = FileBenchmark(home / "bench" / "small.jsonl")
     loaded = LoadedTasks(
         {name: fake_lmms.FakeTask(small, name.split("_")[1]) for name in fake_lmms.TASKS},
@@ -286,15 +288,15 @@ def behave(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         assert tuple(names) == ("fake_*",)
         return loaded
 
-    monkeypatch.setattr(tasks, "load_tasks", load)
-    monkeypatch.setattr(tasks, "lmms_version", lambda: "0.7.3")
-    monkeypatch.setattr(arguments, "base_parameters", lambda name, args: {"dtype", "device_map"})
-    monkeypatch.setattr(arguments, "LMMS_EVAL", (str(Path(fake_lmms.__file__)),))
+    monkeypatch.setattr(driver, "load_tasks", load)
+    monkeypatch.setattr(driver, "lmms_version", lambda: "0.7.3")
+    monkeypatch.setattr(driver, "base_parameters", lambda name, args: {"dtype", "device_map"})
+    monkeypatch.setattr(child, "LMMS_EVAL", (str(Path(fake_lmms.__file__)),))
     sizes = {name: len(task.eval_docs) for name, task in loaded.tasks.items()}
     monkeypatch.setenv("FAKE_LMMS_DOCUMENTS", json.dumps(sizes))
 
-    def behave(**cells: str) -> None:
-        monkeypatch.setenv("FAKE_LMMS", json.dumps(cells))
+    def behave(**trials: str) -> None:
+        monkeypatch.setenv("FAKE_LMMS", json.dumps(trials))
 
     behave()
     return behave
@@ -314,22 +316,22 @@ def sweep(home: Path, tmp_path: Path, behave: Any) -> Callable[..., Settings]:
     return make
 
 
-class Heard(Lines):
-    """Remembers what it is told."""
+class Listener(Lines):
+    """Remembers what is said."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
+        self.said: list[str] = []
 
     def say(self, text: str) -> None:
-        self.told.append(text)
+        self.said.append(text)
 
 
-def config_of(run: Any, cell: str) -> dict[str, Any]:
-    return dict(json.loads((run.folder / "lmms" / cell / "config.json").read_text()))
+def config_of(run: Any, trial: str) -> dict[str, Any]:
+    return dict(json.loads((run.folder / "lmms" / trial / "config.json").read_text()))
 
 
-def test_cells_are_answered_and_written_as_any_run(sweep: Any) -> None:
+def test_trials_are_answered_and_written_as_any_run(sweep: Any) -> None:
     run = run_sweep(sweep(methods=("divprune", "none", "downsample"), latency=True, limit=4))
     assert run.info["finished"]
     assert run.info["harness"] == {
@@ -339,55 +341,57 @@ def test_cells_are_answered_and_written_as_any_run(sweep: Any) -> None:
     assert (told["name"], told["items"]) == ("lmms-eval", 8)
     assert told["tasks"] == told["headline"] == list(fake_lmms.TASKS)
     assert told["groups"] == {"fake": list(fake_lmms.TASKS)}
-    assert list(run.cells) == ["none", "divprune@9", "downsample@9"]
+    assert list(run.trials) == ["none", "divprune@9", "downsample@9"]
     items = {f"{task}:{n}" for task in fake_lmms.TASKS for n in range(4)}
-    for cell in run.cells:
-        rows = run.rows_of(cell)
+    for trial in run.trials:
+        rows = run.rows_of(trial)
         assert {row["item"] for row in rows} == items
         assert len(rows) == 8
     row = next(r for r in run.rows_of("none") if r["item"] == "fake_place:1")
     assert "what is in the lake ?" in row["question"]
-    assert (row["image"], row["answers"][0]) == ("pictures:1.png", "house")
+    assert (row["image"], row["answers"][0]) == ("images:1.png", "house")
     metrics = run.metrics()
-    assert set(metrics) == set(run.cells)
-    for cell in run.cells:
+    assert set(metrics) == set(run.trials)
+    for trial in run.trials:
         for task in fake_lmms.TASKS:
-            scores = [r["score"] for r in run.rows_of(cell) if r["task"] == task]
-            assert metrics[cell][task] == {"accuracy": sum(scores) / 4}
+            scores = [r["score"] for r in run.rows_of(trial) if r["task"] == task]
+            assert metrics[trial][task] == {"accuracy": sum(scores) / 4}
     assert run.latency is not None
-    assert set(run.latency["cells"]) == {"none", "divprune@9"}
-    assert run.latency["cells"]["none"] == {
+    assert set(run.latency["trials"]) == {"none", "divprune@9"}
+    assert run.latency["trials"]["none"] == {
         "prefill": {"median": 0.5, "q1": 0.5, "q3": 0.5, "n": 8},
         "total": {"median": 0.75, "q1": 0.75, "q3": 0.75, "n": 8},
     }
     assert run.latency["new_tokens"] == fake_lmms.GENERATED
 
 
-def test_what_the_processes_are_told(sweep: Any) -> None:
+def test_what_the_processes_get(sweep: Any) -> None:
     run = run_sweep(sweep(controls=True, methods=("divprune",), model_args={"use_cache": True}))
-    for cell, entry in run.cells.items():
+    for trial, entry in run.trials.items():
         if entry["status"] != "ok":
             continue
-        config = config_of(run, cell)
+        config = config_of(run, trial)
         args = dict(part.split("=", 1) for part in config["model_args"].split(","))
         assert args["base"] == "llava_hf"
         assert Path(args["pretrained"]).is_dir()
         assert (args["dtype"], args["device_map"], args["use_cache"]) == ("float32", "cpu", "True")
         assert config["log_samples"] is True
-        folder = run.folder / "lmms" / cell
+        folder = run.folder / "lmms" / trial
         if entry["method"] is None:
             assert not (folder / "setting.json").exists()
-            assert args.get("control") == {"none": None}.get(cell, entry["arm"])
+            assert args.get("control") == {"none": None}.get(trial, entry["variant"])
         else:
             setting = (folder / "setting.json").read_bytes()
             assert hashlib.sha256(setting).hexdigest() == args["setting_sha"]
-            assert json.loads(setting) == {"method": entry["method"], "options": entry["options"]}
+            assert json.loads(setting) == {
+                "schema": 2, "method": entry["method"], "options": entry["options"],
+            }  # fmt: skip
     assert "factor=2.0" in config_of(run, "downsample@9")["model_args"]
 
 
 def test_noise_floor_that_a_base_cannot_show_says_why(sweep: Any) -> None:
     run = run_sweep(sweep(noise=True, methods=("none",)))
-    batch, dtype = run.cells["none.batch8"], run.cells["none.bfloat16"]
+    batch, dtype = run.trials["none.batch8"], run.trials["none.bfloat16"]
     assert (batch["status"], dtype["status"]) == ("unreachable", "ok")
     assert batch["reason"] == "lmms-eval's llava_hf answers one question at a time"
     assert "dtype=bfloat16" in config_of(run, "none.bfloat16")["model_args"]
@@ -413,30 +417,32 @@ def test_reports_and_group_lists_of_two_models(sweep: Any, tmp_path: Path) -> No
     report = build_report(other.folder, groups_from=first.folder, draws=200)
     (table, _) = report.groups
     assert table.groups == nine
-    assert {row.result.point.arm for row in table.rows} == {"divprune", "grid"}
+    assert {row.result.point.variant for row in table.rows} == {"divprune", "grid"}
     rows = {r["item"]: r["score"] for r in other.rows_of("grid@9")}
-    share = next(row.hard for row in table.rows if row.result.point.arm == "grid")
-    assert (share.n, share.right) == (len(nine.hard), sum(rows[i] for i in nine.hard))
+    share = next(row.hard for row in table.rows if row.result.point.variant == "grid")
+    assert (share.n, share.correct) == (len(nine.hard), sum(rows[i] for i in nine.hard))
 
 
 # ------------------------------------------------------------------------- going wrong
 
 
-def test_a_failing_cell_costs_no_other_and_is_tried_again(sweep: Any, behave: Any) -> None:
+def test_a_failing_trial_costs_no_other_and_is_tried_again(sweep: Any, behave: Any) -> None:
     behave(none="fail")
-    progress = Heard()
-    with pytest.raises(CellsFailedError, match=r"1 of 2 cells .*\(none\).*status 3.*lmms/none/log"):
+    progress = Listener()
+    with pytest.raises(
+        TrialsFailedError, match=r"1 of 2 trials .*\(none\).*status 3.*lmms/none/log"
+    ):
         run_sweep(sweep(), progress=progress)
-    assert any("RuntimeError: out of luck" in line for line in progress.told)
+    assert any("RuntimeError: out of luck" in line for line in progress.said)
     part = read_run(sweep().out)
-    assert {row["cell"] for row in part.rows} == {"divprune@9"}
+    assert {row["trial"] for row in part.rows} == {"divprune@9"}
     assert not part.info["finished"]
     before = (part.folder / "lmms" / "divprune@9" / "log.txt").stat().st_mtime_ns
     behave()
     whole = run_sweep(sweep())
     assert whole.info["finished"]
     assert whole.rows[:20] == part.rows
-    assert {row["cell"] for row in whole.rows[20:]} == {"none"}
+    assert {row["trial"] for row in whole.rows[20:]} == {"none"}
     assert (whole.folder / "lmms" / "divprune@9" / "log.txt").stat().st_mtime_ns == before
     behave(none="fail", **{"divprune@9": "fail"})
     assert run_sweep(sweep()).rows == whole.rows  # nothing is asked
@@ -444,15 +450,15 @@ def test_a_failing_cell_costs_no_other_and_is_tried_again(sweep: Any, behave: An
 
 def test_a_process_that_logs_nothing_has_failed(sweep: Any, behave: Any) -> None:
     behave(none="quiet")
-    progress = Heard()
-    with pytest.raises(CellsFailedError, match=r"fake_count \(10\), fake_place \(10\)"):
+    progress = Listener()
+    with pytest.raises(TrialsFailedError, match=r"fake_count \(10\), fake_place \(10\)"):
         run_sweep(sweep(), progress=progress)
-    assert any("judge is away" in line for line in progress.told)
+    assert any("judge is away" in line for line in progress.said)
 
 
 def test_only_open_tasks_are_asked_again(sweep: Any, behave: Any) -> None:
     behave(none="fake_place")
-    with pytest.raises(CellsFailedError, match=r"no answer to questions of fake_place \(10\)"):
+    with pytest.raises(TrialsFailedError, match=r"no answer to questions of fake_place \(10\)"):
         run_sweep(sweep())
     part = read_run(sweep().out)
     assert {r["task"] for r in part.rows_of("none")} == {"fake_count"}
@@ -482,7 +488,7 @@ def test_termination_ends_the_process_too(sweep: Any, behave: Any, tmp_path: Pat
         os.kill(number, 0)
     part = read_run(sweep().out)
     assert not part.info["finished"]
-    assert {row["cell"] for row in part.rows} == {"none"}
+    assert {row["trial"] for row in part.rows} == {"none"}
     behave()
     assert run_sweep(sweep()).rows[:20] == part.rows
 
@@ -498,7 +504,7 @@ def test_other_arguments_need_another_folder_and_new_versions_new_answers(
     ]:
         with pytest.raises(ValueError, match=message):
             run_sweep(sweep(methods=("none",), **changes))
-    monkeypatch.setattr(tasks, "lmms_version", lambda: "0.8")
+    monkeypatch.setattr(driver, "lmms_version", lambda: "0.8")
     second = run_sweep(sweep(methods=("none",)))
     assert second.stale == len(first.rows) == len(second.rows)
 
@@ -507,8 +513,8 @@ def test_code_that_changes_meanwhile_is_noticed(sweep: Any, monkeypatch: Any) ->
     """Every process reads the sources anew, the sweep has read them once."""
     real = child.run_child
 
-    def meanwhile(*args: Any) -> None:
-        real(*args)
+    def meanwhile(*args: Any) -> Iterator[int]:
+        yield from real(*args)
         monkeypatch.setattr("tokprune.eval.sweep.runner.code_hash", lambda runtime: "new")
 
     monkeypatch.setattr(child, "run_child", meanwhile)
@@ -517,7 +523,7 @@ def test_code_that_changes_meanwhile_is_noticed(sweep: Any, monkeypatch: Any) ->
     assert read_run(sweep().out).rows == []
 
 
-def test_a_folder_of_the_own_harness_is_refused(sweep: Any, home: Path) -> None:
+def test_a_folder_of_the_builtin_harness_is_refused(sweep: Any, home: Path) -> None:
     own = case.settings(
         home / "model", home / "bench" / "small.jsonl", Path(sweep().out), methods=("none",),
         limit=2,
@@ -528,45 +534,42 @@ def test_a_folder_of_the_own_harness_is_refused(sweep: Any, home: Path) -> None:
 
 
 def test_progress_counts_all_processes(tmp_path: Path) -> None:
-    seen: list[int] = []
     code = (
         "import sys\n"
         "for n in range(1, 4): sys.stderr.write(f'\\rtokprune:  5%|x| {n}/3 [00:01<0')\n"
         "print('\\nlast words')"
     )
-    child.run_child([sys.executable, "-c", code], tmp_path, tmp_path / "log", os.environ,
-                    seen.append)  # fmt: skip
-    assert seen == [1, 2, 3]
-    assert child.read_tail(tmp_path / "log") == "    last words"
+    assert list(child.run_child([sys.executable, "-c", code], tmp_path, os.environ)) == [1, 2, 3]
+    assert child.read_tail(tmp_path / child.LOG) == "    last words"
 
 
-def test_documents_without_one_picture_are_left_out_of_matching(home: Path) -> None:
+def test_documents_without_one_image_are_left_out_of_matching(home: Path) -> None:
     small = FileBenchmark(home / "bench" / "small.jsonl")
     benchmark = LmmsBenchmark(
         LoadedTasks(
             {"with": fake_lmms.FakeTask(small, "count"),
-             "without": fake_lmms.FakeTask(small, "place", pictures=False)},
+             "without": fake_lmms.FakeTask(small, "place", images=False)},
             {}, {"with": "1", "without": "1"}, ("with", "without"),
         )
     )  # fmt: skip
     items = benchmark.items(limit=2)
     assert [item.id for item in items] == ["with:0", "with:1", "without:0", "without:1"]
     assert benchmark.image(items[0]).mode == "RGB"
-    with pytest.raises(ValueError, match="'without:0': has no single picture"):
+    with pytest.raises(ValueError, match="'without:0': has no single image"):
         benchmark.image(items[2])
 
 
 def test_groups_that_share_tasks_are_called_once() -> None:
     groups = {"g": ("a", "b"), "h": ("b", "c")}
-    assert tasks.called(["a", "g", "h", "d", "c"], groups) == ("g", "c", "d")
-    assert tasks.called(["h", "g"], groups) == ("h", "a")
+    assert loading.called(["a", "g", "h", "d", "c"], groups) == ("g", "c", "d")
+    assert loading.called(["h", "g"], groups) == ("h", "a")
 
 
 def test_paths_that_lmms_eval_cannot_be_told() -> None:
-    with pytest.raises(ValueError, match="model 'a,b' cannot be passed to lmms-eval"):
+    with pytest.raises(ValueError, match="pretrained='a,b' cannot be passed to lmms-eval"):
         arguments.model_arguments(
-            Settings(**LMMS), arguments.Base("x", frozenset()), None,  # type: ignore[arg-type]
-            Cell({"method": None, "dtype": "float32"}), "a,b",
+            Settings(**LMMS), Base("x", frozenset()), Trial({"method": None, "variant": "none"}),
+            "a,b", "cpu",
         )  # fmt: skip
 
 
@@ -585,12 +588,12 @@ def test_command_line(
     behave(none="fail")
     status, _, err = call()
     assert status == 1
-    assert "Error: 1 of 1 cells could not be answered (none)" in err
+    assert "Error: 1 of 1 trials could not be answered (none)" in err
     assert "RuntimeError: out of luck" in err
     behave()
     status, out, err = call("--model-args", "a=1", "--fresh")
-    assert (status, out) == (0, f"{tmp_path / 'cli'}: 20 answers in 1 cells\n"), err
+    assert (status, out) == (0, f"{tmp_path / 'cli'}: 20 answers in 1 trials\n"), err
     assert "a=1" in config_of(read_run(tmp_path / "cli"), "none")["model_args"]
     status, _, err = call("--benchmark", "mini.jsonl")
     assert status == 2
-    assert "belongs to harness own" in err
+    assert "belongs to harness builtin" in err

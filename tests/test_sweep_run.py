@@ -13,12 +13,12 @@ import sweep_case as case
 import torch
 
 import tokprune
-from tokprune.eval.benchmarks.base import load_benchmark
+from tokprune.eval.benchmarks import load_benchmark
 from tokprune.eval.benchmarks.files import FileBenchmark
 from tokprune.eval.sweep import Settings, read_run, run_sweep
-from tokprune.eval.sweep import examiner as examiner_module
-from tokprune.eval.sweep.evaluator import Examiner
-from tokprune.eval.sweep.loaded_model import Subject
+from tokprune.eval.sweep import evaluator as evaluator_module
+from tokprune.eval.sweep.evaluator import Evaluator
+from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.progress import Lines
 from tokprune.eval.sweep.reduced_input import downsample
 from tokprune.eval.sweep.store import Store
@@ -48,7 +48,7 @@ def sweep(home: Path, tmp_path: Path) -> Callable[..., Settings]:
 
 
 def model_of(settings: Settings) -> Any:
-    return Subject.load(settings.model, settings.dtype, settings.device).model
+    return LoadedModel.load(settings.model, settings.dtype, settings.device).model
 
 
 def unpatched(model: Any) -> bool:
@@ -69,7 +69,7 @@ def unpatched(model: Any) -> bool:
 def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, loaded_once: Any) -> Any:
     """Every method and control at three budgets, with noise floor, timing and overlays."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "load", loaded_once)
+        patch.setattr(LoadedModel, "load", loaded_once)
         settings = case.settings(
             home / "model", home / "bench" / "small.jsonl", tmp_path_factory.mktemp("out") / "run",
             methods=(), keep=("1/2", 9), controls=True, noise=True, latency=True,
@@ -80,7 +80,7 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, loaded_once: Any
         return run
 
 
-def test_every_cell_has_every_question_once(whole: Any) -> None:
+def test_every_trial_has_every_question_once(whole: Any) -> None:
     info = whole.info
     assert info["finished"]
     assert info["command"] == "tokprune sweep --out 'a b'"
@@ -88,62 +88,62 @@ def test_every_cell_has_every_question_once(whole: Any) -> None:
     assert (
         info["benchmark"]["tasks"] == info["benchmark"]["headline"] == ["count", "place", "thing"]
     )
-    arms = {cell["arm"] for cell in whole.cells.values()}
-    assert arms == {*tokprune.methods.image_methods(), "none", "blind", "downsample"}
-    for name, cell in whole.cells.items():
+    variants = {trial["variant"] for trial in whole.trials.values()}
+    assert variants == {*tokprune.methods.image_methods(), "none", "blind", "downsample"}
+    for name, trial in whole.trials.items():
         rows = whole.rows_of(name)
-        assert len(rows) == (5 if cell["status"] == "ok" else 0), name
+        assert len(rows) == (5 if trial["status"] == "ok" else 0), name
         assert {row["status"] for row in rows} <= {"ok"}
     assert (whole.stale, whole.duplicates) == (0, 0)
-    noise = [name for name, cell in whole.cells.items() if cell["noise"]]
+    noise = [name for name, trial in whole.trials.items() if trial["noise"]]
     assert noise == ["none.batch1", "none.bfloat16"]
-    assert whole.cells["none.batch1"]["batch_size"] == 1
-    assert whole.cells["none.bfloat16"]["dtype"] == "bfloat16"
-    assert [row["cell"] for row in whole.rows[:10]] == noise[:1] * 5 + noise[1:] * 5  # first
-    assert {n for n in whole.cells if n.endswith(".s1")} == {"random@18.s1", "random@9.s1"}
+    assert whole.trials["none.batch1"]["batch_size"] == 1
+    assert whole.trials["none.bfloat16"]["dtype"] == "bfloat16"
+    assert [row["trial"] for row in whole.rows[:10]] == noise[:1] * 5 + noise[1:] * 5  # first
+    assert {n for n in whole.trials if n.endswith(".s1")} == {"random@18.s1", "random@9.s1"}
 
 
 def test_budgets_are_matched_on_measured_means(whole: Any) -> None:
     reached = set()
-    for name, cell in whole.cells.items():
-        if cell["arm"] in ("none", "blind", "downsample"):
+    for name, trial in whole.trials.items():
+        if trial["variant"] in ("none", "blind", "downsample"):
             continue
-        told = cell["calibrated"]["tokens_mean"]
-        off = abs(told - cell["budget"])
-        if cell["status"] == "unreachable":
+        told = trial["calibrated"]["tokens_mean"]
+        off = abs(told - trial["budget"])
+        if trial["status"] == "unreachable":
             assert off > 0.5
-            assert f"{told:.4g} visual tokens per decoder layer" in cell["reason"]
+            assert f"{told:.4g} visual tokens per decoder layer" in trial["reason"]
             continue
-        reached.add(cell["arm"])
+        reached.add(trial["variant"])
         assert off <= 0.5, name
         rows = whole.rows_of(name)
         measured = sum(row["tokens_mean"] for row in rows) / len(rows)
-        assert abs(measured - cell["budget"]) <= 1, name  # all items, not those of the matching
+        assert abs(measured - trial["budget"]) <= 1, name  # all items, not those of the matching
         assert all(row["tokens_in"] == 36 and row["tokens_last"] <= 36 for row in rows)
     assert reached == set(tokprune.methods.image_methods())
     # one of six layers sees all 36 tokens: (36 + 5 · 14) / 6
-    told = whole.cells["fastv@18"]["calibrated"]
+    told = whole.trials["fastv@18"]["calibrated"]
     assert told == {"tokens_last": 14.0, "tokens_mean": pytest.approx(106 / 6, abs=1e-3)}
     # keep=1 drops 1/7 and 3/7 of 35 before layers 1 and 2: (36 + 31 + 21 + 3 · 1) / 6
-    transprune = whole.cells["transprune@9"]
+    transprune = whole.trials["transprune@9"]
     assert transprune["status"] == "unreachable"
     assert transprune["calibrated"]["tokens_mean"] == pytest.approx(91 / 6, abs=1e-3)
 
 
 def test_numbers_of_a_row_are_those_of_the_question_alone(whole: Any, home: Path) -> None:
-    subject = Subject.load(str(home / "model"), "auto", "cpu")
+    loaded = LoadedModel.load(str(home / "model"), "auto", "cpu")
     benchmark = load_benchmark(home / "bench" / "small.jsonl")
     for name in ("fastv@18", "flowcut@9", "mustdrop@18", "none"):
-        cell = whole.cells[name]
+        trial = whole.trials[name]
         for row, item in zip(sorted(whole.rows_of(name), key=lambda r: r["item"])[:3],
                              benchmark.items()):  # fmt: skip
             assert row["item"] == item.id
-            batch = examiner_module.Batch(subject, benchmark, [item])
-            method = cell["method"] or "random"
-            options = cell["options"] or {"keep": 1.0}
-            with tokprune.compress(subject.model, method, **_tuples(options)) as trace:
+            batch = evaluator_module.Batch(loaded, benchmark, [item])
+            method = trial["method"] or "random"
+            options = trial["options"] or {"keep": 1.0}
+            with tokprune.compress(loaded.model, method, **_tuples(options)) as trace:
                 with torch.inference_mode():
-                    subject.model.generate(**batch.inputs, max_new_tokens=2)
+                    loaded.model.generate(**batch.inputs, max_new_tokens=2)
                 told = trace.to_dict()
             assert row["macs"] == told["macs"]["total"]
             assert row["macs_unpruned"] == told["macs_unpruned"]["total"]
@@ -160,28 +160,28 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 def test_downsampling_shows_less_and_saves_nothing_in_a_fixed_tower(whole: Any) -> None:
     rows = {r["item"]: r for r in whole.rows_of("none")}
     small = whole.rows_of("downsample@9")
-    assert whole.cells["downsample@9"]["options"] == {"factor": 2.0}
+    assert whole.trials["downsample@9"]["options"] == {"factor": 2.0}
     assert all(r["tokens_mean"] == 36 and r["macs"] == r["macs_unpruned"] for r in small)
     assert any(r["answer"] != rows[r["item"]]["answer"] for r in small)
 
 
 def test_overlays_and_timing(whole: Any) -> None:
     records = whole.overlays()
-    budget = {whole.cells[r["cell"]]["budget"] for r in records}
+    budget = {whole.trials[r["trial"]]["budget"] for r in records}
     assert budget == {9}  # nearest to 11 % of 36
     assert {r["item"] for r in records} == {"q0", "q1", "q2"}  # the first of each task
-    by_cell = {r["cell"]: r for r in records if r["item"] == "q0"}
-    assert len(by_cell["grid@9"]["kept"]) == 9
-    assert not by_cell["grid@9"]["merged"]
-    assert by_cell["pool@9"]["merged"]
-    assert sum(map(len, by_cell["pool@9"]["sources"])) == 36
+    by_trial = {r["trial"]: r for r in records if r["item"] == "q0"}
+    assert len(by_trial["grid@9"]["kept"]) == 9
+    assert not by_trial["grid@9"]["merged"]
+    assert by_trial["pool@9"]["merged"]
+    assert sum(map(len, by_trial["pool@9"]["sources"])) == 36
     assert whole.latency is not None
-    timed = {n for n, c in whole.cells.items() if c["status"] == "ok" and not c["noise"]}
-    assert set(whole.latency["cells"]) == {
+    timed = {n for n, c in whole.trials.items() if c["status"] == "ok" and not c["noise"]}
+    assert set(whole.latency["trials"]) == {
         n for n in timed if not n.startswith(("downsample", "blind"))
     }
-    assert whole.latency["cells"]["none"]["selection"] is None
-    assert whole.latency["cells"]["grid@9"]["total"]["n"] == 2
+    assert whole.latency["trials"]["none"]["selection"] is None
+    assert whole.latency["trials"]["grid@9"]["total"]["n"] == 2
 
 
 # ------------------------------------------------------------------------------ sharing
@@ -197,11 +197,11 @@ def test_sharing_the_encoder_changes_nothing(sweep: Any, model: str) -> None:
     alone = run_sweep(sweep(**few, out="alone", share=False))
     assert case.answers(shared) == case.answers(alone)
     assert len({row["answer"] for row in shared.rows}) > 4
-    ran = {shared.cells[row["cell"]]["arm"] for row in shared.rows}
+    ran = {shared.trials[row["trial"]]["variant"] for row in shared.rows}
     assert ran >= {"none", "todre", "fastv", "flowcut"}  # by tap, by features, by own encoder pass
 
 
-def test_the_encoder_runs_once_for_cells_that_leave_it_alone(
+def test_the_encoder_runs_once_for_trials_that_leave_it_alone(
     sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = sweep(methods=("divprune", "fastv", "todre", "flowcut"), keep=(18,), limit=3)
@@ -241,7 +241,7 @@ def test_nothing_is_asked_twice(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def never(*_: Any) -> None:
         raise AssertionError("asked again")
 
-    monkeypatch.setattr(Examiner, "examine", never)
+    monkeypatch.setattr(Evaluator, "evaluate", never)
     again = run_sweep(sweep())
     assert (done.folder / "rows.jsonl").read_bytes() == before
     assert again.info["finished"]
@@ -251,21 +251,21 @@ def test_nothing_is_asked_twice(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> 
 def test_methods_budgets_and_seeds_may_be_added(sweep: Any) -> None:
     first = run_sweep(sweep(methods=("fastv",), keep=(18,)))
     grown = run_sweep(sweep(methods=("random",), keep=(9,), seeds=(0, 1)))
-    assert list(grown.cells) == ["none", "fastv@18", "random@9", "random@9.s1"]
+    assert list(grown.trials) == ["none", "fastv@18", "random@9", "random@9.s1"]
     assert grown.rows[: len(first.rows)] == first.rows
     assert grown.info["settings"]["methods"] == ["none", "fastv", "random"]
     assert grown.info["settings"]["keep"] == ["18", "9"]
     fresh = run_sweep(sweep(methods=("random",), keep=(9,), fresh=True))
-    assert list(fresh.cells) == ["none", "random@9"]
+    assert list(fresh.trials) == ["none", "random@9"]
 
 
 def test_a_changed_option_never_reuses_a_row(sweep: Any) -> None:
     first = run_sweep(sweep(methods=("todre",), keep=(9,)))
     second = run_sweep(sweep(methods=("todre:select=k_center",), keep=(9,)))
-    assert list(second.cells) == ["none", "todre@9", "todre+select=k_center@9"]
+    assert list(second.trials) == ["none", "todre@9", "todre+select=k_center@9"]
     assert len(second.rows) == len(first.rows) + 7
     info = json.loads((second.folder / "run.json").read_text())
-    info["cells"][1]["options"]["tau"] = 0.2  # as if the same cell had been made otherwise
+    info["trials"][1]["options"]["tau"] = 0.2  # as if the same trial had been made otherwise
     (second.folder / "run.json").write_text(json.dumps(info))
     assert read_run(second.folder).stale == 7
 
@@ -295,7 +295,7 @@ def test_interruption_leaves_a_valid_folder_and_a_clean_model(
     sweep: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     asked: list[int] = []
-    real = examiner_module.ask
+    real = evaluator_module.generate_answers
 
     def interrupted(*args: Any) -> Any:
         asked.append(1)
@@ -304,7 +304,7 @@ def test_interruption_leaves_a_valid_folder_and_a_clean_model(
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(examiner_module, "ask", interrupted)
+        patch.setattr(evaluator_module, "generate_answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(sweep())
     assert unpatched(model_of(sweep()))
@@ -343,19 +343,19 @@ def test_failed_questions_fail_alone_and_count_as_wrong(
     sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = run_sweep(sweep(out="plain"))
-    real = examiner_module.ask
+    real = evaluator_module.generate_answers
 
-    def fragile(subject: Any, inputs: Any, longest: int) -> Any:
+    def fragile(loaded: Any, inputs: Any, longest: int) -> Any:
         lengths = inputs["attention_mask"].sum(1)
         if (lengths == lengths_of_q1).any():
             raise RuntimeError("cannot\n  do this one")
-        return real(subject, inputs, longest)
+        return real(loaded, inputs, longest)
 
     lengths = {r["item"]: r["prompt_tokens"] for r in plain.rows}
     lengths_of_q1 = lengths["q1"]
     same = {item for item, length in lengths.items() if length == lengths_of_q1}
     assert len(same) < len(lengths)
-    monkeypatch.setattr(examiner_module, "ask", fragile)
+    monkeypatch.setattr(evaluator_module, "generate_answers", fragile)
     told: list[str] = []
     progress = Lines()
     monkeypatch.setattr(progress, "say", told.append)
@@ -372,41 +372,41 @@ def test_failed_questions_fail_alone_and_count_as_wrong(
         assert (r["tokens_in"], r["tokens_mean"], r["new_tokens"]) == (36, None, 0)
     assert run.info["finished"]
     assert unpatched(model_of(sweep()))
-    assert any("failed; they count as wrong" in line for line in told)
+    assert any("failed; they count as incorrect" in line for line in told)
 
 
-def test_unreadable_pictures_fail_alone(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_images_fail_alone(sweep: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FileBenchmark.image
 
     def broken(benchmark: FileBenchmark, item: Any) -> Any:
         if item.id in ("q0", "q4"):
-            raise OSError("truncated picture")
+            raise OSError("truncated image")
         return real(benchmark, item)
 
     monkeypatch.setattr(FileBenchmark, "image", broken)
     run = run_sweep(sweep(methods=("fastv",)))
     failed = {r["item"]: r for r in run.rows if r["status"] == "failed"}
     assert set(failed) == {"q0", "q4"}
-    assert failed["q0"]["error"] == "OSError: truncated picture"
+    assert failed["q0"]["error"] == "OSError: truncated image"
     assert failed["q0"]["tokens_in"] is None
-    assert len(run.rows) == 7 * len([c for c in run.cells.values() if c["status"] == "ok"])
+    assert len(run.rows) == 7 * len([c for c in run.trials.values() if c["status"] == "ok"])
 
 
 def test_no_room_for_the_noise_dtype_is_recorded(
     sweep: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Subject.load
+    real = LoadedModel.load
 
     def small(name: str, dtype: str = "auto", device: str = "auto") -> Any:
         if dtype == "bfloat16":
             raise RuntimeError("out of memory")
         return real(name, dtype, device)
 
-    monkeypatch.setattr(Subject, "load", small)
+    monkeypatch.setattr(LoadedModel, "load", small)
     run = run_sweep(sweep(methods=("fastv",), keep=(18,), noise=True, limit=3))
-    cell = run.cells["none.bfloat16"]
-    assert (cell["status"], run.rows_of("none.bfloat16")) == ("unreachable", [])
-    assert "out of memory" in cell["reason"]
+    trial = run.trials["none.bfloat16"]
+    assert (trial["status"], run.rows_of("none.bfloat16")) == ("unreachable", [])
+    assert "out of memory" in trial["reason"]
     assert run.info["finished"]
 
 
@@ -429,7 +429,7 @@ def test_folders_of_other_sweeps_are_refused(
 ) -> None:
     done = run_sweep(sweep(methods=("fastv",), keep=(18,), **first))
     before = (done.folder / "run.json").read_bytes(), (done.folder / "rows.jsonl").read_bytes()
-    monkeypatch.setattr(Examiner, "examine", None)
+    monkeypatch.setattr(Evaluator, "evaluate", None)
     with pytest.raises(ValueError, match=message):
         run_sweep(sweep(methods=("fastv",), keep=(18,), **second))
     assert before == (
@@ -457,8 +457,8 @@ def test_rows_without_run_json_are_refused(sweep: Any) -> None:
 
 def test_matching_the_last_layer_instead(sweep: Any) -> None:
     run = run_sweep(sweep(methods=("fastv", "transprune"), keep=(9,), match="last", limit=3))
-    assert run.cells["fastv@9"]["calibrated"] == {"tokens_last": 9.0, "tokens_mean": 13.5}
-    assert run.cells["transprune@9"]["calibrated"]["tokens_last"] == 9.0
+    assert run.trials["fastv@9"]["calibrated"] == {"tokens_last": 9.0, "tokens_mean": 13.5}
+    assert run.trials["transprune@9"]["calibrated"]["tokens_last"] == 9.0
     assert {row["tokens_last"] for row in run.rows_of("fastv@9")} == {9.0}
 
 
@@ -468,49 +468,49 @@ def test_tiled_models_match_counts_and_shares(sweep: Any) -> None:
             model="tiled", methods=("divprune", "fastv"), keep=("1/2", 40), controls=True, limit=4
         )
     )
-    (none,) = [c for c in run.cells.values() if c["arm"] == "none"]
+    (none,) = [c for c in run.trials.values() if c["variant"] == "none"]
     sizes = [row["tokens_in"] for row in run.rows_of("none")]
-    assert len(set(sizes)) > 1  # pictures of different shape
+    assert len(set(sizes)) > 1  # images of different shape
     assert none["budget"] == pytest.approx(sum(sizes) / len(sizes))
-    for name, cell in run.cells.items():
-        if cell["arm"] in ("divprune", "random", "grid"):
+    for name, trial in run.trials.items():
+        if trial["variant"] in ("divprune", "random", "grid"):
             rows = run.rows_of(name)
             mean = sum(row["tokens_mean"] for row in rows) / len(rows)
-            assert abs(mean - cell["budget"]) <= max(0.5, 0.01 * cell["budget"]), name
+            assert abs(mean - trial["budget"]) <= max(0.5, 0.01 * trial["budget"]), name
 
 
-def test_smaller_pictures_are_matched_on_their_measured_tokens(sweep: Any) -> None:
+def test_smaller_images_are_matched_on_their_measured_tokens(sweep: Any) -> None:
     run = run_sweep(
         sweep(
             model="tiled", methods=("downsample",), keep=("3/4", "1/2", 9), limit=6, calibrate=6,
             latency=True, latency_rounds=2,
         )
     )  # fmt: skip
-    full = run.cells["none"]["budget"]
+    full = run.trials["none"]["budget"]
     matched, timed = 0, {"none"}
-    for name, cell in run.cells.items():
-        if cell["arm"] != "downsample":
+    for name, trial in run.trials.items():
+        if trial["variant"] != "downsample":
             continue
         rows = run.rows_of(name)
         mean = sum(row["tokens_mean"] for row in rows) / len(rows)
-        assert cell["calibrated"]["tokens_mean"] == pytest.approx(mean, abs=1e-2)
-        nominal = (full / cell["budget"]) ** 0.5
-        if cell["reason"] is None:
+        assert trial["calibrated"]["tokens_mean"] == pytest.approx(mean, abs=1e-2)
+        nominal = (full / trial["budget"]) ** 0.5
+        if trial["reason"] is None:
             matched += 1
-            assert 0.9 * cell["budget"] <= mean <= 1.01 * cell["budget"] + 0.5
+            assert 0.9 * trial["budget"] <= mean <= 1.01 * trial["budget"] + 0.5
         else:
-            assert cell["options"]["factor"] == pytest.approx(nominal, rel=1e-4)
-            assert "pixels are matched" in cell["reason"]
+            assert trial["options"]["factor"] == pytest.approx(nominal, rel=1e-4)
+            assert "pixels are matched" in trial["reason"]
         if mean < full:
             timed.add(name)
             assert sum(r["macs"] for r in rows) < sum(r["macs_unpruned"] for r in rows)
     assert matched
-    assert run.cells["downsample@9"]["reason"] is not None  # one tile alone has 36
+    assert run.trials["downsample@9"]["reason"] is not None  # one tile alone has 36
     assert run.latency is not None
-    assert set(run.latency["cells"]) == timed
+    assert set(run.latency["trials"]) == timed
 
 
-def test_pictures_never_shrink_to_nothing() -> None:
+def test_images_never_shrink_to_nothing() -> None:
     from PIL import Image
 
     assert downsample(Image.new("RGB", (40, 30)), 2.5).size == (16, 12)

@@ -1,4 +1,4 @@
-"""Settings from options and files, arms, budgets: what is accepted, and what is said otherwise."""
+"""Settings from options and files, variants, budgets: what is accepted and what refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokprune.eval.sweep.settings import (
     read_settings,
     with_options,
 )
-from tokprune.eval.sweep.variants import CONTROLS, VARIANTS, Arm, build_arms, parse_arm
-from tokprune.methods import image_methods
+from tokprune.eval.sweep.variants import Variant, build_variants, controls, parse_variant
+from tokprune.methods import available_methods, image_methods
 
 BASE: dict[str, Any] = {"model": "m", "out": "o"}
 
@@ -46,10 +46,10 @@ BAD_SETTINGS = [
     ({"keep": (True,)}, "keep=True should be"),
     ({"keep": ("nan",)}, "share in"),
     ({"methods": ("fastvv",)}, "Did you mean 'fastv'"),
-    ({"methods": ("fastv:layr=2",)}, "Did you mean 'layer'"),
-    ({"methods": ("fastv:layer",)}, "should be name=value"),
-    ({"methods": ("fastv:layer=0",)}, "layer=0 should be at least 1"),
-    ({"methods": ("fastv:layer=two",)}, "fastv"),
+    ({"methods": ("fastv:prune_befor=2",)}, "Did you mean 'prune_before'"),
+    ({"methods": ("fastv:prune_before",)}, "should be name=value"),
+    ({"methods": ("fastv:prune_before=-1",)}, "prune_before=-1 should be"),
+    ({"methods": ("fastv:prune_before=two",)}, "prune_before='two' should be"),
     ({"methods": ("todre:keep=9",)}, "'keep' of todre is a budget"),
     ({"methods": ("tome:r=4",)}, "'r' of tome is a budget"),
     ({"methods": ("none:x=1",)}, "takes no options"),
@@ -93,16 +93,18 @@ def test_same_budget_twice_is_one() -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    text = "model: m\nout: o\nkeep: [64, 1/9]\nmethods:\n- fastv:layer=3\n- todre: {tau: 0.2}\n"
+    text = (
+        "model: m\nout: o\nkeep: [64, 1/9]\nmethods:\n- fastv:prune_before=3\n- todre: {tau: 0.2}\n"
+    )
     (tmp_path / "a.yaml").write_text(text)
     (tmp_path / "a.toml").write_text(
-        'model = "m"\nout = "o"\nkeep = [64, "1/9"]\nmethods = ["fastv:layer=3", '
+        'model = "m"\nout = "o"\nkeep = [64, "1/9"]\nmethods = ["fastv:prune_before=3", '
         '{name = "todre", tau = 0.2}]\n'
     )
     from_yaml, from_toml = (read_settings(tmp_path / f"a.{kind}") for kind in ("yaml", "toml"))
     assert from_yaml.to_dict() == from_toml.to_dict()
     assert from_yaml.to_dict()["methods"] == [
-        {"name": "fastv", "layer": 3}, {"name": "todre", "tau": 0.2},
+        {"name": "fastv", "prune_before": 3}, {"name": "todre", "tau": 0.2},
     ]  # fmt: skip
     assert read_settings(tmp_path / "a.yaml", out="elsewhere", keep=None).out == "elsewhere"
 
@@ -133,32 +135,32 @@ def test_missing_file(tmp_path: Path) -> None:
         read_settings(tmp_path / "none.yaml")
 
 
-# --------------------------------------------------------------------------------- arms
+# --------------------------------------------------------------------------------- variants
 
 
 def test_all_methods_and_controls_by_default() -> None:
-    arms = build_arms([], controls=True, variants=False)
-    assert [arm.name for arm in arms][:6] == list(CONTROLS)
-    assert {arm.method for arm in arms if arm.method} == set(image_methods())
-    assert {arm.name for arm in arms if arm.control} == set(CONTROLS)
-    unpatched = [arm.name for arm in arms if arm.method is None]
+    variants = build_variants([], with_controls=True, published=False)
+    assert [variant.name for variant in variants][:6] == list(controls())
+    assert {variant.method for variant in variants if variant.method} == set(image_methods())
+    assert {variant.name for variant in variants if variant.control} == set(controls())
+    unpatched = [variant.name for variant in variants if variant.method is None]
     assert unpatched == ["none", "blind", "downsample"]
-    assert len(arms) == len(image_methods()) + len(unpatched)
+    assert len(variants) == len(image_methods()) + len(unpatched)
 
 
 def test_the_unpruned_model_is_always_there() -> None:
-    arms = build_arms([("fastv", {})], controls=False, variants=False)
-    assert [arm.name for arm in arms] == ["none", "fastv"]
+    variants = build_variants([("fastv", {})], with_controls=False, published=False)
+    assert [variant.name for variant in variants] == ["none", "fastv"]
 
 
 def test_variants_are_possible_options() -> None:
-    names = [arm.name for arm in build_arms([], controls=False, variants=True)]
+    names = [variant.name for variant in build_variants([], with_controls=False, published=True)]
     assert len(names) == len(set(names))
     assert "todre+select=k_center" in names
-    for method, several in VARIANTS.items():
-        for options in several:
-            parse_arm({"name": method, **options})
-            Arm(method, False, options).at(9, 8)
+    for name, cls in available_methods().items():
+        for options in cls.variants:
+            parse_variant({"name": name, **options})
+            Variant(name, False, options).at(9, 8)
 
 
 @pytest.mark.parametrize(
@@ -166,42 +168,43 @@ def test_variants_are_possible_options() -> None:
     [
         ("todre:select=k_center:tau=0.2", ("todre", {"select": "k_center", "tau": 0.2})),
         ("MustDrop:window=(2, 2)", ("mustdrop", {"window": (2, 2)})),
-        ({"name": "fastv", "layer": 3}, ("fastv", {"layer": 3})),
+        ({"name": "fastv", "prune_before": 3}, ("fastv", {"prune_before": 3})),
         ({"mustdrop": {"window": [2, 2]}}, ("mustdrop", {"window": (2, 2)})),
         ({"fastv": None}, ("fastv", {})),
     ],
 )
-def test_arm_forms(spec: Any, wanted: Any) -> None:
-    assert parse_arm(spec) == wanted
+def test_variant_forms(spec: Any, wanted: Any) -> None:
+    assert parse_variant(spec) == wanted
 
 
 def test_different_options_have_different_file_names() -> None:
     values = [(2, 2), (2, 3), "a/b", "a-b", 0.5, 0.25, True, None, "True"]
-    names = [Arm("mustdrop", False, {"x": value}).name for value in values]
+    names = [Variant("mustdrop", False, {"x": value}).name for value in values]
     assert len(set(names)) == len(values)
     assert all(re.fullmatch(r"[A-Za-z0-9_.+=-]+", name) for name in names)
 
 
-def test_only_arms_that_draw_take_seeds() -> None:
-    draws = {arm.name for arm in build_arms([], True, False) if arm.draws}
-    assert draws == {"random"}
-    assert Arm("todre", False, {"pivot": "random"}).draws
-    assert Arm("random", True).at(9, 8, seed=5).seed == 5  # type: ignore[attr-defined]
-    assert Arm("todre", False).at(9, 8, seed=5).seed == 0  # type: ignore[attr-defined]
+def test_only_stochastic_variants_take_seeds() -> None:
+    stochastic = {variant.name for variant in build_variants([], True, False) if variant.stochastic}
+    assert stochastic == {"random"}
+    assert Variant("todre", False, {"pivot": "random"}).stochastic
+    assert Variant("random", True).at(9, 8, seed=5).seed == 5  # type: ignore[attr-defined]
+    assert Variant("todre", False).at(9, 8, seed=5).seed == 0  # type: ignore[attr-defined]
 
 
-def test_options_on_the_command_line_change_arms() -> None:
+def test_options_on_the_command_line_change_variants() -> None:
     changed = with_options(["todre", "fastv"], ["todre.select=k_center", "todre.tau=0.3"])
-    assert [parse_arm(spec) for spec in changed] == [
+    assert [parse_variant(spec) for spec in changed] == [
         ("todre", {"select": "k_center", "tau": 0.3}), ("fastv", {}),
     ]  # fmt: skip
-    every = [parse_arm(spec) for spec in with_options([], ["fastv.layer=3"])]
-    assert ("fastv", {"layer": 3}) in every
+    every = [parse_variant(spec) for spec in with_options([], ["fastv.prune_before=3"])]
+    assert ("fastv", {"prune_before": 3}) in every
     assert len(every) > 5
     assert with_options(["fastv"], []) == ("fastv",)
     for bad, message in [
-        ("fastv", "method.option=value"), ("fastv.layer", "name=value"),
-        ("fastv.layr=3", "Did you mean 'layer'"), ("todre.tau=1", "not among the swept"),
+        ("fastv", "method.option=value"), ("fastv.prune_before", "name=value"),
+        ("fastv.prune_befor=3", "Did you mean 'prune_before'"),
+        ("todre.tau=1", "not among the swept"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
             with_options(["fastv"], [bad])
@@ -210,3 +213,26 @@ def test_options_on_the_command_line_change_arms() -> None:
 def test_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="here: setting 'budgets' is unknown"):
         make_settings({**BASE, "budgets": 3}, "here")
+
+
+def test_names_of_the_release_before_are_taken_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="'own' is called 'builtin'"):
+        assert make_settings({**BASE, "harness": "own"}, "here").harness == "builtin"
+    with pytest.warns(FutureWarning, match="'exact' of random is called 'as_published'"):
+        assert parse_variant("random:keep=9:exact=True")[1] == {"keep": 9, "as_published": True}
+
+
+STUDIES = sorted((Path(__file__).parents[1] / "evals" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_are_settings(path: Path) -> None:
+    settings = read_settings(path)
+    assert settings.budgets()
+    media = "video" if settings.benchmark == "mini-video" else "image"
+    assert len(settings.compared(media)) > 5
+    assert path.name in (path.parents[1] / "README.md").read_text() or "-vqav2" in path.stem
+
+
+def test_there_are_studies() -> None:
+    assert {path.stem for path in STUDIES} >= {"mini", "mini-video", "llava-1.5-7b"}

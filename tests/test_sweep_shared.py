@@ -16,8 +16,8 @@ from tokprune.trace.flops import prefill_macs, row_macs
 #: (method, options, whether it needs a pass of its own)
 METHODS: list[tuple[str | None, dict[str, Any], bool]] = [
     (None, {}, True),
-    ("todre", {"keep": 10, "check_layers": 5}, True),
-    ("todre", {"keep": 5, "tau": 0.5, "check_layers": 7}, False),
+    ("todre", {"keep": 10, "prune_before": 5}, True),
+    ("todre", {"keep": 5, "tau": 0.5, "prune_before": 7}, False),
     ("divprune", {"keep": 9}, False),
     ("pool", {"keep": 9}, False),
     ("fastv", {"keep": 7}, False),

@@ -14,14 +14,14 @@ from tokprune.eval.sweep.identity import row_id
 from tokprune.eval.sweep.results import Run, read_run
 from tokprune.eval.sweep.store import Store
 
-CELL: dict[str, Any] = {
-    "cell": "todre@9", "arm": "todre", "method": "todre", "options": {"keep": 9}, "repr": "ToDRE",
-    "control": False, "budget": 9, "budget_asked": "9", "match": "mean", "seed": 0,
+TRIAL: dict[str, Any] = {
+    "trial": "todre@9", "variant": "todre", "method": "todre", "options": {"keep": 9},
+    "repr": "ToDRE", "control": False, "budget": 9, "budget_text": "9", "match": "mean", "seed": 0,
     "dtype": "float32", "batch_size": 4, "noise": False, "status": "ok", "reason": None,
     "calibrated": {"tokens_last": 9.0, "tokens_mean": 9.0},
 }  # fmt: skip
 INFO: dict[str, Any] = {
-    "schema": 1, "created": "t", "updated": "t", "finished": True, "command": "tokprune sweep",
+    "schema": 2, "created": "t", "updated": "t", "finished": True, "command": "tokprune sweep",
     "tokprune": "0", "code": "c", "environment": {}, "settings": {},
     "model": {
         "name": "m", "class": "L", "family": "f", "hash": "h", "parameters": 1,
@@ -31,13 +31,13 @@ INFO: dict[str, Any] = {
         "name": "b", "version": "v", "split": "test", "tasks": ["all"], "groups": {},
         "headline": ["all"], "items": 3,
     },
-    "cells": [CELL],
+    "trials": [TRIAL],
 }  # fmt: skip
 
 
 def row(item: str, **changes: Any) -> dict[str, Any]:
     return {
-        "row": row_id(INFO, CELL, item, "all"), "cell": "todre@9", "item": item, "image": "i",
+        "row": row_id(INFO, TRIAL, item, "all"), "trial": "todre@9", "item": item, "image": "i",
         "task": "all", "question": "ä?", "answers": ["x"], "answer": "x", "score": 1.0,
         "status": "ok", "error": None, "tokens_in": 36, "tokens_last": 9.0, "tokens_mean": 9.5,
         "macs": 10, "macs_unpruned": 20, "kv_bytes": 5, "kv_bytes_unpruned": 6,
@@ -73,14 +73,14 @@ def test_reads_back_what_was_written(tmp_path: Path) -> None:
     assert run.rows[2]["error"] == "E: x"
     assert (run.stale, run.duplicates, run.latency, run.overlays()) == (0, 0, None, [])
     assert len(run.rows_of("todre@9")) == 3
-    with pytest.raises(ValueError, match=r"cell 'x' is not in .*todre@9"):
+    with pytest.raises(ValueError, match=r"trial 'x' is not in .*todre@9"):
         run.rows_of("x")
 
 
 def test_repeated_and_stale_rows_are_left_out_and_counted(tmp_path: Path) -> None:
-    old_code = row("b", row=row_id({**INFO, "code": "old"}, CELL, "b", "all"))
-    other = row_id(INFO, {**CELL, "options": {"keep": 8}}, "c", "all")
-    lines = [row("a"), row("a"), old_code, row("c", row=other), row("d", cell="gone")]
+    old_code = row("b", row=row_id({**INFO, "code": "old"}, TRIAL, "b", "all"))
+    other = row_id(INFO, {**TRIAL, "options": {"keep": 8}}, "c", "all")
+    lines = [row("a"), row("a"), old_code, row("c", row=other), row("d", trial="gone")]
     run = read_run(write(tmp_path / "run", lines))
     assert (items(run), run.stale, run.duplicates) == (["a"], 3, 1)
 
@@ -120,13 +120,13 @@ BAD_FOLDERS: list[tuple[Any, str]] = [
     (None, "holds no run.json"),
     ("{", "run.json: not valid JSON"),
     ("[]", "should be a JSON object"),
-    ({**INFO, "schema": 2}, "schema 2 cannot be read"),
+    ({**INFO, "schema": 3}, "schema 3 cannot be read"),
     ({k: v for k, v in INFO.items() if k != "model"}, "field 'model' is missing"),
     ({**INFO, "model": {"name": "m"}}, "model: field 'class' is missing"),
     ({**INFO, "finished": 1}, "field 'finished' should be bool, is 1"),
-    ({**INFO, "cells": [{**CELL, "seed": True}]}, r"cells\[0\]: field 'seed' should be int"),
-    ({**INFO, "cells": [{**CELL, "status": "new"}]}, "field 'status' should be 'ok' or"),
-    ({**INFO, "cells": [CELL, CELL]}, "'todre@9' is listed twice"),
+    ({**INFO, "trials": [{**TRIAL, "seed": True}]}, r"trials\[0\]: field 'seed' should be int"),
+    ({**INFO, "trials": [{**TRIAL, "status": "new"}]}, "field 'status' should be 'ok' or"),
+    ({**INFO, "trials": [TRIAL, TRIAL]}, "'todre@9' is listed twice"),
 ]
 
 
@@ -156,7 +156,7 @@ def test_parquet_holds_the_same_rows(tmp_path: Path) -> None:
     table = parquet.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [{k: r[k] for k in row("a")} for r in table] == run.rows
     assert table[0]["options"] == '{"keep":9}'
-    assert (table[0]["arm"], table[0]["budget"], table[0]["control"]) == ("todre", 9.0, False)
+    assert (table[0]["variant"], table[0]["budget"], table[0]["control"]) == ("todre", 9.0, False)
 
 
 # ------------------------------------------------------------------------------ writing

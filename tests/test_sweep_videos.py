@@ -24,10 +24,11 @@ from tokprune.eval.recommend import recommend
 from tokprune.eval.report import build_report, load_run
 from tokprune.eval.report.gallery import on_mosaic
 from tokprune.eval.sweep import Settings, run_sweep
-from tokprune.eval.sweep.loaded_model import Subject
-from tokprune.eval.sweep.reduced_input import Smaller, evenly_spaced
+from tokprune.eval.sweep.loaded_model import LoadedModel
+from tokprune.eval.sweep.reduced_input import ReducedInput, evenly_spaced
 from tokprune.families import bind
 from tokprune.inputs.frames_processor import FramesProcessor
+from tokprune.methods.setting import load_setting
 
 FRAMES, CELLS = 4, 9
 TOKENS = FRAMES * CELLS
@@ -44,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in tiny.VIDEO_BUILDERS:
         tiny_processor.save_video(root / family, family, layers=6)
     case.make_videos(root, frames=FRAMES)
-    case.make_model(root / "pictures", layers=6)
+    case.make_model(root / "images", layers=6)
     case.make_benchmark(root / "stills")
     return root
 
@@ -62,7 +63,7 @@ def sweep(home: Path, tmp_path: Path) -> Callable[..., Settings]:
 def whole(home: Path, tmp_path_factory: pytest.TempPathFactory, loaded_once: Any) -> Any:
     """Every method and control of videos, by name, on both families."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Subject, "load", loaded_once)
+        patch.setattr(LoadedModel, "load", loaded_once)
         out = tmp_path_factory.mktemp("out")
         return {
             family: run_sweep(
@@ -84,26 +85,26 @@ def test_every_method_runs_by_name(whole: Any, family: str) -> None:
     run = whole[family]
     assert run.info["finished"]
     assert run.info["benchmark"]["media"] == "video"
-    arms = {cell["arm"] for cell in run.cells.values()}
-    assert arms == {*tokprune.available_methods(), "none", "blind", "downsample", "frames"}
-    for name, cell in run.cells.items():
+    variants = {trial["variant"] for trial in run.trials.values()}
+    assert variants == {*tokprune.available_methods(), "none", "blind", "downsample", "frames"}
+    for name, trial in run.trials.items():
         rows = run.rows_of(name)
-        if cell["arm"] in IN_TOWER:
-            assert cell["status"] == "unreachable"
-            assert "inside the vision tower" in cell["reason"]
-        if cell["status"] == "unreachable":
+        if trial["variant"] in IN_TOWER:
+            assert trial["status"] == "unreachable"
+            assert "inside the vision tower" in trial["reason"]
+        if trial["status"] == "unreachable":
             assert not rows
             continue
         assert [row["status"] for row in rows] == ["ok"] * 5, name
         measured = sum(row["tokens_mean"] for row in rows) / len(rows)
-        assert measured == pytest.approx(cell["calibrated"]["tokens_mean"], abs=0.5), name
+        assert measured == pytest.approx(trial["calibrated"]["tokens_mean"], abs=0.5), name
         plain = {row["item"]: row["macs"] for row in run.rows_of("none")}
         assert {row["item"]: row["macs_unpruned"] for row in rows} == plain
-        if cell["method"] is not None:
-            assert abs(measured - cell["budget"]) <= 0.5, name
+        if trial["method"] is not None:
+            assert abs(measured - trial["budget"]) <= 0.5, name
             assert rows[0]["macs"] < rows[0]["macs_unpruned"]
-    reached = {c["arm"] for c in run.cells.values() if c["method"] and c["status"] == "ok"}
-    # 3×3 cells have one coarser scale, which is neither budget
+    reached = {c["variant"] for c in run.trials.values() if c["method"] and c["status"] == "ok"}
+    # 3×3 trials have one coarser scale, which is neither budget
     assert reached == set(tokprune.available_methods()) - IN_TOWER - {"pool", "m3"}
 
 
@@ -112,28 +113,28 @@ def test_costs_of_the_unpruned_model_are_those_of_its_trace(
     whole: Any, family: str, home: Path
 ) -> None:
     """Counted from the shape alone, and from a traced prefill that keeps everything."""
-    subject = Subject.load(str(home / family), "auto", "cpu")
+    loaded = LoadedModel.load(str(home / family), "auto", "cpu")
     row = whole[family].rows_of("none")[0]
     benchmark = load_benchmark(home / "clips.jsonl")
     item = next(i for i in benchmark.items() if i.id == row["item"])
     from tokprune.eval.sweep.evaluator import Batch
     from tokprune.trace.flops import prefill_macs, unpruned_macs
 
-    inputs = Batch(subject, benchmark, [item]).inputs
-    with tokprune.compress(subject.model, "random", keep=1.0) as trace, torch.inference_mode():
-        subject.model(**inputs, use_cache=True)
+    inputs = Batch(loaded, benchmark, [item]).inputs
+    with tokprune.compress(loaded.model, "random", keep=1.0) as trace, torch.inference_mode():
+        loaded.model(**inputs, use_cache=True)
     assert trace.last is not None
     assert prefill_macs(trace.last).total == unpruned_macs(trace.last).total == row["macs"]
     assert sum(trace.last.kv_bytes()) == row["kv_bytes"]
-    assert row["tokens_in"] == tiny.video_tokens_of(subject.model, FRAMES)
+    assert row["tokens_in"] == tiny.video_tokens_of(loaded.model, FRAMES)
 
 
 def test_pooled_grids_have_their_own_scales(sweep: Any) -> None:
     run = run_sweep(sweep(methods=("pool", "m3"), keep=("1/9",), limit=3))
-    for arm in ("pool", "m3"):
-        cell = run.cells[f"{arm}@4"]
-        assert (cell["status"], cell["options"]["keep"]) == ("ok", 1)
-        assert {row["tokens_last"] for row in run.rows_of(f"{arm}@4")} == {FRAMES}
+    for variant in ("pool", "m3"):
+        trial = run.trials[f"{variant}@4"]
+        assert (trial["status"], trial["options"]["keep"]) == ("ok", 1)
+        assert {row["tokens_last"] for row in run.rows_of(f"{variant}@4")} == {FRAMES}
 
 
 def test_budgets_of_frames_and_segments(sweep: Any) -> None:
@@ -145,32 +146,34 @@ def test_budgets_of_frames_and_segments(sweep: Any) -> None:
         "evs:video_unit=2",
     )
     run = run_sweep(sweep(methods=methods, keep=(20, 12), limit=4))
-    for name, cell in run.cells.items():
-        if cell["method"] is None:
+    for name, trial in run.trials.items():
+        if trial["method"] is None:
             continue
-        if cell["arm"] == "evs+video_unit=2" and cell["budget"] == 12:  # two first frames are whole
-            assert cell["status"] == "unreachable"
+        if (
+            trial["variant"] == "evs+video_unit=2" and trial["budget"] == 12
+        ):  # two first frames are whole
+            assert trial["status"] == "unreachable"
             continue
-        assert cell["status"] == "ok", name
-        assert abs(cell["calibrated"]["tokens_mean"] - cell["budget"]) <= 0.5, name
-    options = run.cells["divprune+video_unit=frame@20"]["options"]
+        assert trial["status"] == "ok", name
+        assert abs(trial["calibrated"]["tokens_mean"] - trial["budget"]) <= 0.5, name
+    options = run.trials["divprune+video_unit=frame@20"]["options"]
     assert (options["keep"], options["video_unit"]) == (5, "frame")
-    assert "video_unit" not in run.cells["mustdrop+spatial=false@20"]["options"]
+    assert "video_unit" not in run.trials["mustdrop+spatial=false@20"]["options"]
 
 
 def test_variants_that_videos_cannot_have_are_said(sweep: Any) -> None:
     run = run_sweep(sweep(methods=("centerclip", "evs"), keep=(18,), limit=2, variants=True))
-    cell = run.cells["centerclip+place=encoder@18"]
-    assert cell["status"] == "unreachable"
-    assert "place='encoder' clusters still pictures" in cell["reason"]
+    trial = run.trials["centerclip+place=encoder@18"]
+    assert trial["status"] == "unreachable"
+    assert "place='encoder' clusters still images" in trial["reason"]
     others = {"centerclip", "centerclip+algorithm=spectral", "centerclip+aggregate=mean", "evs"}
-    for arm in others:
-        assert run.cells[f"{arm}@18"]["status"] == "ok", arm
+    for variant in others:
+        assert run.trials[f"{variant}@18"]["status"] == "ok", variant
 
 
 def test_fewer_frames_are_a_control(whole: Any, home: Path) -> None:
     run = whole["llava_next_video"]
-    half, other = run.cells["frames@18"], run.cells["frames@16"]
+    half, other = run.trials["frames@18"], run.trials["frames@16"]
     assert half["options"] == other["options"] == {"frames": 2}
     assert (half["status"], half["reason"]) == ("ok", None)
     assert other["status"] == "unreachable"
@@ -180,7 +183,7 @@ def test_fewer_frames_are_a_control(whole: Any, home: Path) -> None:
     rows = run.rows_of("frames@18")
     assert {row["tokens_last"] for row in rows} == {18}
     assert all(row["macs"] < 0.6 * row["macs_unpruned"] for row in rows)  # half the frames encoded
-    assert "frames@18" in run.latency["cells"]
+    assert "frames@18" in run.latency["trials"]
     # the same answers as on a benchmark that has those frames only
     lines = [json.loads(line) for line in (home / "clips.jsonl").read_text().splitlines()]
     short = home / "short.jsonl"
@@ -202,11 +205,11 @@ def test_frames_are_taken_evenly() -> None:
     assert evenly_spaced(list(range(8)), 3) == [1, 4, 6]
     assert evenly_spaced(list(range(8)), 1) == [4]
     frames = [Image.new("RGB", (8, 8), (n, n, n)) for n in range(4)]
-    small = Smaller(factor=2.0, frames=2)(frames)
+    small = ReducedInput(factor=2.0, frames=2)(frames)
     assert [(f.size, f.getpixel((0, 0))[0]) for f in small] == [((4, 4), 1), ((4, 4), 3)]
-    assert Smaller()(frames) is frames
-    for smaller in (Smaller(1.5), Smaller(frames=3)):
-        assert Smaller.of(smaller.options) == smaller
+    assert ReducedInput()(frames) is frames
+    for smaller in (ReducedInput(1.5), ReducedInput(frames=3)):
+        assert ReducedInput.of(smaller.options) == smaller
 
 
 # ----------------------------------------------------------------------------- one pass for all
@@ -237,12 +240,12 @@ def test_the_same_bits_with_fewer_passes(family: str) -> None:
             with tokprune.compress(model, name, **options):
                 return model(**inputs).logits
 
-    arms = [(None, {}), *chosen]
-    alone = [logits(*arm) for arm in arms]
+    variants = [(None, {}), *chosen]
+    alone = [logits(*variant) for variant in variants]
     with SharedEncoder(bind(model)) as shared:
         shared.remember(inputs["pixel_values_videos"])
-        for arm, want in zip(arms, alone):
-            assert torch.equal(logits(*arm), want), arm
+        for variant, want in zip(variants, alone):
+            assert torch.equal(logits(*variant), want), variant
         assert (shared.ran, shared.spared) == (1, len(chosen))
     assert not {"get_image_features", "get_video_features"} & set(model.model.__dict__)
 
@@ -259,7 +262,7 @@ def test_report_and_recommendation(whole: Any, home: Path, tmp_path: Path) -> No
     assert "36 in 6 layers" in page
     data = load_run(run.folder)
     assert (data.media, data.tokens) == ("video", TOKENS)
-    records = [r for r in data.overlays if r["cell"].startswith("evs@")]
+    records = [r for r in data.overlays if r["trial"].startswith("evs@")]
     assert records
     for record in records:
         assert (record["frames"], record["grid"]) == (FRAMES, [3, 3])
@@ -269,12 +272,12 @@ def test_report_and_recommendation(whole: Any, home: Path, tmp_path: Path) -> No
             assert (y, x, tile) == (row + 3 * (frame // 2), col + 3 * (frame % 2), 0)
         # the first frame is kept whole: it stands clear, the top left of the mosaic
         assert [p for p in placed["kept"] if p[0] < 3 and p[1] < 3] == placed["kept"][:CELLS]
-    pictures = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"[^>]*alt="evs', page)
-    assert pictures
-    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as drawn:
+    images = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"[^>]*alt="evs', page)
+    assert images
+    with Image.open(io.BytesIO(base64.b64decode(images[0]))) as drawn:
         assert drawn.size == (264, 264)
     found = recommend(run.folder, max_drop=0.99, draws=50)
-    method = X(found.setting)
+    method = load_setting(found.setting)
     assert method.name in tokprune.available_methods()
 
 
@@ -296,23 +299,23 @@ def test_the_embedded_clips_in_a_sweep(sweep: Any) -> None:
     ))  # fmt: skip
     assert run.info["benchmark"]["tasks"] == list(load_benchmark("mini-video").tasks)
     assert len(run.rows_of("none")) == 10
-    for arm in ("evs", "centerclip", "frames", "random"):
-        assert run.cells[f"{arm}@18"]["status"] == "ok", arm
-        assert {row["tokens_last"] for row in run.rows_of(f"{arm}@18")} == {18.0}, arm
+    for variant in ("evs", "centerclip", "frames", "random"):
+        assert run.trials[f"{variant}@18"]["status"] == "ok", variant
+        assert {row["tokens_last"] for row in run.rows_of(f"{variant}@18")} == {18.0}, variant
 
 
 # ----------------------------------------------------------------------------- refusals
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs(sweep: Any, home: Path) -> None:
-    with pytest.raises(ValueError, match=r"asks about videos, and model .* takes pictures only"):
-        run_sweep(sweep(model="pictures"))
+    with pytest.raises(ValueError, match=r"asks about videos, and model .* takes images only"):
+        run_sweep(sweep(model="images"))
     stills = home / "stills" / "small.jsonl"
-    if isinstance(Subject.load(str(home / "llava_onevision")).processor, FramesProcessor):
-        with pytest.raises(ValueError, match=r"asks about pictures, which model .* torchvision"):
+    if isinstance(LoadedModel.load(str(home / "llava_onevision")).processor, FramesProcessor):
+        with pytest.raises(ValueError, match=r"asks about images, which model .* torchvision"):
             run_sweep(sweep(model="llava_onevision", benchmark=stills))
     with pytest.raises(ValueError, match="'frames' is a control of videos"):
-        run_sweep(sweep(model="pictures", benchmark=stills, methods=("frames",)))
+        run_sweep(sweep(model="images", benchmark=stills, methods=("frames",)))
     with pytest.raises(ValueError, match="keep=37 is more than the 36 visual tokens"):
         run_sweep(sweep(keep=(37,)))
 
@@ -335,10 +338,10 @@ def test_files_of_videos(home: Path) -> None:
     assert [frame.size for frame in frames] == [(48, 48)] * FRAMES
     assert frames[0].tobytes() != frames[1].tobytes()
     assert items[0].image_id == items[3].image_id != items[1].image_id
-    with pytest.raises(ValueError, match="asks about videos, and item 'v0' has no picture"):
+    with pytest.raises(ValueError, match="asks about videos, and item 'v0' has no image"):
         benchmark.image(items[0])
     stills = load_benchmark(home / "stills" / "small.jsonl")
-    with pytest.raises(ValueError, match="asks about pictures, and item 'q0' has no video"):
+    with pytest.raises(ValueError, match="asks about images, and item 'q0' has no video"):
         stills.video(stills.items()[0])
     # the frames are part of the version
     other = load_benchmark(_lines(home, *[{"frames": [f"{i % 3}-0.png"] * 4} for i in range(6)]))
@@ -349,8 +352,8 @@ def test_files_of_videos(home: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"frames": []}, r"line 2: field 'frames' should be a list of pictures, is \[\]"),
-        ({"frames": "0-0.png"}, r"line 2: field 'frames' should be a list of pictures, is '0-0"),
+        ({"frames": []}, r"line 2: field 'frames' should be a list of images, is \[\]"),
+        ({"frames": "0-0.png"}, r"line 2: field 'frames' should be a list of images, is '0-0"),
         ({"frames": ["0-0.png"] * 3}, "line 2: field 'frames' has 3 frames, and the first line 4"),
         ({"frames": ["0-0.png", None] * 2}, r"line 2: field 'frames\[1\]' should be the path"),
         ({"frames": ["0-9.png"] * 4}, r"line 2: field 'frames\[0\]': 0-9.png: no such file"),

@@ -6,19 +6,21 @@ from typing import Any
 
 import pytest
 from methods_table import CORE, CORE_PRUNING
-from oracle import (
-    assert_same_logits,
-    compressed_logits,
-    continuation_tokens,
-    oracle_logits,
-)
-from tiny import BUILDERS, make_inputs
+from tiny import BUILDERS
 
-import tokprune
+from tokprune.methods import make_method
+from tokprune.testing import Case, tiny_family
+from tokprune.testing.checks.numbers import equals_oracle
+from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 
-PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
+PROMPTS: list[list[Any]] = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
 STEPS = 8
+
+
+def case_of(model: Any, family: str, method: str, options: dict[str, Any]) -> Case:
+    made, tiny = make_method(method, **options), tiny_family(BUILDERS[family])
+    return Case(made, tiny, model, PROMPTS, SIZES)
 
 
 @pytest.mark.parametrize("decoder", ["mistral", "qwen2"])
@@ -26,28 +28,19 @@ STEPS = 8
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", CORE_PRUNING)
 def test_masked_oracle(case: str, family: str, tower: str, decoder: str) -> None:
-    method, options = CORE_PRUNING[case]
-    model = BUILDERS[family](tower, decoder)
-    inputs = make_inputs(model, PROMPTS, SIZES)
-    continuation = continuation_tokens(len(PROMPTS), STEPS)
-    with tokprune.compress(model, method, **options) as trace:
-        got = compressed_logits(model, inputs, continuation)
-    want = oracle_logits(model, inputs, trace.last, continuation)
-    assert_same_logits(got, want)
+    equals_oracle(case_of(BUILDERS[family](tower, decoder), family, *CORE_PRUNING[case]), STEPS)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", CORE)
 def test_sliding_window_wide_enough_changes_nothing(case: str, family: str) -> None:
-    method, options = CORE[case]
-    plain = BUILDERS[family](decoder="mistral")
-    wide = BUILDERS[family](decoder="mistral", sliding_window=500)
-    inputs = make_inputs(plain, PROMPTS, SIZES)
-    continuation = continuation_tokens(len(PROMPTS), 4)
     logits = []
-    for model in (plain, wide):
-        with tokprune.compress(model, method, **options):
-            logits.append(compressed_logits(model, inputs, continuation))
+    for window in (None, 500):
+        model = BUILDERS[family](decoder="mistral", sliding_window=window)
+        own = case_of(model, family, *CORE[case])
+        with own.compress():
+            tokens = continuation_tokens(len(PROMPTS), 4)
+            logits.append(compressed_logits(model, own.inputs(), tokens))
     assert_same_logits(logits[0], logits[1])
 
 
@@ -65,9 +58,4 @@ def test_narrow_sliding_window(method: str, options: dict[str, Any], attention: 
     """A window that binds is counted in rotary positions, whatever was dropped in between."""
     window = 16
     model = BUILDERS["llava"](decoder="mistral", sliding_window=window, attention=attention)
-    inputs = make_inputs(model, PROMPTS)
-    continuation = continuation_tokens(len(PROMPTS), STEPS)
-    with tokprune.compress(model, method, **options) as trace:
-        got = compressed_logits(model, inputs, continuation)
-    want = oracle_logits(model, inputs, trace.last, continuation, window=window)
-    assert_same_logits(got, want)
+    equals_oracle(case_of(model, "llava", method, options), STEPS, window)

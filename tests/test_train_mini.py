@@ -116,12 +116,14 @@ def _first_query(model: Any) -> str:
 
 @pytest.mark.slow
 def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
-    sizes = ["--language-scenes", "8", "--vision-scenes", "16", "--joint-scenes", "8"]
+    sizes = ["--language-scenes", "8", "--vision-scenes", "16", "--joint-scenes", "8",
+             "--check-batches", "1"]  # fmt: skip
     train("train_mini.py", tmp_path, *sizes, "--save", str(tmp_path / "model"))
     for phase in ("language", "vision", "joint"):
         entry = json.loads((tmp_path / phase / "log.jsonl").read_text().splitlines()[-1])
         assert entry["check"]
-    out = train("train_mini.py", tmp_path, "--phase", "language", "--language-scenes", "16")
+    out = train("train_mini.py", tmp_path, "--phase", "language", "--language-scenes", "16",
+                "--check-batches", "1")  # fmt: skip
     assert "resumed at 8 scenes" in out
     import tokprune
 

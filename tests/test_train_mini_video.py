@@ -134,13 +134,20 @@ def test_packed_turns_equal_single_prompts(model: Any, tokenizer: Any) -> None:
 @pytest.mark.slow
 def test_every_phase_runs_resumes_and_ships(tmp_path: Path) -> None:
     sizes = ["--language-clips", "8", "--vision-clips", "10", "--joint-clips", "6",
-             "--joint-checked", "1"]  # fmt: skip
+             "--language-checked", "8", "--joint-checked", "1"]  # fmt: skip
     train("train_mini_video.py", tmp_path, *sizes, "--save", str(tmp_path / "model"))
     for phase in ("language", "vision", "joint"):
         entry = json.loads((tmp_path / phase / "log.jsonl").read_text().splitlines()[-1])
         assert entry["check"]
     assert "resumed at 8" in train(
-        "train_mini_video.py", tmp_path, "--phase", "language", "--language-clips", "16"
+        "train_mini_video.py",
+        tmp_path,
+        "--phase",
+        "language",
+        "--language-clips",
+        "16",
+        "--language-checked",
+        "8",
     )
     model, processor = tokprune.load(tmp_path / "model", "evs", keep=300, processor=True)
     benchmark = load_benchmark("mini-video")

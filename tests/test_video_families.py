@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from methods_table import ALL, CORE, MERGING, PRUNING
-from oracle import assert_same_logits, compressed_logits, continuation_tokens, oracle_logits
 from tiny import (
     GRID,
     IMAGE_TOKEN,
@@ -30,6 +29,12 @@ from torch import Tensor
 import tokprune
 from tokprune.families import bind, family_of
 from tokprune.methods.clip_relevance import TowerRelevance
+from tokprune.testing.oracle import (
+    assert_same_logits,
+    compressed_logits,
+    continuation_tokens,
+    oracle_logits,
+)
 
 STEPS = 5
 SIZES = [(14, 40), (40, 14), (30, 22), (40, 40)]
@@ -235,7 +240,13 @@ def test_methods_that_take_rows_from_the_tower_refuse_videos(
 
 @pytest.mark.parametrize("family", VIDEO_BUILDERS)
 def test_the_decoder_cut_of_flowcut_takes_videos(models: Any, family: str) -> None:
-    options = {"keep": 6, "tower_keep": 1.0, "decoder_cut": True, "prune_layer": 3, "video_unit": 3}
+    options = {
+        "keep": 6,
+        "tower_keep": 1.0,
+        "decoder_cut": True,
+        "prune_before": 4,
+        "video_unit": 3,
+    }
     check_oracle(build(models, family), KINDS["mixed"], "flowcut", options)
 
 
@@ -698,7 +709,7 @@ def test_overlay_of_videos_and_pictures(models: Any, family: str) -> None:
     for wrong in (frames[:2], picture):
         with pytest.raises(ValueError, match="video of 4 frames"):
             tokprune.overlay(trace, [wrong, picture])
-    with pytest.raises(ValueError, match="still picture"):
+    with pytest.raises(ValueError, match="still image"):
         tokprune.overlay(trace, [frames, frames])
 
 

@@ -76,7 +76,7 @@ def test_frames_become_pixels_and_placeholders(
 def test_loading_does_without_torchvision(folders: Any, clips: Any, family: str) -> None:
     _, processor = tokprune.load(folders[family, False], processor=True)
     assert isinstance(processor, FramesProcessor)
-    with pytest.raises(ImportError, match=r"pictures .* need torchvision"):
+    with pytest.raises(ImportError, match=r"images .* need torchvision"):
         processor(images=[clips[0][0]], text=["<image> what ?"])
 
 
@@ -108,10 +108,10 @@ def test_the_same_as_transformers_own(folders: Any, clips: Any, family: str, old
 
 def test_prompts_of_a_template_and_without(folders: Any) -> None:
     _, processor = frames_processor(folders["llava_next_video", True])
-    text = prompt_text(processor, "what ?", pictures=0, videos=1)
+    text = prompt_text(processor, "what ?", images=0, videos=1)
     assert text == "user : <video>\nwhat ? assistant :"
     processor.chat_template = None
-    assert prompt_text(processor, "what ?", pictures=0, videos=1) == (
+    assert prompt_text(processor, "what ?", images=0, videos=1) == (
         "USER: <video>\nwhat ? ASSISTANT:"
     )
 

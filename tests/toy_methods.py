@@ -120,7 +120,7 @@ class DropInDecoder(Method):
 class _DecoderStage(DecoderStage):
     def __init__(self, method: DropInDecoder) -> None:
         self.method = method
-        self.prune_layers = frozenset({method.layer})
+        self.prune_before = frozenset({method.layer})
         self.has_cache_policy = method.cache
 
     def start(self) -> DecoderRun:

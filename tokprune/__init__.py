@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokprune.api import compose, compress, is_patched, patch, trace_of, unpatch
+    from tokprune.calibration import calibrate
     from tokprune.engine.session import visual_positions
     from tokprune.errors import (
         AlreadyPatchedError,
         CompositionError,
+        ContractError,
         NonFiniteFeaturesError,
         PromptMismatchError,
         UnsupportedModelError,
@@ -29,11 +31,13 @@ __version__ = "0.1.0"
 _HOME = {
     "AlreadyPatchedError": "tokprune.errors",
     "CompositionError": "tokprune.errors",
+    "ContractError": "tokprune.errors",
     "FrameFeatures": "tokprune.integrations.clip_retrieval",
     "NonFiniteFeaturesError": "tokprune.errors",
     "PromptMismatchError": "tokprune.errors",
     "Trace": "tokprune.trace",
     "UnsupportedModelError": "tokprune.errors",
+    "calibrate": "tokprune.calibration",
     "compose": "tokprune.api",
     "compress": "tokprune.api",
     "is_patched": "tokprune.api",
@@ -46,7 +50,7 @@ _HOME = {
     "unpatch": "tokprune.api",
     "visual_positions": "tokprune.engine.session",
 }
-_PACKAGES = ("engine", "families", "methods", "operators")
+_PACKAGES = ("engine", "families", "methods", "operators", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from tokprune.engine.check import check_plan
 from tokprune.engine.contracts import ModelFacts, Plan
 from tokprune.engine.session import Session
 from tokprune.errors import AlreadyPatchedError, CompositionError
 from tokprune.families import bind
-from tokprune.methods.base import Method, make_method
+from tokprune.methods.base import Method
+from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
 
 # A session is kept alive by the hooks it put on its model, and by nothing here: model and session
@@ -35,7 +37,7 @@ class Composed(Method):
     methods: tuple[Method, ...] = ()
 
     def plan(self, facts: ModelFacts) -> Plan:
-        plans = [(type(m).__name__, m.plan(facts)) for m in self.methods]
+        plans = [(type(m).__name__, check_plan(m, m.plan(facts), facts)) for m in self.methods]
         reducing = [n for n, p in plans if any(s.reduces for s in p.encoder)]
         if len(reducing) > 1:
             raise CompositionError(
@@ -86,7 +88,9 @@ def compose(*methods: str | Method) -> Method:
     return Composed(methods=tuple(parts), video_unit=units[0])
 
 
-def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
+def patch(
+    model: nn.Module, method: str | Method, *, validate: bool | None = None, **options: Any
+) -> Trace:
     """Compress the model's visual tokens from now on, until :func:`unpatch`.
 
     Patching again replaces the earlier method. Nothing of the model is changed but forward
@@ -95,6 +99,9 @@ def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
     Args:
         model: a supported transformers model (see :func:`supported_models`).
         method: a method name with ``options``, or a method object.
+        validate: check the values of all that the method answers, too, not types and shapes alone:
+            for tests of methods, as it reads from the device. None: as
+            :func:`tokprune.engine.check.set_validation` says, which is off at first.
 
     Returns:
         The trace, which shows the newest prefill.
@@ -103,22 +110,29 @@ def patch(model: nn.Module, method: str | Method, **options: Any) -> Trace:
         UnsupportedModelError: unknown model class, tower or attention backend.
         ValueError, TypeError: bad method or option; the model then keeps its earlier state.
         AlreadyPatchedError: called inside a ``compress`` block of the same model.
+        ContractError: the method answers with something that the engine cannot use (here, or in a
+            forward); methods of this package do not.
     """
     if (current := _session(model)) is not None and current.nested:
         raise AlreadyPatchedError(
             "the model is inside a tokprune.compress(...) block; leave it first, or combine the "
             "methods with tokprune.compose(...)"
         )
-    return _start(model, method, options, nested=False).trace
+    return _start(model, method, options, validate, nested=False).trace
 
 
 def _start(
-    model: nn.Module, method: str | Method, options: dict[str, Any], nested: bool
+    model: nn.Module,
+    method: str | Method,
+    options: dict[str, Any],
+    validate: bool | None,
+    nested: bool,
 ) -> Session:
     bound = bind(model)
     made = make_method(method, **options)
-    plan = replace(made.plan(bound.facts), video_unit=made.video_unit)
-    session = Session(bound, plan, Trace(repr(made)))
+    plan = check_plan(made, made.plan(bound.facts), bound.facts)
+    plan = replace(plan, video_unit=made.video_unit)
+    session = Session(bound, plan, Trace(repr(made)), validate)
     session.nested = nested
     unpatch(model)
     session.install()
@@ -145,7 +159,9 @@ def trace_of(model: nn.Module) -> Trace | None:
 
 
 @contextmanager
-def compress(model: nn.Module, method: str | Method, **options: Any) -> Iterator[Trace]:
+def compress(
+    model: nn.Module, method: str | Method, *, validate: bool | None = None, **options: Any
+) -> Iterator[Trace]:
     """Compress visual tokens inside a ``with`` block; hooks go when it ends, however it ends.
 
     Arguments and errors as :func:`patch`. A model patched with :func:`patch` before gets its
@@ -163,7 +179,7 @@ def compress(model: nn.Module, method: str | Method, **options: Any) -> Iterator
             "compress inside compress on the same model: the inner method would work on what the "
             "outer one left. Combine them with tokprune.compose(...), or end the outer block"
         )
-    session = _start(model, method, options, nested=True)
+    session = _start(model, method, options, validate, nested=True)
     try:
         yield session.trace
     finally:

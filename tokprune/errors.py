@@ -1,5 +1,8 @@
 """Exceptions that tokprune raises. All derive from a built-in, so plain handlers catch them."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UnsupportedModelError(TypeError):
     """The model, its vision tower, its attention backend or its cache is not one we know."""
@@ -21,5 +24,15 @@ class CompositionError(ValueError):
     """Two methods cannot run together."""
 
 
+class ContractError(ValueError):
+    """A method handed the engine something that it cannot use; names both, and what would do."""
+
+
 class UnsupportedVideoError(ValueError):
     """The method takes tokens away where the model still needs every frame of a video whole."""
+
+
+def did_you_mean(word: object, known: Iterable[str], most: int = 1) -> str:
+    """`` Did you mean 'x'?``, for the end of an error text; "" where nothing known is near."""
+    near = difflib.get_close_matches(str(word), list(known), n=most)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

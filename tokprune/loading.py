@@ -18,7 +18,8 @@ from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind, supported_models
 from tokprune.families.registry import why_refused
-from tokprune.methods.base import Method, available_methods, make_method, option_names
+from tokprune.methods.base import Method
+from tokprune.methods.registry import available_methods, make_method, option_names
 from tokprune.methods.setting import load_setting
 from tokprune.models import resolve
 from tokprune.plugins import plugins

@@ -58,8 +58,10 @@ def restore(model: Any, heads: Heads, hints: HintHeads, *folders: Path) -> None:
 def train_joint(
     model: Any, symbols: Symbols, out: Path, total: int, lr: float, device: Any,
     size: int = 8, number: int = 14, part: int = 240, full_from: float = 0.35,
+    checked: int = 4,
 ) -> None:  # fmt: skip
-    """Train everything on ``total`` scenes; all patches from ``full_from`` on."""
+    """Train everything on ``total`` scenes; all patches from ``full_from`` on; a check takes
+    ``checked`` batches."""
     heads = Heads(model.config.vision_config.hidden_size)
     hints = HintHeads(model.config.text_config.hidden_size)
     restore(model, heads, hints, out / "language", out / "vision")
@@ -121,7 +123,7 @@ def train_joint(
         for name, vary in (("check", False), ("squeezed", True)):
             rights, tasks = [], []
             with torch.no_grad():
-                for first in range(0, 4 * size, size):
+                for first in range(0, checked * size, size):
                     _, _, right, own = forward(CHECK_SEED, first, None, vary)
                     rights += right
                     tasks += own

@@ -124,9 +124,9 @@ def language_phase(
 
 def train_language(
     model: Any, symbols: Symbols, folder: Path, total: int, lr: float, device: Any,
-    size: int = 8,
+    size: int = 8, checked: int = 4,
 ) -> None:  # fmt: skip
-    """Train the decoder on ``total`` scenes."""
+    """Train the decoder on ``total`` scenes; a check takes ``checked`` batches."""
     hints = HintHeads(model.config.text_config.hidden_size)
     phase = language_phase(model, symbols, hints, folder, total, lr, device)
 
@@ -149,7 +149,7 @@ def train_language(
         for name, level in (("now", phase.level), ("check", 1.0)):
             rights, tasks = [], []
             with torch.no_grad():
-                for first in range(0, 4 * size, size):
+                for first in range(0, checked * size, size):
                     _, _, right, own = forward(CHECK_SEED, first, level)
                     rights += right
                     tasks += own

@@ -145,9 +145,9 @@ def symbolic_clips(
 
 def train_video_language(
     model: Any, symbols: VideoSymbols, folder: Path, total: int, lr: float, device: Any,
-    size: int = 8,
+    size: int = 8, checked: int = 40,
 ) -> None:  # fmt: skip
-    """Train the decoder on ``total`` clips."""
+    """Train the decoder on ``total`` clips; a check takes ``checked`` of every type."""
     hints = Hints(model.config.text_config.hidden_size)
     phase = language_phase(model, symbols, hints, folder, total, lr, device)
 
@@ -170,7 +170,7 @@ def train_video_language(
     def evaluate() -> dict[str, Any]:
         rights, tasks = [], []
         with torch.no_grad():
-            for first in range(0, 40, size):
+            for first in range(0, checked, size):
                 for task in TASKS:
                     clips = [make_clip(CHECK_SEED, n, task) for n in range(first, first + size)]
                     _, _, right, own = forward(clips, 1.0, asked=True)

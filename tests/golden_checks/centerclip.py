@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from reference.clustering import kkz
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
@@ -10,7 +11,6 @@ from golden_checks.towers import clip_tower
 from tokprune.operators import (
     Clusterer,
     affinity,
-    kkz,
     kmedoids,
     segment_reduce,
     spectral_clustering,

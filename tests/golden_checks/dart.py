@@ -62,7 +62,7 @@ def check_e2e(case: Case) -> None:
             method = Watched(
                 DART(
                     budget(p),
-                    layer=layer,
+                    prune_before=layer,
                     image_pivots=p["pivot_image_token"],
                     text_pivots=p["pivot_text_token"],
                 )

@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+from reference.diversity import cosine_distance, divprune_from_distance
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
 from golden_checks.models import Watched, image_inputs, load_llava, run, suffixes
 from tokprune.methods.divprune import DivPrune
-from tokprune.operators.diversity import cosine_distance, divprune, divprune_from_distance
+from tokprune.operators.diversity import divprune
 
 
 def _compare(order: torch.Tensor, case: Case) -> None:

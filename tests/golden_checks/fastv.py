@@ -9,8 +9,8 @@ from golden_checks.case import Case, assert_close, assert_equal
 from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
 from golden_checks.staged import image_of
 from tokprune.methods.fastv import FastV
-from tokprune.operators.fastv import last_row_scores, row_scores, select
-from tokprune.operators.topk import rank
+from tokprune.operators.attention import mean_rows
+from tokprune.operators.topk import rank, segment_topk
 
 
 def _last_row(case: Case) -> torch.Tensor:
@@ -25,11 +25,13 @@ def check_select(case: Case) -> None:
     start, n, k = p["image_start"], p["image_len"], p["keep"]
     row = _last_row(case)
     half = p["dtype"] == "float16"
-    score = last_row_scores(row)[start : start + n]
+    whole = mean_rows(row[:, None])
+    score = whole[start : start + n]
     assert_close(score, case["scores"], "scores", 1e-3 if half else 1e-5)
-    assert_close(row_scores(row[:, None])[start : start + n], score, "scores of one row")
-    keep = select(row, start, n, k)
-    assert_equal(select(row[None], start, n, k)[0], keep, "keep of a batch of one")
+    segment = torch.full((1, len(whole)), -1)
+    segment[0, start : start + n] = 0
+    mask = segment_topk(whole[None], segment, torch.tensor([[k]])) | (segment < 0)
+    keep = mask[0].nonzero()[:, 0]
     top = rank(score)[:k] + start
     image = keep[(keep >= start) & (keep < start + n)]
     assert_equal(image, top.sort().values, "keep against the ranking")
@@ -59,7 +61,7 @@ def check_e2e(case: Case) -> None:
         plain = run(model, alone).prefill
         assert_close(plain, case["logits_unpruned"], "logits_unpruned")
         for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
-            method = Watched(FastV(p["keep"], layer=layer))
+            method = Watched(FastV(p["keep"], prune_before=layer))
             with tokprune.compress(model, method) as trace:
                 got = run(model, inputs)
             last: Any = trace.last

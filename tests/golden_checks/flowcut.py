@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from reference.packing import raster_pack
 from tiny import tokens_of
 from torch import Tensor, nn
 from transformers import (
@@ -21,8 +22,8 @@ from golden_checks.models import Watched, fill, run
 from golden_checks.towers import clip_tower, run_tower, tower_facts
 from tokprune.engine.contracts import EncoderStage
 from tokprune.methods.flowcut import FlowCut
-from tokprune.operators.anyres import flowcut_pack, raster_position, unpad_bounds
-from tokprune.operators.attention import attention_rows, repeat_heads
+from tokprune.operators.anyres import raster_position, unpad_bounds
+from tokprune.operators.attention import attention_rows
 from tokprune.operators.flow import (
     FlowKeep,
     accumulate,
@@ -31,10 +32,10 @@ from tokprune.operators.flow import (
     encoder_keep,
     flow_score,
     global_query_terms,
-    llm_select,
     prune_count,
     text_terms,
 )
+from tokprune.operators.topk import keep_topk
 
 #: Recorded in half precision, computed by us in float32.
 HALF = 2e-3
@@ -143,11 +144,9 @@ def check_llm_select(case: Case) -> None:
     for i, (start, n, end) in enumerate(
         zip(p["visual_start"], p["visual_num"], p["last_pos_exclusive"])
     ):
-        got = llm_select(q[i], k[i], v[i], start, n, end - 1, p["target"])
         if i not in p["rows"]:
-            assert_equal(got, torch.arange(n), f"sample {i}, no more tokens than the budget")
+            assert n <= p["target"], f"sample {i}, no more tokens than the budget"
             continue
-        keep.append(got)
         allowed = torch.zeros(1, q.shape[2], dtype=torch.bool)
         allowed[:, start : start + n] = True
         row = slice(end - 1, end)
@@ -156,9 +155,12 @@ def check_llm_select(case: Case) -> None:
         )
         score = flow_score(*terms)[0, start : start + n]
         assert_close(score, case[f"check_score_f64.{i}"], f"score of sample {i}")
-        repeated = [repeat_heads(x[i], q.shape[1]) for x in (k, v)]
-        again = llm_select(q[i], *repeated, start, n, end - 1, p["target"])
-        assert_equal(again, got, f"sample {i}, heads repeated")
+        keep.append(keep_topk(score, p["target"]))
+        keys, values = (x[i].repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (k, v))
+        block = slice(start, start + n)
+        terms = text_terms(q[i][:, row], keys[:, block], values[:, row], values[:, block])
+        again = keep_topk(flow_score(*terms), p["target"])
+        assert_equal(again, keep[-1], f"sample {i}, the image alone, heads repeated")
     assert_equal(torch.stack(keep), case["keep_indices"], "keep_indices")
 
 
@@ -166,18 +168,22 @@ def check_anyres_pack(case: Case) -> None:
     p, kept, side = case.parameters, case["keep_indices"], case.parameters["grid"]
     tiles, size = (p["h"], p["w"]), tuple(p["image_size_wh"])
     rows = torch.cat([case["base"][None], case["tiles"]])
-    for name, original in (("out_no_unpad", None), ("out_unpad", size)):
-        at = flowcut_pack(kept, tiles, side, base=len(case["base"]), original_size=original)
-        assert_equal(rows[at[:, 0], at[:, 1]], case[name], name)
     height, width = side * p["h"], side * p["w"]
+    bounds = unpad_bounds(height, width, size)
+    for name, inside in (("out_no_unpad", None), ("out_unpad", bounds)):
+        at = raster_pack(kept, tiles, side, len(case["base"]), inside)
+        assert_equal(rows[at[:, 0], at[:, 1]], case[name], name)
+    order = raster_position(kept, tiles, side).flatten().argsort()
+    crops = torch.stack([order // kept.shape[1] + 1, order % kept.shape[1]], dim=1)
+    assert_equal(crops, raster_pack(kept, tiles, side, 0), "order of the crops")
     mask = torch.zeros(height * width, dtype=torch.long)
     mask[raster_position(kept, tiles, side).flatten()] = 1
     mask = mask.view(height, width)
     assert_equal(mask, case["mask"], "mask")
-    top, bottom, left, right = unpad_bounds(height, width, size)
-    inside = torch.zeros_like(mask)
-    inside[top:bottom, left:right] = 1
-    assert_equal(mask * inside, case["mask_unpad"], "mask_unpad")
+    top, bottom, left, right = bounds
+    shown = torch.zeros_like(mask)
+    shown[top:bottom, left:right] = 1
+    assert_equal(mask * shown, case["mask_unpad"], "mask_unpad")
 
 
 def check_qwen_vit_terms(case: Case) -> None:

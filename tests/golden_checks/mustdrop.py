@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from reference.mustdrop import cache_policy, dual_filter
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -20,8 +21,6 @@ from golden_checks.flowcut import placeholder, prompt, watch_projector
 from golden_checks.models import Run, Watched, fill, run
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.operators.mustdrop import (
-    cache_policy,
-    dual_filter,
     filter_score,
     key_mask,
     key_scores,
@@ -83,13 +82,14 @@ def check_dual_filter(case: Case) -> None:
     total, peak = text_attention(attn)
     assert_close(total / total.sum(), case["share"], "share")
     assert_close(peak, case["max"], "max")
-    alone = dual_filter(attn, None, gamma, alpha)
+    alone = filter_score(total, peak, gamma, alpha) >= 1
     assert_equal(alone.nonzero()[:, 0], case["filter_keep"], "filter_keep")
-    assert_equal(filter_score(total, peak, gamma, alpha) >= 1, alone, "filter_score")
-    keep = dual_filter(attn, keys, gamma, alpha)
+    assert_equal(dual_filter(attn, gamma, alpha), alone, "the filter by loops")
+    keep = alone | keys
     assert_equal(keep.nonzero()[:, 0], case["keep"], "keep")
     assert_equal(keys[keep].nonzero()[:, 0], case["key_set_next"], "key_set_next")
-    assert_equal(dual_filter(attn[None], keys[None], gamma, alpha)[0], keep, "keep in a batch")
+    batch = filter_score(*text_attention(attn[None]), gamma, alpha)[0] >= 1
+    assert_equal(batch, alone, "the filter in a batch")
 
 
 def check_cache_policy(case: Case) -> None:
@@ -118,7 +118,7 @@ TOWER, LOGITS = 1e-4, 3e-5
 
 def load(case: Case, attention: str) -> Any:
     """The recorded model. Tiles that the official code packs as one block become the base and a
-    row of crops, whose picture fills them exactly."""
+    row of crops, whose image fills them exactly."""
     p, tiles = case.parameters, case["pixel_values"].shape[1]
     tiled = case["pixel_values"].dim() == 5
     side = p["clip_config"]["image_size"]
@@ -198,14 +198,14 @@ def method_of(case: Case, **changes: Any) -> MustDrop:
         "merge_after_layer": p["merge"]["after_layer"],
         "key_rate": p["key"]["keep_rate"],
         "key_layer": p["key"]["layer"],
-        "pruning_layers": tuple(p["pruning_layers"]),
+        "prune_before": tuple(layer + 1 for layer in p["pruning_layers"]),
         **changes,
     }
     return MustDrop(**options)
 
 
 def watch_encoder(stage: Any, rows: dict[str, Tensor], runs: list[Any]) -> None:
-    """Records the runs of an encoder stage, and the head-mean class row that they read."""
+    """Records the runs of an encoder stage, and the head-mean [CLS] attention that they read."""
     start = stage.start
 
     def watched(tower: Any) -> Any:

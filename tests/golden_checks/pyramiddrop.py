@@ -9,7 +9,7 @@ from golden_checks.staged import check_end, check_stages, image_of
 from golden_checks.transprune import _rotate
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.operators.attention import attention_rows
-from tokprune.operators.pyramiddrop import rank_drop
+from tokprune.operators.topk import segment_topk
 
 
 def _heads(case: Case, name: str) -> torch.Tensor:
@@ -30,19 +30,19 @@ def check_rank_drop(case: Case) -> None:
     p, features = case.parameters, case["features"]
     batch, length, width = features.shape
     stage, ratios = p["stage"], p["ratios"]
-    method = PyramidDrop(tuple(ratios[1:]), prune_layers=range(1, len(ratios)))
+    method = PyramidDrop(tuple(ratios[1:]), prune_before=range(1, len(ratios)))
     now = [int(n * ratios[stage]) for n in p["image_tokens_original"]]
     segment = torch.full((batch, length), -1)
     for b, (start, n) in enumerate(zip(p["image_start"], now)):
         if start >= 0:
             segment[b, start : start + n] = 0
-    budget = [[method.counts(stage, n)] if n else [0] for n in p["image_tokens_original"]]
+    budget = [[method.count(stage, n)] if n else [0] for n in p["image_tokens_original"]]
     rows = torch.tensor([text + n - 1 for text, n in zip(p["prompt_len_text_only"], now)])
     mask = case["attention_mask"] if "attention_mask" in case else torch.ones(batch, length)
     allowed = (torch.arange(length) <= rows[:, None]) & (mask != 0)
     query = _heads(case, "q_proj")[torch.arange(batch), :, rows][:, :, None]
     attention = attention_rows(query, _heads(case, "k_proj"), None, allowed[:, None])
-    _, kept = rank_drop(attention[:, :, 0], segment, torch.tensor(budget))
+    kept = segment_topk(attention[:, :, 0].mean(1), segment, torch.tensor(budget))
     alive = (kept | (segment < 0)) & (mask != 0)
     lengths = alive.sum(1).tolist()
     new = torch.zeros(batch, max(lengths), width)  # padded on the right, as the official code does
@@ -62,7 +62,7 @@ def check_e2e(case: Case) -> None:
     """Prefill and steps from embeddings, alone and as a row of a left-padded batch."""
     p, image = case.parameters, image_of(case)
     alone = one_prompt(case["inputs_embeds"], image)
-    method = PyramidDrop(tuple(p["ratios"]), prune_layers=tuple(p["layer_list"]))
+    method = PyramidDrop(tuple(p["ratios"]), prune_before=tuple(p["layer_list"]))
     for attention in ("eager", "sdpa"):
         model = load_llama(case.weights(), p["config"], attention)
         assert_close(run(model, alone).prefill, case["logits_unpruned"], "logits_unpruned")

@@ -149,9 +149,9 @@ def check_e2e(case: Case) -> None:
 def _check_run(case: Case, model: Any, gap: int, inputs: dict[str, torch.Tensor]) -> None:
     p = case.parameters
     version = {"1_0": "v1", "2_0": "plus"}[p["version"]]
-    layers = tuple(p["pruning_layers"])
+    layers = tuple(layer + 1 for layer in p["pruning_layers"])
     method = _Recorder(
-        SparseVLM(tuple(p["keep_list"]), version, pruning_layers=layers)  # type: ignore[arg-type]
+        SparseVLM(tuple(p["keep_list"]), version, prune_before=layers)  # type: ignore[arg-type]
     )
     last, got, recorded = run_recorded(model, method, inputs)
     assert len(recorded) == len(layers)
@@ -159,9 +159,9 @@ def _check_run(case: Case, model: Any, gap: int, inputs: dict[str, torch.Tensor]
         assert_close(score[None], case[f"stage{i}_relevance"], f"stage{i}_relevance")
         assert_equal(kept[None], case[f"stage{i}_keep_mask"], f"stage{i}_keep_mask")
     for layer in layers:
-        seen = last.layers[layer + 1]
+        seen = last.layers[layer]
         positions = seen.position[0][seen.column[0] >= 0][None]
-        assert_equal(positions, case[f"positions_layer{layer + 1}"], f"positions_layer{layer + 1}")
+        assert_equal(positions, case[f"positions_layer{layer}"], f"positions_layer{layer}")
     check_end(case, last, got, gap)
 
 

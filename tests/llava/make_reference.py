@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tiny
 from methods_table import ALL, CORE
-from oracle import compressed_logits, continuation_tokens
 
 import tokprune
+from tokprune.testing.oracle import compressed_logits, continuation_tokens
 
 STEPS = 4
 #: (height, width); at these, both packages crop the padding of the stitched picture at the same

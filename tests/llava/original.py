@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-from oracle import _mask_decoder, _mask_tower, continuation_tokens
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+from tokprune.testing.oracle import continuation_tokens, mask_decoder, mask_tower
 
 PLACEHOLDER = -200
 CLASSES = {
@@ -172,7 +173,7 @@ def oracle_logits(
             [inputs["attention_mask"], torch.ones_like(continuation)], dim=1
         ),
     }
-    handles = _mask_tower(model, trace) + _mask_decoder(model, trace, length, steps, window)
+    handles = mask_tower(model, trace) + mask_decoder(model, trace, length, steps, window)
     for layer in model.model.layers:  # layers of 4.37 look rotary embeddings up themselves
         handles.append(layer.register_forward_pre_hook(_without_embeddings, with_kwargs=True))
     try:

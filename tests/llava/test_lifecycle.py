@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fingerprint import fingerprint
 from methods_table import CORE
-from oracle import assert_same_logits
 from original import (
     answer,
     any_positions,
@@ -23,6 +21,8 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 import tokprune
 from tokprune.engine.shared_encoder import SharedEncoder
 from tokprune.families import bind, family_of
+from tokprune.testing.checks.leftovers import fingerprint
+from tokprune.testing.oracle import assert_same_logits
 
 
 @pytest.fixture(params=["square", "anyres"])
@@ -248,7 +248,7 @@ def test_prepared_embeddings_may_be_passed_on(form: Any) -> None:
 def test_a_compressed_cache_wants_a_patched_model(form: Any) -> None:
     inputs = form.inputs("one")
     with torch.no_grad():
-        with tokprune.compress(form.model, "fastv", keep=7, layer=2):
+        with tokprune.compress(form.model, "fastv", keep=7, prune_before=2):
             cache = form.model(**inputs, use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match="is not patched"):
             form.model(torch.tensor([[5]]), past_key_values=cache)
@@ -280,7 +280,7 @@ def test_attention_maps_need_eager(form: Any) -> None:
             form.model(**inputs, output_attentions=True)
         assert form.model(**inputs).logits.isfinite().all()
     eager = form.build("eager")
-    with tokprune.compress(eager, "fastv", keep=9, layer=2) as trace, torch.no_grad():
+    with tokprune.compress(eager, "fastv", keep=9, prune_before=2) as trace, torch.no_grad():
         maps = eager(**inputs, output_attentions=True).attentions
     assert trace.last is not None
     assert [m.shape[-1] for m in maps] == [layer.lengths[0] for layer in trace.last.layers]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from methods_table import CORE_PRUNING, PRUNING
-from oracle import assert_same_logits
 from original import answer, compressed_logits, oracle_logits
 
 import tokprune
+from tokprune.testing.oracle import assert_same_logits
 
 NEW = 5  # tokens to generate: the first comes from the prefill, the others from decode steps
 

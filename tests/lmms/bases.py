@@ -40,10 +40,10 @@ class Batched(lmms):
     def _answers(self, arguments: list[tuple[Any, ...]]) -> list[str]:
         visuals = [see(self.task_dict[task][split][doc])
                    for _, _, see, doc, task, split in arguments]  # fmt: skip
-        pictures = [picture for own in visuals for picture in own]
+        images = [image for own in visuals for image in own]
         questions = [a[0] for a in arguments]
-        if pictures:
-            inputs = encode(self.processor, questions, pictures, "cpu")
+        if images:
+            inputs = encode(self.processor, questions, images, "cpu")
         else:
             texts = [f"USER: {question} ASSISTANT:" for question in questions]
             inputs = self.processor.tokenizer(texts, padding=True, return_tensors="pt")

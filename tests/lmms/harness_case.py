@@ -54,9 +54,9 @@ def own_names() -> dict[str, str]:
 def numbers(
     run: Any, names: dict[str, str] | None = None
 ) -> dict[tuple[str, str], tuple[Any, ...]]:
-    """What must not depend on who asks, by cell and item."""
+    """What must not depend on who asks, by trial and item."""
     return {
-        (row["cell"], row["item"] if names is None else names[row["item"]]): tuple(
+        (row["trial"], row["item"] if names is None else names[row["item"]]): tuple(
             tuple(v) if isinstance(v := row[name], list) else v for name in SAME
         )
         for row in run.rows

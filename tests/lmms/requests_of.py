@@ -27,7 +27,7 @@ def requests(
     lm.task_dict["t"] = {"test": docs}
 
     def messages(doc: Any) -> list[dict[str, Any]]:
-        content = [{"type": "image", "url": picture} for picture in see(doc)]
+        content = [{"type": "image", "url": image} for image in see(doc)]
         return [{"role": "user", "content": [*content, {"type": "text", "text": doc["question"]}]}]
 
     made = []

@@ -36,7 +36,7 @@ def _batched() -> Iterator[None]:
 
 
 def model_of(lm: Any) -> Any:
-    return lm._tokprune.watch.known.model
+    return lm._tokprune.observer.bound.model
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def inputs_of() -> Callable[[Any], list[dict[str, Any]]]:
 
     def spy(lm: Any) -> list[dict[str, Any]]:
         seen: list[dict[str, Any]] = []
-        own = lm._tokprune.watch._generate
+        own = lm._tokprune.observer._generate
 
         def generate(**kwargs: Any) -> Any:
             seen.append(kwargs)
             return own(**kwargs)
 
-        lm._tokprune.watch._generate = generate
+        lm._tokprune.observer._generate = generate
         return seen
 
     return spy
@@ -59,14 +59,14 @@ def inputs_of() -> Callable[[Any], list[dict[str, Any]]]:
 
 def broken(lm: Any, *calls: int) -> None:
     """These calls of the model's own ``generate`` raise."""
-    own, count = lm._tokprune.watch._generate, iter(range(10**6))
+    own, count = lm._tokprune.observer._generate, iter(range(10**6))
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if next(count) in calls:
             raise RuntimeError("out of\n  luck")
         return own(*args, **kwargs)
 
-    lm._tokprune.watch._generate = generate
+    lm._tokprune.observer._generate = generate
 
 
 # ------------------------------------------------------------------------------- prompts
@@ -143,7 +143,7 @@ def test_means_of_samples() -> None:
     assert both == Sample(macs=3.0, seconds=1.0, error="no")
 
 
-def test_prompt_without_a_picture_costs_what_it_costs(load: Load) -> None:
+def test_prompt_without_an_image_costs_what_it_costs(load: Load) -> None:
     lm = load("method=todre,option.keep=64", start=bases.START, simple=True)
     (first,) = told(lm.generate_until(requests(lm, items(1), see=lambda doc: [])))
     assert (first["images"], first["tokens_in"], first["tokens_last"]) == (0, 0, 0)
@@ -166,7 +166,7 @@ def test_swallowed_errors_are_failures(load: Load, said: list[str]) -> None:
     assert first["status"] == third["status"] == "ok"
     assert results[0].text
     assert results[2].text
-    assert any("1 of 3 samples failed and counts as a wrong answer" in line for line in said)
+    assert any("1 of 3 samples failed and counts as an incorrect answer" in line for line in said)
 
 
 def test_errors_on_the_way_to_the_model_fail_alone(load: Load) -> None:
@@ -209,10 +209,10 @@ def test_run_that_cannot_work_is_given_up(load: Load) -> None:
     ("control", "change"),
     [
         ("control=blind", blank),
-        ("control=downsample,factor=4", lambda picture: downsample(picture, 4.0)),
+        ("control=downsample,factor=4", lambda image: downsample(image, 4.0)),
     ],
 )
-def test_controls_change_the_picture_and_leave_the_model(
+def test_controls_change_the_image_and_leave_the_model(
     load: Load, inputs_of: Any, control: str, change: Any, simple: bool
 ) -> None:
     lm = load(control, simple=simple)
@@ -226,16 +226,14 @@ def test_controls_change_the_picture_and_leave_the_model(
     assert first["tokens_in"] == first["tokens_last"] == 576
 
 
-def test_control_refuses_what_is_no_picture(load: Load) -> None:
+def test_control_refuses_what_is_no_image(load: Load) -> None:
     lm = load("control=blind")
     (first,) = told(lm.generate_until(requests(lm, items(1), see=lambda doc: ["film.mp4"])))
-    assert (
-        first["error"] == "ValueError: control needs pictures, and this task gives str: 'film.mp4'"
-    )
+    assert first["error"] == "ValueError: control needs images, and this task gives str: 'film.mp4'"
 
 
-def test_tiles_of_smaller_pictures(load: Load, tmp_path: Path) -> None:
-    """A smaller picture has fewer tiles; what the given one would cost is then not known."""
+def test_tiles_of_smaller_images(load: Load, tmp_path: Path) -> None:
+    """A smaller image has fewer tiles; what the given one would cost is then not known."""
     tiny_processor.save(tmp_path, "llava_next", layers=6)
     start = f"base=llava_hf,pretrained={tmp_path},dtype=float32"
 

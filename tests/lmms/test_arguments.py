@@ -61,14 +61,14 @@ def test_chat_class_unless_simple_is_forced() -> None:
 def test_no_method_is_the_unpruned_model(text: str) -> None:
     read_ = read(text)
     assert read_.method is None
-    assert read_.told == "unpruned"
+    assert read_.description == "unpruned"
 
 
 def test_options_can_be_lists_and_fractions() -> None:
-    method = read("base=llava_hf,method=transprune,keep=[0.5,0.25],prune_layers=[2,3],"
-                  "accumulate_layers=[1,2,3]").method  # fmt: skip
+    method = read("base=llava_hf,method=transprune,keep=[0.5,0.25],prune_before=[2,3],"
+                  "transition_layers=[0,1,2]").method  # fmt: skip
     assert method == tokprune.TransPrune(
-        keep=(0.5, 0.25), prune_layers=(2, 3), accumulate_layers=(1, 2, 3)
+        keep=(0.5, 0.25), prune_before=(2, 3), transition_layers=(0, 1, 2)
     )
 
 

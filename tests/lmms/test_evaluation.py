@@ -192,18 +192,18 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(
-    "cell",
+    "trial",
     ["none", "blind", "downsample@64", "todre@64", "todre@16", "visionzip@64", "visionzip@16"],
 )
 def test_numbers_are_those_of_our_own_harness(
-    own: Any, evaluate: Evaluate, tmp_path: Path, cell: str
+    own: Any, evaluate: Evaluate, tmp_path: Path, trial: str
 ) -> None:
-    entry = own.cells[cell]
-    rows = {row["item"]: row for row in own.rows if row["cell"] == cell}
+    entry = own.trials[trial]
+    rows = {row["item"]: row for row in own.rows if row["trial"] == trial}
     if entry["method"] is None:
         factor = entry["options"].get("factor")
         more = {"none": "", "blind": "control=blind"}.get(
-            entry["arm"], f"control=downsample,factor={factor!r}"
+            entry["variant"], f"control=downsample,factor={factor!r}"
         )
     else:
         path = tmp_path / "setting.json"

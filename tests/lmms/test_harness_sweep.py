@@ -16,7 +16,7 @@ import pytest
 from tokprune.eval.report import build_report
 from tokprune.eval.report.groups import read_groups
 from tokprune.eval.sweep import read_run, run_sweep
-from tokprune.integrations.lmms_eval.driver import arguments, tasks
+from tokprune.integrations.lmms_eval import driver
 from tokprune.integrations.lmms_eval.tasks import scores
 
 VICTIM = """
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(home: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """A sweep that was killed outright in its second cell; the rows it had, after its child was
+    """A sweep that was killed outright in its second trial; the rows it had, after its child was
     seen to end as well."""
     out = home / "run"
     # a process of its own: what this one has open (locks of other tests) cannot be inherited
@@ -85,15 +85,15 @@ def own(home: Path) -> Any:
 
 def test_a_killed_sweep_goes_on_where_it_was(killed: Any, run: Any) -> None:
     _, before = killed
-    assert {row["cell"] for row in before} == {"none"}
+    assert {row["trial"] for row in before} == {"none"}
     assert run.rows[: len(before)] == before
     assert run.info["finished"]
-    cells = [f"{m}@{b}" for m in case.METHODS for b in case.BUDGETS]
-    assert sorted(run.cells) == sorted(["none", "downsample@64", *cells])
-    assert len(run.rows) == len(run.cells) * case.EACH * len(case.KINDS)
+    trials = [f"{m}@{b}" for m in case.METHODS for b in case.BUDGETS]
+    assert sorted(run.trials) == sorted(["none", "downsample@64", *trials])
+    assert len(run.rows) == len(run.trials) * case.EACH * len(case.KINDS)
     assert (run.stale, run.duplicates) == (0, 0)
     assert {row["status"] for row in run.rows} == {"ok"}
-    assert set(run.metrics()) == set(run.cells)
+    assert set(run.metrics()) == set(run.trials)
 
 
 def test_rows_are_those_of_our_own_harness(run: Any, own: Any) -> None:
@@ -105,11 +105,11 @@ def test_rows_are_those_of_our_own_harness(run: Any, own: Any) -> None:
     assert {row["tokens_mean"] for row in run.rows_of("visionzip@64")} == {64.0}
     assert any(row["score"] == 0 for row in run.rows)
     assert any(row["score"] == 1 for row in run.rows)
-    for cell in run.cells:
+    for trial in run.trials:
         for task in case.TASKS:
-            own_scores = [r["score"] for r in run.rows_of(cell) if r["task"] == task]
+            own_scores = [r["score"] for r in run.rows_of(trial) if r["task"] == task]
             mean = sum(own_scores) / len(own_scores)
-            assert run.metrics()[cell][task]["accuracy"] == pytest.approx(mean)
+            assert run.metrics()[trial][task]["accuracy"] == pytest.approx(mean)
 
 
 def test_the_report_has_the_groups_of_our_own(run: Any, own: Any, tmp_path: Path) -> None:
@@ -130,23 +130,23 @@ def test_the_report_has_the_groups_of_our_own(run: Any, own: Any, tmp_path: Path
     again = build_report(run.folder, tmp_path / "again", groups_from=tmp_path / "report", draws=200)
     assert [table.groups for table in again.groups] == [here]
     assert run.latency is not None
-    timed = run.latency["cells"]["none"]
+    timed = run.latency["trials"]["none"]
     assert 0 < timed["prefill"]["median"] <= timed["total"]["median"]
     assert "a process of its own" in report.html.read_text()
 
 
 def test_two_processes_give_the_rows_of_one(run: Any, tmp_path: Path) -> None:
-    """One cell is asked again, by two processes with unequal shares."""
+    """One trial is asked again, by two processes with unequal shares."""
     out = tmp_path / "two"
     shutil.copytree(run.folder, out)
-    cell = f"visionzip@{case.BUDGETS[0]}"
+    trial = f"visionzip@{case.BUDGETS[0]}"
     lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
-    (out / "rows.jsonl").write_text("".join(x for x in lines if json.loads(x)["cell"] != cell))
+    (out / "rows.jsonl").write_text("".join(x for x in lines if json.loads(x)["trial"] != trial))
     shutil.rmtree(out / "lmms")
     assert len(read_run(out).rows) < len(run.rows)
     two = run_sweep(case.settings(out, processes=2))
-    assert [path.name for path in (out / "lmms").iterdir()] == [cell]
-    log = (out / "lmms" / cell / "log.txt").read_text()
+    assert [path.name for path in (out / "lmms").iterdir()] == [trial]
+    log = (out / "lmms" / trial / "log.txt").read_text()
     assert "Rank 1: loading datasets" in log
     assert (two.stale, two.duplicates) == (0, 0)
     assert len(two.rows) == len(run.rows)
@@ -166,17 +166,17 @@ def test_bad_names_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_groups_are_opened_and_called_by_name() -> None:
-    loaded = tasks.load_tasks(["tokprune_mini", "tokprune_mini_count"], [])
+    loaded = driver.load_tasks(["tokprune_mini", "tokprune_mini_count"], [])
     assert loaded.called == ("tokprune_mini", "tokprune_mini_count")
     assert len(loaded.groups["tokprune_mini"]) == 10
     assert len(loaded.tasks) == 11
-    again = tasks.load_tasks(["tokprune_mini_c*"], [])
+    again = driver.load_tasks(["tokprune_mini_c*"], [])
     assert set(again.tasks) == {"tokprune_mini_color", "tokprune_mini_count"}
     assert again.versions["tokprune_mini_color"] == loaded.versions["tokprune_mini_color"]
 
 
 def test_base_arguments_are_known() -> None:
-    base = arguments.check_base("llava_hf", case.settings(Path("x")))
+    base = driver.check_base("llava_hf", case.settings(Path("x")))
     assert base.takes("dtype")
     assert base.takes("device_map")
     assert not base.takes("nonsense")

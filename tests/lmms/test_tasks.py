@@ -48,8 +48,8 @@ def test_documents_are_the_items_of_the_test_split(loaded: dict[str, Any]) -> No
         docs = task.test_docs()
         assert [mini.item_of(doc) for doc in docs] == BENCHMARK.items("test", [kind])
         item = mini.item_of(docs[0])
-        (picture,) = task.doc_to_visual(docs[0])
-        assert picture.tobytes() == BENCHMARK.image(item).tobytes()
+        (image,) = task.doc_to_visual(docs[0])
+        assert image.tobytes() == BENCHMARK.image(item).tobytes()
         assert task.doc_to_text(docs[0]) == item.question + BENCHMARK.prompt_suffix
         assert task.process_results(docs[0], [f" {item.answers[0].upper()}. "]) == {"accuracy": 1.0}
         assert task.process_results(docs[0], ["no such answer"]) == {"accuracy": 0.0}

@@ -1,6 +1,6 @@
 """What compression costs and saves in time and memory, against no compression and the ideal.
 
-:func:`bench` is what ``tokprune bench`` runs; :func:`measure_cells` times arms on one batch.
+:func:`bench` is what ``tokprune bench`` runs; :func:`measure_trials` times variants on one batch.
 Nothing heavy is imported before one of them is asked for.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokprune.bench.measure import measure_cells
+    from tokprune.bench.measure import measure_trials
     from tokprune.bench.run import bench
 
-__all__ = ["bench", "measure_cells"]
+__all__ = ["bench", "measure_trials"]
 
-_HOME = {"bench": "run", "measure_cells": "measure"}
+_HOME = {"bench": "run", "measure_trials": "measure"}
 
 
 def __getattr__(name: str) -> Any:

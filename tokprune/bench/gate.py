@@ -1,13 +1,14 @@
 """When a ratio of times may be called a speed-up: only beyond the noise of its own measurement.
 
-Ratios are taken within rounds (baseline ÷ arm), so that drift of the machine cancels, and their
+Ratios are taken within rounds (baseline ÷ variant), so that drift of the machine cancels, and their
 median gets a distribution-free confidence interval (order statistics; inverting the sign test).
-The floor comes from an A/A control: the unpruned model against itself, measured like any arm.
+The floor comes from an A/A control: the unpruned model against itself, measured like any variant.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,16 +35,18 @@ class Interval:
         Raises:
             ValueError: no values, or one that is not finite.
         """
-        import numpy as np
-        from scipy.stats import quantile_test
-
         if not values or not all(math.isfinite(v) for v in values):
             raise ValueError(f"values={list(values)!r} should be finite numbers, at least one")
-        median = float(np.median(values))
-        if len(values) < LEAST_ROUNDS:
-            return cls(median, -math.inf, math.inf, len(values))
-        bounds = quantile_test(values, q=median, p=0.5).confidence_interval(CONFIDENCE)
-        return cls(median, float(bounds.low), float(bounds.high), len(values))
+        ordered, n = sorted(values), len(values)
+        median = statistics.median(ordered)
+        if n < LEAST_ROUNDS:
+            return cls(median, -math.inf, math.inf, n)
+        # the binomial's lower quantile: how many values may lie beyond each end of the interval
+        tail, outside = 2.0**-n, 0
+        while tail < (1 - CONFIDENCE) / 2:
+            outside += 1
+            tail += math.comb(n, outside) / 2**n
+        return cls(median, ordered[outside - 1], ordered[n - outside], n)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; a missing bound is None."""
@@ -58,12 +61,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``speedup``: the median ratio baseline ÷ arm where it is a finding (above 1: faster, below:
-    slower), None where it is within noise; ``reason`` then says why, and ``needs`` what the
-    median would have to pass at this scatter."""
+    """Whether a ratio is a finding."""
 
     ratio: Interval
+    #: the median ratio baseline ÷ variant (above 1: faster, below: slower), None within noise
     speedup: float | None
+    #: why it is within noise, and what the median would have to pass at this scatter
     reason: str | None
     needs: float | None
 
@@ -89,11 +92,11 @@ class Verdict:
 
 
 def noise_floor(first: Sequence[float], second: Sequence[float]) -> float:
-    """How far from 1 a ratio of two equal arms may lie, as a factor ≥ 1: the farther end of the
+    """How far from 1 a ratio of two equal variants may lie, as a factor ≥ 1: the farther end of the
     A/A interval. Infinite below :data:`LEAST_ROUNDS` rounds.
 
     Args:
-        first, second: seconds of the two equal arms, round by round.
+        first, second: seconds of the two equal variants, round by round.
     """
     interval = Interval.of(_ratios(first, second))
     if not math.isfinite(interval.high):
@@ -101,14 +104,14 @@ def noise_floor(first: Sequence[float], second: Sequence[float]) -> float:
     return max(interval.high, 1 / interval.low)
 
 
-def judge(baseline: Sequence[float], arm: Sequence[float], floor: float = 1.0) -> Verdict:
-    """Whether ``arm`` is faster (or slower) than ``baseline`` beyond noise.
+def judge(baseline: Sequence[float], variant: Sequence[float], floor: float = 1.0) -> Verdict:
+    """Whether ``variant`` is faster (or slower) than ``baseline`` beyond noise.
 
     A speed-up is claimed where the whole interval of the median ratio lies above ``floor``, a
     slow-down where it lies below ``1 / floor``.
 
     Args:
-        baseline, arm: seconds, round by round.
+        baseline, variant: seconds, round by round.
         floor: of :func:`noise_floor`.
 
     Raises:
@@ -116,7 +119,7 @@ def judge(baseline: Sequence[float], arm: Sequence[float], floor: float = 1.0) -
     """
     if not floor >= 1:
         raise ValueError(f"floor={floor} should be at least 1")
-    ratio = Interval.of(_ratios(baseline, arm))
+    ratio = Interval.of(_ratios(baseline, variant))
     if ratio.n < LEAST_ROUNDS:
         reason = f"too few rounds ({ratio.n}; at least {LEAST_ROUNDS} are needed)"
         return Verdict(ratio, None, reason, None)

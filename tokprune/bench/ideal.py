@@ -85,14 +85,14 @@ def observe(model: Any, inputs: Mapping[str, Any], method: Method | None = None)
                 layer.self_attn.register_forward_pre_hook(note(decoder, number), with_kwargs=True)
             )
         cache = new_cache(model)
-        given = on_device(inputs, model.device)
-        model(**given, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
+        batch = on_device(inputs, model.device)
+        model(**batch, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
     return Lengths(
         encoder=tuple((attended[n], mlp[n]) for n in sorted(attended)),
         projected=projected[0],
         decoder=tuple(decoder[n] for n in sorted(decoder)),
         cached=tuple(layer.keys.shape[-2] for layer in cache.layers),
-        original=given["input_ids"].shape[1],
+        original=batch["input_ids"].shape[1],
     )
 
 

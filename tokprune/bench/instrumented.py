@@ -1,178 +1,92 @@
-"""A method with someone looking over its shoulder: every call of its stages goes through a watcher.
+"""An instrumented method: every call of its stages goes through an observer.
 
-The watcher sees where a call happens and may time it or write its answer down; the method, the
+The observer sees where a call happens and may time it or write its answer down; the method, the
 engine and the order of events stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
-from torch import Tensor
-
-from tokprune.engine.contracts import (
-    Attention,
-    CachePolicy,
-    DecoderRun,
-    DecoderStage,
-    EncoderOutcome,
-    EncoderRun,
-    EncoderStage,
-    ImageTokens,
-    KeepDecision,
-    ModelFacts,
-    Plan,
-    PromptStage,
-    Reduction,
-    ScoringLayer,
-    Selection,
-    SequenceView,
-    TowerInput,
-    TowerTokens,
-)
+from tokprune.engine.contracts import ModelFacts, Plan
 from tokprune.methods.base import Method
+
+T = TypeVar("T")
+Part: TypeAlias = Literal["encoder", "prompt", "decoder"]
+
+#: what the engine calls of the runs that a stage starts, and of a prompt stage itself
+_CALLS: dict[Part, tuple[str, ...]] = {
+    "encoder": ("attention", "bias", "between", "after", "finish"),
+    "prompt": ("select",),
+    "decoder": ("attention", "transition", "before_layer", "dropped", "after_prefill"),
+}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stage is called: its part of the model, its number in the plan, the call's name
-    (as in :mod:`tokprune.engine.contracts`) and the layer, where it has one."""
+    """Where a stage is called."""
 
-    part: Literal["encoder", "prompt", "decoder"]
+    part: Part
+    #: its number in the plan
     stage: int
+    #: name of the call, as in :mod:`tokprune.engine.contracts`
     call: str
+    #: the layer, where it has one
     layer: int | None = None
 
 
 #: gets the place, the function and its arguments; returns what the function returned
-Watcher = Callable[..., Any]
+Observer = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Watched(Method):
-    """``inner``, with each call of its stages handed to ``watcher(place, function, *arguments)``,
+class Instrumented(Method):
+    """``inner``, with each call of its stages handed to ``observer(place, function, *arguments)``,
     which must call the function once and return its answer."""
 
-    name: ClassVar[str] = "watched"
+    name = "instrumented"
     inner: Method
-    watcher: Watcher
+    observer: Observer
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "video_unit", self.inner.video_unit)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        plan, watcher = self.inner.plan(facts), self.watcher
-        return Plan(
-            encoder=tuple(_EncoderStage(i, s, watcher) for i, s in enumerate(plan.encoder)),
-            prompt=tuple(_PromptStage(i, s, watcher) for i, s in enumerate(plan.prompt)),
-            decoder=tuple(_DecoderStage(i, s, watcher) for i, s in enumerate(plan.decoder)),
-        )
+        plan = self.inner.plan(facts)
+        for number, stage in enumerate(plan.prompt):
+            self._observe("prompt", number, stage, _CALLS["prompt"])
+        for number, encoder in enumerate(plan.encoder):
+            self._observe_runs("encoder", number, encoder)
+        for number, decoder in enumerate(plan.decoder):
+            self._observe_runs("decoder", number, decoder)
+        return plan
 
+    def _observe_runs(self, part: Part, number: int, stage: Any) -> None:
+        """The start of every run, and all that is called of it."""
+        self._observe(part, number, stage, ("start",))
+        start = stage.start
 
-class _EncoderStage(EncoderStage):
-    def __init__(self, number: int, inner: EncoderStage, watcher: Watcher) -> None:
-        self.number, self.inner, self.watcher = number, inner, watcher
-        self.taps, self.bias_layers = inner.taps, inner.bias_layers
-        self.between_layers, self.after_layers = inner.between_layers, inner.after_layers
-        self.order, self.positions = inner.order, inner.positions
+        def observed(*arguments: Any) -> Any:
+            return self._observe(part, number, start(*arguments), _CALLS[part])
 
-    @property
-    def reduces(self) -> bool:
-        return self.inner.reduces
+        stage.start = observed
 
-    @property
-    def reduces_videos(self) -> bool:
-        return self.inner.reduces_videos
+    def _observe(self, part: Part, number: int, target: T, names: Iterable[str]) -> T:
+        """``target``, whose calls of these names go through the observer."""
+        for name in names:
+            setattr(target, name, self._through(part, number, name, getattr(target, name)))
+        return target
 
-    def start(self, tower: TowerInput) -> EncoderRun:
-        place = Place("encoder", self.number, "start")
-        return _EncoderRun(self.number, self.watcher(place, self.inner.start, tower), self.watcher)
+    def _through(
+        self, part: Part, number: int, name: str, function: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            layer = arguments[0] if arguments and isinstance(arguments[0], int) else None
+            return self.observer(Place(part, number, name, layer), function, *arguments)
 
-
-class _EncoderRun(EncoderRun):
-    def __init__(self, number: int, inner: EncoderRun, watcher: Watcher) -> None:
-        self.number, self.inner, self.watcher = number, inner, watcher
-
-    def _call(self, name: str, layer: int | None, *arguments: Any) -> Any:
-        place = Place("encoder", self.number, name, layer)
-        return self.watcher(place, getattr(self.inner, name), *arguments)
-
-    def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
-        self._call("attention", layer, layer, attention, tokens)
-
-    def bias(self, layer: int, tokens: TowerTokens) -> Tensor | None:
-        answer: Tensor | None = self._call("bias", layer, layer, tokens)
-        return answer
-
-    def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        answer: Reduction | None = self._call("between", layer, layer, hidden, tokens)
-        return answer
-
-    def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        answer: Reduction | None = self._call("after", layer, layer, hidden, tokens)
-        return answer
-
-    def finish(self, tokens: TowerTokens) -> EncoderOutcome:
-        answer: EncoderOutcome = self._call("finish", None, tokens)
-        return answer
-
-
-class _PromptStage(PromptStage):
-    def __init__(self, number: int, inner: PromptStage, watcher: Watcher) -> None:
-        self.number, self.inner, self.watcher = number, inner, watcher
-        self.positions = inner.positions
-        self.wants_raw, self.wants_text = inner.wants_raw, inner.wants_text
-
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        place = Place("prompt", self.number, "select")
-        answers: list[Selection | None] = self.watcher(place, self.inner.select, images)
-        return answers
-
-
-class _DecoderStage(DecoderStage):
-    def __init__(self, number: int, inner: DecoderStage, watcher: Watcher) -> None:
-        self.number, self.inner, self.watcher = number, inner, watcher
-        self.taps, self.transition_layers = inner.taps, inner.transition_layers
-        self.prune_layers, self.has_cache_policy = inner.prune_layers, inner.has_cache_policy
-
-    def start(self) -> DecoderRun:
-        place = Place("decoder", self.number, "start")
-        return _DecoderRun(self.number, self.watcher(place, self.inner.start), self.watcher)
-
-
-class _DecoderRun(DecoderRun):
-    def __init__(self, number: int, inner: DecoderRun, watcher: Watcher) -> None:
-        self.number, self.inner, self.watcher = number, inner, watcher
-
-    def _call(self, name: str, layer: int | None, *arguments: Any) -> Any:
-        place = Place("decoder", self.number, name, layer)
-        return self.watcher(place, getattr(self.inner, name), *arguments)
-
-    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
-        self._call("attention", layer, layer, attention, sequence)
-
-    def transition(
-        self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
-        sequence: SequenceView,
-    ) -> None:  # fmt: skip
-        self._call("transition", layer, layer, module, before, after, sequence)
-
-    def before_layer(
-        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
-    ) -> KeepDecision | None:
-        answer: KeepDecision | None = self._call(
-            "before_layer", layer, layer, hidden, sequence, scoring
-        )
-        return answer
-
-    def dropped(self, layer: int, index: Tensor) -> None:
-        self._call("dropped", layer, layer, index)
-
-    def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
-        answer: CachePolicy | None = self._call("after_prefill", None, sequences)
-        return answer
+        return call
 
 
 class Stopwatch:

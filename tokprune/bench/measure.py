@@ -1,15 +1,15 @@
 """Where the time of an answer goes: encoder, selection, prefill, decoding, total.
 
-Every part is measured in a pass of its own, arms in turns: a round times the encoder of every arm,
-then the prefill and decoding of every arm, and so on, in alternating order. So the measurements
-that are compared lie next to each other, and drift of the machine hits all of them alike.
+Every part is measured in a pass of its own, variants in turns: a round times the encoder of every
+variant, then the prefill and decoding of every variant, and so on, in alternating order. So the
+measurements that are compared lie next to each other, and drift of the machine hits all alike.
 
 - ``encoder``: ``get_image_features`` or ``get_video_features``, that is vision tower, projector,
   and what a method does in there (selection inside the encoder included);
 - ``selection``: time inside the method's own code (scores, choices, merges), from timers around
   every call of its stages in a separate, instrumented prefill. It is a share of ``encoder`` and
   ``prefill``, not on top of them; gathers, masks and book-keeping of the engine are not in it.
-  Absent for arms without a method;
+  Absent for variants without a method;
 - ``prefill``: the whole forward with its images until the first token is chosen;
 - ``decode_per_token``: greedy steps after that prefill on its cache, divided by their number;
 - ``total``: ``generate`` of exactly ``max_new_tokens`` tokens.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tokprune.api import compress, is_patched
 from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, turns
-from tokprune.bench.instrumented import Stopwatch, Watched
+from tokprune.bench.instrumented import Instrumented, Stopwatch
 from tokprune.engine.cache import cache_argument
 from tokprune.engine.shared_encoder import ENCODERS
 from tokprune.families import family_of
@@ -41,27 +41,28 @@ PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Something to time. ``context()`` puts the model into its state and takes it back out;
-    ``method``: whose own code ``selection`` times (None: nothing to time); ``inputs``: a batch of
-    its own, for controls that change the pictures (None: the batch of all arms)."""
+class Variant:
+    """Something to time."""
 
+    #: puts the model into its state and takes it back out
     context: Callable[[], AbstractContextManager[Any]]
+    #: whose code ``selection`` times; None: nothing to time
     method: Method | None = None
+    #: a batch of its own, for controls that change the images; None: the batch of all variants
     inputs: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, model: Any, method: Method | None) -> Arm:
+    def of(cls, model: Any, method: Method | None) -> Variant:
         """The model with a method at work, or as it is."""
         if method is None:
             return cls(nullcontext)
         return cls(lambda: compress(model, method), method)
 
 
-def measure_cells(
+def measure_trials(
     model: Any,
     inputs: Mapping[str, Any],
-    arms: Mapping[str, Method | None],
+    variants: Mapping[str, Method | None],
     rounds: int,
     max_new_tokens: int,
     *,
@@ -69,45 +70,45 @@ def measure_cells(
     progress: Callable[[int, int], None] | None = None,
     own_inputs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every part of every arm, one entry a round; see the module for the parts.
+    """Seconds of every part of every variant, one entry a round; see the module for the parts.
 
     Args:
         model: a supported model, not patched.
         inputs: what its processor made of one batch: ``input_ids`` [B, L], ``pixel_values``, …
-        arms: methods by cell id; None is the unpruned model.
+        variants: methods by trial id; None is the unpruned model.
         rounds: measurements of each part; one more round warms up and is thrown away.
         max_new_tokens: tokens that ``generate`` makes, the first of them at the end of the
             prefill; with 1 there is nothing to decode and ``decode_per_token`` is absent.
         clock: "wall", or "cpu" for the time this process spent.
         progress: called with (rounds done, rounds), the warm-up being round 0.
-        own_inputs: batches of the same questions for arms that see other pictures, by cell id.
+        own_inputs: batches of the same questions for variants that see other images, by trial id.
 
     Returns:
-        ``{cell id: {part: [seconds, …]}}``. The model is unpatched, also after an exception.
+        ``{trial id: {part: [seconds, …]}}``. The model is unpatched, also after an exception.
 
     Raises:
         ValueError, TypeError: see the arguments.
         Exception: whatever a method raises on this model.
     """
-    if not arms:
-        raise ValueError("arms is empty; it should name at least one method, or None for unpruned")
-    for name, method in arms.items():
+    if not variants:
+        raise ValueError("variants is empty; it should name a method, or None for unpruned")
+    for name, method in variants.items():
         if method is not None and not isinstance(method, Method):
-            raise TypeError(f"arms[{name!r}]={method!r} should be a tokprune method object or None")
+            raise TypeError(f"variants[{name!r}]={method!r} should be a method object or None")
     others = own_inputs or {}
-    if strangers := sorted(set(others) - set(arms)):
-        raise ValueError(f"own_inputs names {strangers}, which are not among the arms")
-    made = {
-        name: replace(Arm.of(model, method), inputs=others.get(name))
-        for name, method in arms.items()
+    if strangers := sorted(set(others) - set(variants)):
+        raise ValueError(f"own_inputs names {strangers}, which are not among the variants")
+    timed = {
+        name: replace(Variant.of(model, method), inputs=others.get(name))
+        for name, method in variants.items()
     }
-    return measure(model, inputs, made, rounds, max_new_tokens, clock=clock, progress=progress)
+    return measure(model, inputs, timed, rounds, max_new_tokens, clock=clock, progress=progress)
 
 
 def measure(
     model: Any,
     inputs: Mapping[str, Any],
-    arms: Mapping[str, Arm],
+    variants: Mapping[str, Variant],
     rounds: int,
     max_new_tokens: int,
     *,
@@ -116,11 +117,12 @@ def measure(
     clock: str = "wall",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """As :func:`measure_cells`, for arms of any kind and a choice of ``parts``."""
-    for batch in (inputs, *(arm.inputs for arm in arms.values() if arm.inputs is not None)):
+    """As :func:`measure_trials`, for variants of any kind and a choice of ``parts``."""
+    others = (variant.inputs for variant in variants.values())
+    for batch in (inputs, *(batch for batch in others if batch is not None)):
         _check(model, batch, rounds, max_new_tokens, clock)
     bench = _Passes(model, on_device(inputs, model.device), max_new_tokens, clock)
-    passes: list[Callable[[Arm], dict[str, float]]] = [
+    passes: list[Callable[[Variant], dict[str, float]]] = [
         work
         for wanted, work in (
             ({"encoder"}, bench.encoder),
@@ -130,19 +132,19 @@ def measure(
         )
         if wanted & set(parts)
     ]
-    names = list(arms)
+    names = list(variants)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     with torch.inference_mode():
         for number in range(-warmup, rounds):
             with no_garbage_collection():
                 for work in passes:
                     for name in turns(names, number):
-                        for part, seconds in work(arms[name]).items():
+                        for part, seconds in work(variants[name]).items():
                             if number >= 0 and part in parts:
                                 times[name].setdefault(part, []).append(seconds)
             if progress is not None:
                 progress(max(number + 1, 0), rounds)
-    return {name: {p: own[p] for p in PARTS if p in own} for name, own in times.items()}
+    return {n: {p: seconds[p] for p in PARTS if p in seconds} for n, seconds in times.items()}
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -181,7 +183,7 @@ def _check(
 
 
 class _Passes:
-    """The measurements, each of one arm: a dictionary of seconds by part."""
+    """The measurements, each of one variant: a dictionary of seconds by part."""
 
     def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
         self.model, self.shared, self.tokens, self.clock = model, inputs, tokens, clock
@@ -189,20 +191,20 @@ class _Passes:
         self.multimodal = family_of(model).parts(model).multimodal
         self.cache_name = cache_argument(model)
 
-    def _inputs(self, arm: Arm) -> dict[str, Any]:
-        return self.shared if arm.inputs is None else on_device(arm.inputs, self.device)
+    def _inputs(self, variant: Variant) -> dict[str, Any]:
+        return self.shared if variant.inputs is None else on_device(variant.inputs, self.device)
 
     def _now(self) -> float:
         synchronise(self.device)
         return CLOCKS[self.clock]()
 
-    def encoder(self, arm: Arm) -> dict[str, float]:
-        inputs = self._inputs(arm)
-        with arm.context():
+    def encoder(self, variant: Variant) -> dict[str, float]:
+        inputs = self._inputs(variant)
+        with variant.context():
             start = self._now()
             if inputs.get("pixel_values") is not None:
-                pictures = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
-                self.multimodal.get_image_features(**pictures)
+                images = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
+                self.multimodal.get_image_features(**images)
             if (frames := inputs.get("pixel_values_videos")) is not None:
                 config = self.multimodal.config  # not the default of LLaVA-OneVision in 4.57
                 self.multimodal.get_video_features(
@@ -213,37 +215,37 @@ class _Passes:
 
     def _prefill(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
         """Ids [B, 1] of the first new tokens."""
-        given = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-        logits: Tensor = self.model(**inputs, **given).logits
+        options = {self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+        logits: Tensor = self.model(**inputs, **options).logits
         return logits[:, -1:].argmax(-1)
 
-    def prefill_and_decode(self, arm: Arm) -> dict[str, float]:
-        inputs = self._inputs(arm)
+    def prefill_and_decode(self, variant: Variant) -> dict[str, float]:
+        inputs = self._inputs(variant)
         mask = inputs.get("attention_mask")
         steps = self.tokens - 1
-        with arm.context():
+        with variant.context():
             start = self._now()
             cache = new_cache(self.model)
             token = self._prefill(inputs, cache)
             middle = self._now()
             for _ in range(steps):
-                given = {self.cache_name: cache, "use_cache": True}
+                options = {self.cache_name: cache, "use_cache": True}
                 if mask is not None:
-                    mask = given["attention_mask"] = torch.cat(
+                    mask = options["attention_mask"] = torch.cat(
                         [mask, mask.new_ones(len(mask), 1)], dim=1
                     )
-                token = self.model(input_ids=token, **given).logits[:, -1:].argmax(-1)
+                token = self.model(input_ids=token, **options).logits[:, -1:].argmax(-1)
             end = self._now()
         result = {"prefill": middle - start}
         if steps:
             result["decode_per_token"] = (end - middle) / steps
         return result
 
-    def total(self, arm: Arm) -> dict[str, float]:
-        inputs = self._inputs(arm)
-        with arm.context():
+    def total(self, variant: Variant) -> dict[str, float]:
+        inputs = self._inputs(variant)
+        with variant.context():
             start = self._now()
-            made = self.model.generate(
+            tokens = self.model.generate(
                 **inputs,
                 do_sample=False,
                 num_beams=1,
@@ -252,15 +254,15 @@ class _Passes:
                 pad_token_id=0,
             )
             seconds = self._now() - start
-        new = made.shape[1] - inputs["input_ids"].shape[1]
+        new = tokens.shape[1] - inputs["input_ids"].shape[1]
         if new != self.tokens:
             raise RuntimeError(f"generate made {new} tokens instead of {self.tokens}")
         return {"total": seconds}
 
-    def selection(self, arm: Arm) -> dict[str, float]:
-        if arm.method is None:
+    def selection(self, variant: Variant) -> dict[str, float]:
+        if variant.method is None:
             return {}
-        watch, inputs = Stopwatch(self.device, self.clock), self._inputs(arm)
-        with compress(self.model, Watched(arm.method, watch)):
+        stopwatch, inputs = Stopwatch(self.device, self.clock), self._inputs(variant)
+        with compress(self.model, Instrumented(variant.method, stopwatch)):
             self._prefill(inputs, new_cache(self.model))
-        return {"selection": watch.seconds}
+        return {"selection": stopwatch.seconds}

@@ -2,12 +2,11 @@
 
 Every width, depth and head count is that of the released checkpoint, so tokens, FLOPs, KV bytes and
 times are those of the real model; answers are noise. The weights are scaled so that patches go on
-resembling their picture from layer to layer, or adaptive methods would see nothing but noise.
+resembling their image from layer to layer, or adaptive methods would see nothing but noise.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from tokprune.errors import did_you_mean
 
 #: room for activations, caches and libraries beside the weights, at least
 HEADROOM = 1 << 30
@@ -76,8 +77,7 @@ def shape_of(name: str) -> Shape:
         ValueError: unknown name; lists those there are.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, PRESETS)
         raise ValueError(
             f"random weights {name!r}: unknown shape; known: {', '.join(PRESETS)}.{hint}"
         )

@@ -1,4 +1,4 @@
-"""Prompts of a wanted length: one picture and so many text tokens, the same in every batch row."""
+"""Prompts of a wanted length: one image and so many text tokens, the same in every batch row."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tokprune.families import family_of
 if TYPE_CHECKING:
     from PIL import Image
 
-#: text tokens before the picture, at most (LLaVA-1.5's system prompt has about as many)
+#: text tokens before the image, at most (LLaVA-1.5's system prompt has about as many)
 PREFIX = 35
 _FILLER = (
-    "Look at the picture and describe in detail what can be seen: the people, animals and things "
+    "Look at the image and describe in detail what can be seen: the people, animals and things "
     "in it, where they are, which colours they have, what is written on signs and labels, and "
     "what seems to be going on. "
 )
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as a model takes it: ``pixels`` [1, …], ``sizes`` [1, 2] (height, width) for tiled
+class EncodedImage:
+    """An image as a model takes it: ``pixels`` [1, …], ``sizes`` [1, 2] (height, width) for tiled
     models, ``tokens`` in the prompt before any compression."""
 
     pixels: Tensor
@@ -32,35 +32,35 @@ class Picture:
     tokens: int
 
 
-def encode(model: Any, image: Image.Image | None = None, processor: Any = None) -> Picture:
-    """Pixels of ``image`` (None: :func:`default_picture`) through a model's image processor.
+def encode(model: Any, image: Image.Image | None = None, processor: Any = None) -> EncodedImage:
+    """Pixels of ``image`` (None: :func:`default_image`) through a model's image processor.
 
     Args:
         model: a supported model.
         image: any mode.
         processor: the model's own; None: CLIP's preprocessing at the tower's size.
     """
-    image = default_picture() if image is None else image.convert("RGB")
+    image = default_image() if image is None else image.convert("RGB")
     images = _image_processor(model) if processor is None else processor.image_processor
-    made = images(images=[image], return_tensors="pt")
-    sizes = made.get("image_sizes")
+    processed = images(images=[image], return_tensors="pt")
+    sizes = processed.get("image_sizes")
     if sizes is not None:
         sizes = torch.as_tensor(sizes)
     family = family_of(model)
     parts = family.parts(model)
-    layouts = family.layouts(parts, made["pixel_values"], sizes, family.facts(model, parts))
-    return Picture(made["pixel_values"], sizes, len(layouts[0].packed))
+    layouts = family.layouts(parts, processed["pixel_values"], sizes, family.facts(model, parts))
+    return EncodedImage(processed["pixel_values"], sizes, len(layouts[0].packed))
 
 
 def prompt(
-    model: Any, picture: Picture, text_tokens: int, batch_size: int, tokenizer: Any = None
+    model: Any, encoded: EncodedImage, text_tokens: int, batch_size: int, tokenizer: Any = None
 ) -> dict[str, Tensor]:
-    """Model inputs: ``batch_size`` equal rows of ``text_tokens`` + ``picture.tokens`` tokens.
+    """Model inputs: ``batch_size`` equal rows of ``text_tokens`` + ``encoded.tokens`` tokens.
 
     Args:
         model: for its vocabulary and image token.
-        picture: of :func:`encode`.
-        text_tokens: at least 2: the picture stands inside the text.
+        encoded: of :func:`encode`.
+        text_tokens: at least 2: the image stands inside the text.
         batch_size: rows.
         tokenizer: makes the text (None: random tokens; what they say does not matter for time
             unless a method's token count depends on it).
@@ -72,12 +72,12 @@ def prompt(
         raise ValueError(f"text_tokens={text_tokens} should be at least 2")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} should be at least 1")
-    length = text_tokens + picture.tokens
+    length = text_tokens + encoded.tokens
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(
-            f"text_tokens={text_tokens}: with the picture's {picture.tokens} tokens that is a "
+            f"text_tokens={text_tokens}: with the image's {encoded.tokens} tokens that is a "
             f"prompt of {length}; it should be at most the model's {limit} positions"
         )
     image = family_of(model).parts(model).image_token_id
@@ -89,21 +89,21 @@ def prompt(
     else:
         text = _words(tokenizer, text_tokens)
     before = min(PREFIX, text_tokens // 2)
-    block = torch.full((picture.tokens,), image)
+    block = torch.full((encoded.tokens,), image)
     ids = torch.cat([text[:before], block, text[before:]]).expand(batch_size, -1).contiguous()
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": picture.pixels.repeat(batch_size, *[1] * (picture.pixels.dim() - 1)),
+        "pixel_values": encoded.pixels.repeat(batch_size, *[1] * (encoded.pixels.dim() - 1)),
     }
-    if picture.sizes is not None:
-        inputs["image_sizes"] = picture.sizes.repeat(batch_size, 1)
+    if encoded.sizes is not None:
+        inputs["image_sizes"] = encoded.sizes.repeat(batch_size, 1)
     return inputs
 
 
 def _words(tokenizer: Any, count: int) -> Tensor:
-    made = tokenizer(_FILLER, add_special_tokens=False)["input_ids"]
-    return torch.tensor((made * (count // len(made) + 1))[:count])
+    words = tokenizer(_FILLER, add_special_tokens=False)["input_ids"]
+    return torch.tensor((words * (count // len(words) + 1))[:count])
 
 
 def _image_processor(model: Any) -> Any:
@@ -120,7 +120,7 @@ def _image_processor(model: Any) -> Any:
     return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **pixels)
 
 
-def default_picture() -> Image.Image:
+def default_image() -> Image.Image:
     """640×480, made in code: a sky, a field, discs of many sizes and colours, and grain."""
     import random
 

@@ -14,38 +14,38 @@ from tokprune.bench.clock import Spread
 from tokprune.bench.environment import environment
 from tokprune.bench.gate import Interval, Verdict, judge, noise_floor
 from tokprune.bench.ideal import Lengths, observe, shortened
-from tokprune.bench.measure import PARTS, Arm, measure
+from tokprune.bench.measure import PARTS, Variant, measure
 from tokprune.bench.memory import peak_memory
-from tokprune.bench.prompts import Picture, encode, prompt
+from tokprune.bench.prompts import EncodedImage, encode, prompt
 from tokprune.families import family_of
 from tokprune.methods import Method, make_method
-from tokprune.methods.depth import layer_options
 from tokprune.trace.flops import prefill_macs, unpruned_macs
 from tokprune.trace.summary import visual_per_layer
 
-SCHEMA = 1
+SCHEMA = 2
 #: the unpruned model, and once more as a control
 NONE, AGAIN = "none", "none again"
 #: parts that are compared; selection has no counterpart in the unpruned model
 COMPARED = ("encoder", "prefill", "decode_per_token", "total")
-#: told of progress: what is going on, rounds done, rounds
+#: what is going on, rounds done, rounds
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A method at a budget. ``id``: its name in the result; ``keep``: as asked, None for a method
-    object that brought its own."""
+class Trial:
+    """A method at a budget."""
 
+    #: its name in the result
     id: str
     method: Method
+    #: as typed, None for a method object that brought its own
     keep: Any = None
 
 
-def cells_of(
+def trials_of(
     methods: Sequence[str | Method], keeps: Sequence[Any], decoder_layers: int
-) -> list[Cell]:
-    """Cells of every method name at every budget, and of every method object as it is.
+) -> list[Trial]:
+    """Trials of every method name at every budget, and of every method object as it is.
 
     Layer numbers that were published for 32 decoder layers are placed in decoders of another depth
     as :mod:`tokprune.methods.depth` says.
@@ -55,23 +55,23 @@ def cells_of(
     """
     if not methods:
         raise ValueError("methods is empty; it should name at least one, see 'tokprune methods'")
-    cells: list[Cell] = []
+    trials: list[Trial] = []
     for method in methods:
         if isinstance(method, Method):
-            same = sum(cell.id.partition("#")[0] == method.name for cell in cells)
-            cells.append(Cell(f"{method.name}#{same + 1}" if same else method.name, method))
+            same = sum(trial.id.partition("#")[0] == method.name for trial in trials)
+            trials.append(Trial(f"{method.name}#{same + 1}" if same else method.name, method))
             continue
         if not keeps:
             raise ValueError(f"keep is empty; {method!r} needs at least one budget (64, or 0.11)")
         for keep in keeps:
-            made = make_method(method, keep=keep)  # the name is checked before its layers are
-            made = make_method(made, **layer_options(made.name, decoder_layers))
-            cells.append(Cell(f"{made.name}@{keep}", made, keep))
-    ids = [cell.id for cell in cells]
+            at_keep = make_method(method, keep=keep)  # the name is checked before its layers are
+            fitted = make_method(at_keep, **at_keep.options_for_depth(decoder_layers))
+            trials.append(Trial(f"{fitted.name}@{keep}", fitted, keep))
+    ids = [trial.id for trial in trials]
     twice = sorted({i for i in ids if ids.count(i) > 1})
     if twice:
-        raise ValueError(f"{twice[0]} is asked for twice; every method and budget should differ")
-    return cells
+        raise ValueError(f"{twice[0]} stands there twice; every method and budget should differ")
+    return trials
 
 
 def bench(
@@ -94,7 +94,7 @@ def bench(
     At the first batch size and the first text length everything is measured (see
     :mod:`tokprune.bench.measure` for the parts, :mod:`tokprune.bench.ideal` for the ideal,
     :mod:`tokprune.bench.memory` for peak memory); at the other points of the grid prefill and
-    total. In each round every arm runs once, in alternating order: the unpruned model, all
+    total. In each round every variant runs once, in alternating order: the unpruned model, all
     methods, their ideals, and the unpruned model again, which gives the noise floor.
 
     Args:
@@ -102,18 +102,18 @@ def bench(
         methods: names, each run at every one of ``keeps``; or method objects.
         keeps: visual tokens per image, as the methods' option ``keep`` (counts or fractions).
         processor: the model's own (None: random text, CLIP's image processing).
-        image: a PIL picture (None: one made in code).
+        image: a PIL image (None: one made in code).
         rounds: measurements of everything; below 6 no speed-up is ever claimed.
         new_tokens: length of an answer.
-        batch_sizes, text_tokens: the grid; tokens of text besides the picture's.
+        batch_sizes, text_tokens: the grid; tokens of text besides the image's.
         clock: "wall", or "cpu" for the time of this process.
         name: what the model is called in the result.
-        progress: told what is going on.
+        progress: called with what is going on.
 
     Returns:
-        JSON types: ``environment``, ``settings``, ``model``; ``unpruned`` and ``cells`` (tokens,
+        JSON types: ``environment``, ``settings``, ``model``; ``unpruned`` and ``trials`` (tokens,
         FLOPs, KV bytes, peak memory, break-even point); ``points`` of the grid, each with
-        ``noise_floor``, ``unpruned`` and, per cell, ``seconds``, ``ideal_seconds``, ``speedup``,
+        ``noise_floor``, ``unpruned`` and, per trial, ``seconds``, ``ideal_seconds``, ``speedup``,
         ``ideal_speedup`` and ``achieved`` (÷ ideal) by part, and the ``seconds`` of every round.
         A speed-up within noise is ``{"speedup": null, "reason": "within noise (…)", …}``.
 
@@ -130,13 +130,13 @@ def bench(
         raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
     if clock == "cpu" and model.device.type != "cpu":
         raise ValueError(f"clock='cpu' sees no work of {model.device}; it should be 'wall'")
-    cells = cells_of(methods, keeps, facts.decoder_layers)
-    for cell in cells:
-        cell.method.plan(facts)
-    picture = encode(model, image, processor)
+    trials = trials_of(methods, keeps, facts.decoder_layers)
+    for trial in trials:
+        trial.method.plan(facts)
+    encoded = encode(model, image, processor)
     tokenizer = getattr(processor, "tokenizer", None)
     grid = [(b, t) for b in batch_sizes for t in text_tokens]
-    batches = [prompt(model, picture, t, b, tokenizer) for b, t in grid]
+    batches = [prompt(model, encoded, t, b, tokenizer) for b, t in grid]
 
     result: dict[str, Any] = {
         "schema": SCHEMA,
@@ -146,9 +146,9 @@ def bench(
             "text_tokens": list(text_tokens), "clock": clock,
             "confidence": 0.95, "break_even_by": "total",
         },
-        "model": _model(model, name, picture, facts.decoder_layers),
+        "model": _model(model, name, encoded, facts.decoder_layers),
     }  # fmt: skip
-    sizes = _sizes(model, batches[0], cells, new_tokens, progress)
+    sizes = _sizes(model, batches[0], trials, new_tokens, progress)
     result["unpruned"] = sizes.pop(NONE)
     points = []
     for number, ((batch, text), inputs) in enumerate(zip(grid, batches)):
@@ -157,7 +157,14 @@ def bench(
         wanted = PARTS if number == 0 else ("prefill", "total")
         try:
             point = _point(
-                model, inputs, cells, rounds, new_tokens, wanted, clock, _told(progress, label)
+                model,
+                inputs,
+                trials,
+                rounds,
+                new_tokens,
+                wanted,
+                clock,
+                _rounds_of(progress, label),
             )
         except torch.OutOfMemoryError as error:
             if number == 0:
@@ -165,18 +172,18 @@ def bench(
             point = {"error": f"out of memory: {str(error).splitlines()[0]}"}
         points.append({**load.to_dict(), "text_tokens": text, **point})
     result["points"] = points
-    result["cells"] = [
+    result["trials"] = [
         {
-            "cell": cell.id, "method": cell.method.name, "keep": cell.keep,
-            "repr": repr(cell.method), **sizes[cell.id],
-            "break_even": _break_even(points, cell.id).to_dict(),
+            "trial": trial.id, "method": trial.method.name, "keep": trial.keep,
+            "repr": repr(trial.method), **sizes[trial.id],
+            "break_even": _break_even(points, trial.id).to_dict(),
         }
-        for cell in cells
+        for trial in trials
     ]  # fmt: skip
     return result
 
 
-def _told(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+def _rounds_of(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
     if progress is None:
         return None
     return lambda done, rounds: progress(what, done, rounds)
@@ -193,12 +200,12 @@ def _check_counts(**named: Sequence[int]) -> None:
             raise ValueError(f"{name}={list(values)} names a number twice")
 
 
-def _model(model: Any, name: str | None, picture: Picture, layers: int) -> dict[str, Any]:
+def _model(model: Any, name: str | None, encoded: EncodedImage, layers: int) -> dict[str, Any]:
     return {
         "name": name,
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "visual_tokens": picture.tokens,
+        "visual_tokens": encoded.tokens,
         "decoder_layers": layers,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config.get_text_config()._attn_implementation,
@@ -211,11 +218,11 @@ def _model(model: Any, name: str | None, picture: Picture, layers: int) -> dict[
 def _sizes(
     model: Any,
     inputs: Mapping[str, Any],
-    cells: Sequence[Cell],
+    trials: Sequence[Trial],
     new_tokens: int,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
-    """Everything about a cell that is no time; per prompt, but peak memory of the batch."""
+    """Everything about a trial that is no time; per prompt, but peak memory of the batch."""
     work = {n: v.to(model.device) for n, v in inputs.items()}
     rows = len(work["input_ids"])
 
@@ -228,11 +235,11 @@ def _sizes(
 
     answer()  # buffers that the libraries keep belong to nobody
     sizes: dict[str, dict[str, Any]] = {}
-    for number, cell in enumerate(cells):
+    for number, trial in enumerate(trials):
         if progress is not None:
-            progress(f"tokens and memory of {cell.id}", number, len(cells))
-        lengths = observe(model, inputs, cell.method)
-        with compress(model, cell.method) as trace:
+            progress(f"tokens and memory of {trial.id}", number, len(trials))
+        lengths = observe(model, inputs, trial.method)
+        with compress(model, trial.method) as trace:
             peak = peak_memory(answer, model.device)
         assert trace.last is not None
         prefill = trace.last
@@ -240,7 +247,7 @@ def _sizes(
             ideal_peak = peak_memory(answer, model.device)
         visual = visual_per_layer(prefill)
         macs, unpruned = prefill_macs(prefill), unpruned_macs(prefill)
-        sizes[cell.id] = {
+        sizes[trial.id] = {
             "tokens_last": sum(visual[-1]) / rows,
             "tokens_mean": sum(map(sum, visual)) / len(visual) / rows,
             "flops_prefill": 2 * macs.total // rows,
@@ -266,14 +273,14 @@ def _sizes(
 # ------------------------------------------------------------------- times
 
 
-def ideal_name(cell: str) -> str:
-    return f"{cell} ideal"
+def ideal_name(trial: str) -> str:
+    return f"{trial} ideal"
 
 
 def _point(
     model: Any,
     inputs: Mapping[str, Any],
-    cells: Sequence[Cell],
+    trials: Sequence[Trial],
     rounds: int,
     new_tokens: int,
     parts: tuple[str, ...],
@@ -281,15 +288,15 @@ def _point(
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Times of one batch, and what they say."""
-    arms = {NONE: Arm.of(model, None)}
-    for cell in cells:
-        lengths = checked_lengths(model, inputs, cell)
-        arms[cell.id] = Arm.of(model, cell.method)
-        arms[ideal_name(cell.id)] = Arm(lambda own=lengths: shortened(model, own))  # type: ignore[misc]
-    # the two equal arms at the two ends of a round: no pair of arms is farther apart
-    arms[AGAIN] = Arm.of(model, None)
+    variants = {NONE: Variant.of(model, None)}
+    for trial in trials:
+        lengths = checked_lengths(model, inputs, trial)
+        variants[trial.id] = Variant.of(model, trial.method)
+        variants[ideal_name(trial.id)] = Variant(lambda seen=lengths: shortened(model, seen))  # type: ignore[misc]
+    # the two equal variants at the two ends of a round: no pair of variants is farther apart
+    variants[AGAIN] = Variant.of(model, None)
     times = measure(
-        model, inputs, arms, rounds, new_tokens, parts=parts, clock=clock, progress=progress
+        model, inputs, variants, rounds, new_tokens, parts=parts, clock=clock, progress=progress
     )
     plain = times[NONE]
     compared = [part for part in COMPARED if part in plain]
@@ -298,47 +305,47 @@ def _point(
         "noise_floor": {p: _finite(floor) for p, floor in floors.items()},
         "seconds": times,
         "unpruned": _spreads(plain),
-        "cells": {
-            cell.id: _compare(plain, times[cell.id], times[ideal_name(cell.id)], floors)
-            for cell in cells
+        "trials": {
+            trial.id: _compare(plain, times[trial.id], times[ideal_name(trial.id)], floors)
+            for trial in trials
         },
     }
 
 
-def checked_lengths(model: Any, inputs: Mapping[str, Any], cell: Cell) -> Lengths:
+def checked_lengths(model: Any, inputs: Mapping[str, Any], trial: Trial) -> Lengths:
     """Lengths under a method, after a look at whether the ideal has them in every layer.
 
     Raises:
         RuntimeError: it has not.
     """
-    lengths = observe(model, inputs, cell.method)
+    lengths = observe(model, inputs, trial.method)
     with shortened(model, lengths):
         seen = observe(model, inputs)
     if seen != lengths:
-        raise RuntimeError(f"{cell.id}: the ideal's lengths {seen} are not the method's {lengths}")
+        raise RuntimeError(f"{trial.id}: the ideal's lengths {seen} are not the method's {lengths}")
     return lengths
 
 
 def _compare(
     plain: Mapping[str, list[float]],
-    own: Mapping[str, list[float]],
+    times: Mapping[str, list[float]],
     ideal: Mapping[str, list[float]],
     floors: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One cell at one point: its times and its ideal's, speed-ups of both, achieved ÷ ideal."""
+    """One trial at one point: its times and its ideal's, speed-ups of both, achieved ÷ ideal."""
 
-    def verdicts(times: Mapping[str, list[float]]) -> dict[str, Any]:
-        return {p: judge(plain[p], times[p], floor).to_dict() for p, floor in floors.items()}
+    def verdicts(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+        return {p: judge(plain[p], seconds[p], floor).to_dict() for p, floor in floors.items()}
 
     achieved = {
         # (unpruned ÷ method) ÷ (unpruned ÷ ideal), within rounds
-        p: Interval.of([i / m for i, m in zip(ideal[p], own[p])]).to_dict()
+        p: Interval.of([i / m for i, m in zip(ideal[p], times[p])]).to_dict()
         for p in floors
     }
     return {
-        "seconds": _spreads(own),
+        "seconds": _spreads(times),
         "ideal_seconds": _spreads(ideal),
-        "speedup": verdicts(own),
+        "speedup": verdicts(times),
         "ideal_speedup": verdicts(ideal),
         "achieved": achieved,
     }
@@ -352,14 +359,14 @@ def _finite(value: float) -> float | None:
     return None if value == float("inf") else value
 
 
-def _break_even(points: Sequence[Mapping[str, Any]], cell: str) -> Any:
+def _break_even(points: Sequence[Mapping[str, Any]], trial: str) -> Any:
     return break_even(
         [
             (
                 Load.of(point["batch_size"], point["prompt_tokens"]),
-                Verdict.from_dict(point["cells"][cell]["speedup"]["total"]),
+                Verdict.from_dict(point["trials"][trial]["speedup"]["total"]),
             )
             for point in points
-            if "cells" in point
+            if "trials" in point
         ]
     )

@@ -71,10 +71,10 @@ def _times(result: Mapping[str, Any]) -> Table:
         )
 
     add("unpruned", point["unpruned"])
-    for cell in result["cells"]:
-        own = point["cells"][cell["cell"]]
-        add(cell["cell"], own["seconds"])
-        add("  its ideal", own["ideal_seconds"])
+    for trial in result["trials"]:
+        measured = point["trials"][trial["trial"]]
+        add(trial["trial"], measured["seconds"])
+        add("  its ideal", measured["ideal_seconds"])
     return table
 
 
@@ -85,15 +85,15 @@ def _speedups(result: Mapping[str, Any]) -> Table:
         ["", "of", "method", "ideal", "achieved ÷ ideal"],
         left=2,
     )
-    for cell in result["cells"]:
-        own = point["cells"][cell["cell"]]
-        for number, part in enumerate(p for p in _PARTS if p in own["speedup"]):
+    for trial in result["trials"]:
+        measured = point["trials"][trial["trial"]]
+        for number, part in enumerate(p for p in _PARTS if p in measured["speedup"]):
             table.add_row(
-                "" if number else cell["cell"],
+                "" if number else trial["trial"],
                 _PARTS[part],
-                verdict(own["speedup"][part]),
-                verdict(own["ideal_speedup"][part]),
-                _achieved(own["achieved"][part]),
+                verdict(measured["speedup"][part]),
+                verdict(measured["ideal_speedup"][part]),
+                _achieved(measured["achieved"][part]),
             )
         table.add_section()
     return table
@@ -124,33 +124,33 @@ def _sizes(result: Mapping[str, Any]) -> Table:
     )  # fmt: skip
     table.columns[-1].justify = "left"
     scale = 1e12 if _tera(result) else 1e9
-    for name, cell in [("unpruned", result["unpruned"])] + [
-        (cell["cell"], cell) for cell in result["cells"]
+    for name, trial in [("unpruned", result["unpruned"])] + [
+        (trial["trial"], trial) for trial in result["trials"]
     ]:
-        ideal = cell.get("ideal_peak_memory")
-        memory = data_size(cell["peak_memory"]["bytes"])
+        ideal = trial.get("ideal_peak_memory")
+        memory = data_size(trial["peak_memory"]["bytes"])
         table.add_row(
             name,
-            f"{cell['tokens_last']:.0f}/{cell['tokens_mean']:.0f}",
-            f"{cell['flops_prefill'] / scale:.3g}",
-            data_size(cell["kv_bytes"]),
+            f"{trial['tokens_last']:.0f}/{trial['tokens_mean']:.0f}",
+            f"{trial['flops_prefill'] / scale:.3g}",
+            data_size(trial["kv_bytes"]),
             memory if ideal is None else f"{memory} ({data_size(ideal['bytes'])})",
-            cell["break_even"]["text"] if "break_even" in cell else "",
+            trial["break_even"]["text"] if "break_even" in trial else "",
         )
     return table
 
 
 def _grid(result: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("Speed-up of total, method / ideal", ["", *map(_load, points)])
-    for cell in result["cells"]:
+    for trial in result["trials"]:
         texts = []
         for point in points:
             if "error" in point:
                 texts.append(point["error"])
                 continue
-            own = point["cells"][cell["cell"]]
-            texts.append(f"{_short(own['speedup'])} / {_short(own['ideal_speedup'])}")
-        table.add_row(cell["cell"], *texts)
+            measured = point["trials"][trial["trial"]]
+            texts.append(f"{_short(measured['speedup'])} / {_short(measured['ideal_speedup'])}")
+        table.add_row(trial["trial"], *texts)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -12,7 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import Device, Dtype, parse_keep
+from tokprune.cli.console import console
+from tokprune.cli.model import load_model, place_of, quiet
+from tokprune.cli.values import Device, Dtype, parse_keep, parse_list, parse_numbers
+from tokprune.cli.visuals import open_image
 
 
 class Clock(str, Enum):
@@ -37,9 +41,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 16,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes of the grid.")] = "1,4",
     text_tokens: Annotated[
-        str, typer.Option(help="Text lengths of the grid, the picture's tokens come on top.")
+        str, typer.Option(help="Text lengths of the grid, the image's tokens come on top.")
     ] = "32,256",
-    image: Annotated[Path | None, typer.Option(help="Picture (default: made in code).")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image (default: made in code).")] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
     dtype: Annotated[
         Dtype,
@@ -58,9 +62,10 @@ def bench(
     with no method work."""
     if (model is None) == (random_weights is None):
         raise BadInput("give one of --model and --random-weights")
-    names = _items(methods, "--methods")
-    keeps = [_budget(text) for text in _items(keep, "--keep")]
-    sizes, lengths = _counts(batch_sizes, "--batch-sizes"), _counts(text_tokens, "--text-tokens")
+    names = parse_list("methods", methods) or []
+    keeps = [_budget(text) for text in parse_list("keep", keep) or []]
+    sizes = parse_numbers("batch-sizes", batch_sizes, 1) or []
+    lengths = parse_numbers("text-tokens", text_tokens, 1) or []
     for option, value in (("--rounds", rounds), ("--new-tokens", new_tokens)):
         if value < 1:
             raise BadInput(f"{option} {value} should be at least 1")
@@ -68,70 +73,54 @@ def bench(
         raise BadInput(f"--json {json_file}: no such folder")
     if json_file is not None and json_file.is_dir():
         raise BadInput(f"--json {json_file} is a folder; it should be a file")
-    picture = None if image is None else _open(image)
-    _needs("scipy", "psutil", "numpy")
+    opened = None if image is None else open_image(image)
+    if importlib.util.find_spec("psutil") is None:
+        raise BadInput("bench needs psutil, which is not installed: pip install 'tokprune[sweep]'")
 
     import torch
-    import transformers
 
     from tokprune.bench.run import bench as run
-    from tokprune.bench.run import cells_of
+    from tokprune.bench.run import trials_of
     from tokprune.bench.table import tables
     from tokprune.engine.masks import check_backend
+    from tokprune.eval.sweep.progress import Bar, Progress
 
     check_backend(attention, "model")
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise BadInput("--device cuda: no CUDA device is available")
-    place = device.value
-    if device is Device.auto:
-        place = "cuda" if torch.cuda.is_available() else "cpu"
+    place = place_of(device)
     if clock is Clock.cpu and place != "cpu":
         raise BadInput("--clock cpu sees no work of a GPU; use wall")
     try:
-        cells_of(names, keeps, 32)  # names and budgets, before any model is there
+        trials_of(names, keeps, 32)  # names and budgets, before any model is there
     except TypeError as error:
         raise BadInput(str(error)) from None
     if threads is not None:
         torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+    quiet()
     if random_weights is not None:
         loaded, processor = _random(random_weights, names, keeps, place, dtype, attention), None
     else:
         assert model is not None
-        loaded, processor = _load(model, place, dtype, attention)
-    with _progress() as progress:
+        loaded, processor = load_model(model, place, dtype, attn_implementation=attention)
+    with Bar() if sys.stderr.isatty() else Progress() as progress:
         result = run(
             loaded,
             names,
             keeps,
             processor=processor,
-            image=picture,
+            image=opened,
             rounds=rounds,
             new_tokens=new_tokens,
             batch_sizes=sizes,
             text_tokens=lengths,
             clock=clock.value,
             name=model if random_weights is None else f"random weights {random_weights}",
-            progress=progress,
+            progress=_shown_by(progress),
         )
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    out = console(100)
     for part in tables(result):
-        console.print(part, highlight=False, markup=False)
+        out.print(part)
     if json_file is not None:
         _write(json_file, result)
-
-
-def _items(text: str, option: str) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(items):
-        raise BadInput(f"{option} {text!r} should be a list separated by commas, without gaps")
-    return items
 
 
 def _budget(text: str) -> Any:
@@ -141,47 +130,20 @@ def _budget(text: str) -> Any:
     return value
 
 
-def _counts(text: str, option: str) -> list[int]:
-    items = _items(text, option)
-    if not all(item.isdecimal() and int(item) > 0 for item in items):
-        raise BadInput(f"{option} {text!r} should be whole numbers, at least 1: 1,4")
-    return [int(item) for item in items]
-
-
-def _needs(*packages: str) -> None:
-    """Refuse early where the extra is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise BadInput(f"bench needs {', '.join(missing)}; pip install 'tokprune[sweep]'")
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        raise BadInput(f"--image {path}: no such file")
-    try:
-        return Image.open(path).convert("RGB")
-    except UnidentifiedImageError:
-        raise BadInput(f"--image {path}: not a picture that Pillow can read") from None
-
-
 def _random(
     name: str, names: list[str], keeps: list[Any], place: str, dtype: Dtype, attention: str
 ) -> Any:
     import torch
 
     from tokprune.bench.models import random_model, skeleton
-    from tokprune.bench.run import cells_of
+    from tokprune.bench.run import trials_of
     from tokprune.families import family_of
 
     bare = skeleton(name)
     family = family_of(bare)
     facts = family.facts(bare, family.parts(bare))
-    for cell in cells_of(names, keeps, facts.decoder_layers):
-        cell.method.plan(facts)
+    for trial in trials_of(names, keeps, facts.decoder_layers):
+        trial.method.plan(facts)
     kind = dtype.value
     if dtype is Dtype.auto:
         kind = "bfloat16" if place == "cuda" else "float32"
@@ -191,41 +153,19 @@ def _random(
         raise BadInput(str(error)) from None
 
 
-def _load(path: str, place: str, dtype: Dtype, attention: str) -> tuple[Any, Any]:
-    from tokprune.loading import load
+def _shown_by(progress: Any) -> Any:
+    """A callback of the bench, (what, rounds done, rounds), that moves a bar."""
+    stage, shown = None, 0
 
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise BadInput(f"--model {path}: no such folder")
-    model, processor = load(path, processor=True, dtype=dtype.value, attn_implementation=attention)
-    return model.to(place).eval(), processor
+    def show(what: str, done: int, rounds: int) -> None:
+        nonlocal stage, shown
+        if what != stage:
+            progress.start(what, rounds)
+            stage, shown = what, 0
+        progress.advance(done - shown)
+        shown = done
 
-
-class _progress:
-    """A bar on stderr where a person sees it, else nothing."""
-
-    def __enter__(self) -> Any:
-        self.bar: Any = None
-        if not sys.stderr.isatty():
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(),
-            TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        self.bar.start()
-        task = self.bar.add_task("", total=None)
-
-        def show(what: str, done: int, rounds: int) -> None:
-            self.bar.update(task, description=what, completed=done, total=rounds)
-
-        return show
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    return show
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ def method_options(keep: str | None, option: list[str] | None) -> dict[str, Any]
 def named_method(name: str | None, options: dict[str, Any], setting: Path | None) -> Method | None:
     """The method object; None where the command line names none."""
     if setting is not None and (name is not None or options):
-        given = "--method" if name is not None else "--keep/--option"
-        raise BadInput(f"--setting names its method and options; drop {given}")
+        used = "--method" if name is not None else "--keep/--option"
+        raise BadInput(f"--setting names its method and options; drop {used}")
     if name is None and setting is None:
         return None
     # imported late: torch takes seconds

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
+from tokprune.cli.console import console
 
 
 @app.command()
@@ -27,7 +28,6 @@ def methods(
         print(json.dumps([_describe(cls) for cls in found.values()], indent=2))
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
@@ -36,9 +36,9 @@ def methods(
     for cls in found.values():
         budgets: dict[str, list[str]] = {}
         for preset in cls.presets:
-            own = budgets.setdefault(preset.model, [])
-            if str(preset.budget) not in own:
-                own.append(str(preset.budget))
+            listed = budgets.setdefault(preset.model, [])
+            if str(preset.budget) not in listed:
+                listed.append(str(preset.budget))
         table.add_row(
             cls.name,
             ", ".join(cls.stages),
@@ -46,10 +46,7 @@ def methods(
             "\n".join(f"{model}: {', '.join(values)}" for model, values in budgets.items()),
             cls.paper,
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+    console(160).print(table)
 
 
 def _describe(cls: Any) -> dict[str, Any]:

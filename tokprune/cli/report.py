@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
+from tokprune.cli.console import console
 
 
 @app.command()
@@ -63,44 +64,43 @@ def report(
 
         papers = [part.strip() for part in published.split(",")]
         further = [partial(published_section, papers=papers, model=as_model)]
-    made = build_report(run[0], out, groups_from=groups_from, at=at, further=further)
-    _print(made)
+    built = build_report(run[0], out, groups_from=groups_from, at=at, further=further)
+    _print(built)
     if show:
         import webbrowser
 
-        webbrowser.open(made.html.resolve().as_uri())
+        webbrowser.open(built.html.resolve().as_uri())
 
 
-def _print(made: Any) -> None:
+def _print(built: Any) -> None:
     """The points at the main budget, and where the page is."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from tokprune.eval.report.formatting import percent, probability, signed, with_interval
-    from tokprune.eval.report.highlights import findings, warnings
+    from tokprune.eval.report.highlights import highlights, warnings
     from tokprune.eval.report.tables import tokens
 
-    analysis = made.analysis
+    analysis = built.analysis
     table = Table(box=box.SIMPLE_HEAD, title=f"at {analysis.at:g} tokens", title_justify="left")
-    for n, name in enumerate(("arm", "tokens", "accuracy, %", "change", "p (Holm)", "loyalty, %")):
+    for n, name in enumerate(
+        ("variant", "tokens", "accuracy, %", "change", "p (Holm)", "loyalty, %")
+    ):
         table.add_column(name, justify="right" if n else "left", no_wrap=True)
     for r in [analysis.unpruned, *analysis.at_budget()]:
         table.add_row(
-            "unpruned" if r.point.arm == "none" else r.point.arm,
+            "unpruned" if r.point.variant == "none" else r.point.variant,
             tokens(r),
             with_interval(r.accuracy, r.interval),
             "" if r.flips is None else signed(-r.drop),
             "" if r.flips is None else probability(r.p),
             percent(r.loyalty),
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=110, highlight=False)
-    console.print(table)
+    out = console(110)
+    out.print(table)
     for line in (
-        *findings(analysis, made.differences, made.contest, made.oracles),
+        *highlights(analysis, built.differences, built.contest, built.oracles),
         *warnings(analysis),
     ):
-        console.print(f"- {line}", markup=False)
-    console.print(f"\n{made.html}", markup=False, soft_wrap=True)
+        out.print(f"- {line}")
+    out.print(f"\n{built.html}", soft_wrap=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import Device, Dtype, Harness
+from tokprune.cli.console import console
+from tokprune.cli.values import Device, Dtype, parse_list
 
 _Many = list[str] | None
 
@@ -45,12 +46,12 @@ def reproduce(
         bool, typer.Option("--execute", help="Run the rows that can be run; needs --out.")
     ] = False,
     harness: Annotated[
-        Harness, typer.Option(help="What asks the questions with --execute.")
-    ] = Harness.own,
+        str, typer.Option(help="Who asks with --execute: builtin, or lmms-eval.")
+    ] = "builtin",
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="Questions for harness 'own': a .jsonl or .parquet file whose tasks are "
+            help="Questions for the builtin harness: a .jsonl or .parquet file whose tasks are "
             "named as the ledger's benchmarks."
         ),
     ] = None,
@@ -99,24 +100,24 @@ def reproduce(
     if named is None and run:  # the rows of the run's own model
         named = read_figures(run[0]).model
     rows = select(
-        _list("paper", None if paper is None else ",".join(paper)), model=named,
-        methods=_list("methods", methods), tasks=_list("tasks", tasks), keep=_list("keep", keep),
-        ledger=folder,
+        parse_list("paper", None if paper is None else ",".join(paper)), model=named,
+        methods=parse_list("methods", methods), tasks=parse_list("tasks", tasks),
+        keep=parse_list("keep", keep), ledger=folder,
     )  # fmt: skip
     published = None if as_model is None else model_key(as_model)
     runs = [read_figures(path, published) for path in run or []]
     reasons: dict[tuple[Any, ...], str] = {}
-    made: list[Path] = []
+    folders: list[Path] = []
     if execute:
         assert model is not None
         assert out is not None
-        given = {
+        options = {
             "limit": limit, "dtype": None if dtype is None else dtype.value,
             "device": None if device is None else device.value,
             "max_new_tokens": max_new_tokens, "batch_size": batch_size,
         }  # fmt: skip
-        made, reasons = _execute(rows, model, out, harness.value, benchmark, config, given)
-        runs += [read_figures(path, model_key(named or model)) for path in made]
+        folders, reasons = _execute(rows, model, out, harness, benchmark, config, options)
+        runs += [read_figures(path, model_key(named or model)) for path in folders]
     compared = compare(rows, runs, reasons)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -128,20 +129,20 @@ def reproduce(
         print(show.markdown(compared))
     else:
         _print(compared)
-    if execute and not made:
+    if execute and not folders:
         raise typer.Exit(1)  # the table says why nothing was run
 
 
 def _execute(
     rows: Sequence[Any], model: str, out: Path, harness: str, benchmark: str | None,
-    config: Path | None, given: dict[str, Any],
+    config: Path | None, options: dict[str, Any],
 ) -> Any:  # fmt: skip
     from tokprune.cli.sweep import _run
     from tokprune.eval.published.reproduce import execute
     from tokprune.eval.sweep.settings import read_table
 
     table = {} if config is None else read_table(config)
-    table |= {name: value for name, value in given.items() if value is not None}
+    table |= {name: value for name, value in options.items() if value is not None}
     return execute(rows, model, out, _run, harness=harness, benchmark=benchmark, **table)
 
 
@@ -198,21 +199,11 @@ def _show(
     header: Sequence[str], rows: Sequence[Sequence[str]], words: frozenset[int], title: str = ""
 ) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left")
     for n, name in enumerate(header):
-        made.add_column(name, justify="left" if n in words else "right", overflow="fold")
+        table.add_column(name, justify="left" if n in words else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(width=200, highlight=False, markup=False)
-    console.print(made)
-
-
-def _list(name: str, text: str | None) -> list[str] | None:
-    from tokprune.cli.sweep import _list as parts
-
-    return parts(name, text)
+        table.add_row(*row)
+    console(200).print(table)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import Device, Dtype, Harness
+from tokprune.cli.model import quiet
+from tokprune.cli.values import Device, Dtype, parse_list, parse_numbers
 
 _Many = list[str] | None
 
@@ -22,7 +23,7 @@ def sweep(
         _Many,
         typer.Option(
             help="Names separated by commas, with options as name:option=value; repeatable. "
-            "Default: every method for pictures, or for videos."
+            "Default: every method for images, or for videos."
         ),
     ] = None,
     keep: Annotated[
@@ -89,7 +90,7 @@ def sweep(
     no_controls: Annotated[
         bool,
         typer.Option(
-            "--no-controls", help="Without blind, random, grid, pool, downsample (and frames)."
+            "--no-controls", help="Without blind, reduced input and yardsticks such as random."
         ),
     ] = False,
     no_noise: Annotated[bool, typer.Option("--no-noise", help="Without the noise floor.")] = False,
@@ -97,7 +98,7 @@ def sweep(
         bool, typer.Option("--no-latency", help="Without timing at the end.")
     ] = False,
     no_share: Annotated[
-        bool, typer.Option("--no-share", help="Run the encoder anew for every cell.")
+        bool, typer.Option("--no-share", help="Run the encoder anew for every trial.")
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw away what the run folder holds.")
@@ -106,8 +107,8 @@ def sweep(
         Path | None, typer.Option(help="Write the rows to this file as well.")
     ] = None,
     harness: Annotated[
-        Harness | None,
-        typer.Option(help="Who asks: tokprune itself (own), or lmms-eval with its tasks."),
+        str | None,
+        typer.Option(help="Who asks: tokprune itself (builtin), or lmms-eval with its tasks."),
     ] = None,
     base: Annotated[
         str | None,
@@ -139,24 +140,25 @@ def sweep(
 ) -> None:
     """Answer a benchmark with every method at every budget, next to the unpruned model and simple
     controls. Results go to a run folder; a run that was stopped goes on where it was."""
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": model, "out": None if out is None else str(out), "benchmark": benchmark,
-        "methods": _methods(methods), "keep": _list("keep", keep), "tasks": _list("tasks", tasks),
-        "split": split, "limit": limit, "seeds": _whole("seeds", seeds), "match": match,
+        "methods": parse_list("methods", ",".join(methods) if methods else None),
+        "keep": parse_list("keep", keep), "tasks": parse_list("tasks", tasks),
+        "split": split, "limit": limit, "seeds": parse_numbers("seeds", seeds), "match": match,
         "dtype": None if dtype is None else dtype.value,
         "device": None if device is None else device.value, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "variants": variants or None,
         "controls": False if no_controls else None,
         "noise": False if no_noise else None, "latency": False if no_latency else None,
         "share": False if no_share else None, "fresh": fresh or None,
-        "harness": None if harness is None else harness.value, "base": base,
+        "harness": harness, "base": base,
         "processes": processes, "launch": launch, "launcher": launcher,
         "include_path": include_path or None, "model_args": model_args or None,
     }  # fmt: skip
     from tokprune.eval.sweep.settings import make_settings, read_table, with_options
 
     table = {} if config is None else read_table(config)
-    table |= {name: value for name, value in given.items() if value is not None}
+    table |= {name: value for name, value in options.items() if value is not None}
     for name in ("model", "out"):
         if name not in table:
             raise BadInput(f"--{name} is missing")
@@ -166,18 +168,18 @@ def sweep(
     settings = make_settings(table, "options" if config is None else str(config))
     if parquet is not None and not parquet.absolute().parent.is_dir():
         raise BadInput(f"--parquet {parquet}: no such folder")
-    from tokprune.eval.sweep.harness import CellsFailedError
+    from tokprune.eval.sweep.harness import TrialsFailedError
 
     try:
         run = _run(settings)
-    except CellsFailedError as error:
+    except TrialsFailedError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if parquet is not None:
         run.to_parquet(parquet)
     failed = sum(row["status"] == "failed" for row in run.rows)
     print(
-        f"{run.folder}: {len(run.rows)} answers in {len(run.cells)} cells"
+        f"{run.folder}: {len(run.rows)} answers in {len(run.trials)} trials"
         + (f", {failed} failed" if failed else "")
     )
 
@@ -185,68 +187,29 @@ def sweep(
 def _run(settings: Any) -> Any:
     import warnings
 
-    import transformers
-
+    from tokprune.eval.extra import check_extra
     from tokprune.eval.sweep.progress import progress_for
     from tokprune.eval.sweep.runner import run_sweep
 
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
+    try:
+        check_extra("sweeps")
+    except ImportError as error:
+        raise BadInput(str(error)) from None
+    quiet()
     progress = progress_for(sys.stderr)
     command = ["tokprune", *sys.argv[1:]]
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def told(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+        def say(message: Any, category: Any, *rest: Any, **more: Any) -> None:
             if category is UserWarning:
                 progress.say(f"Warning: {message}")
             else:
                 show(message, category, *rest, **more)
 
-        warnings.showwarning = told
+        warnings.showwarning = say
         try:
             return run_sweep(settings, command=command, progress=progress)
         except KeyboardInterrupt:
             progress.say("Interrupted. Run the same command again to go on.")
             raise
-
-
-def _list(name: str, text: str | None) -> list[str] | None:
-    """Parts of ``a,b,c``; None where the option is not given."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise BadInput(f"--{name} {text!r} should be values separated by commas, at least one")
-    return parts
-
-
-def _methods(texts: list[str] | None) -> list[str] | None:
-    if texts is None:
-        return None
-    return [name for text in texts for name in _split_arms(text)]
-
-
-def _split_arms(text: str) -> list[str]:
-    """Parts at commas that stand in no bracket: an option may be a tuple."""
-    parts, depth, start = [], 0, 0
-    for at, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and depth == 0:
-            parts.append(text[start:at].strip())
-            start = at + 1
-    parts.append(text[start:].strip())
-    if not all(parts):
-        raise BadInput(f"--methods {text!r} should be names separated by commas, at least one")
-    return parts
-
-
-def _whole(name: str, text: str | None) -> list[int] | None:
-    parts = _list(name, text)
-    if parts is None:
-        return None
-    try:
-        return [int(part) for part in parts]
-    except ValueError:
-        raise BadInput(f"--{name} {text!r} should be whole numbers separated by commas") from None

@@ -17,9 +17,31 @@ class Dtype(str, Enum):
     auto, float32, bfloat16, float16 = "auto", "float32", "bfloat16", "float16"
 
 
-class Harness(str, Enum):
-    own = "own"
-    lmms_eval = "lmms-eval"
+def parse_list(option: str, text: str | None) -> list[str] | None:
+    """Parts of ``a,b,c``; commas in brackets, as in ``name:option=(1, 2)``, separate nothing. None
+    where the option is not used."""
+    if text is None:
+        return None
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    parts.append(text[start:].strip())
+    if not all(parts):
+        raise BadInput(f"--{option} {text!r} should be values separated by commas, at least one")
+    return parts
+
+
+def parse_numbers(option: str, text: str | None, least: int = 0) -> list[int] | None:
+    """Whole numbers of ``1,4``."""
+    parts = parse_list(option, text)
+    if parts is not None and not all(p.isdecimal() and int(p) >= least for p in parts):
+        raise BadInput(
+            f"--{option} {text!r} should be whole numbers separated by commas, from {least} on"
+        )
+    return None if parts is None else [int(part) for part in parts]
 
 
 def parse_keep(text: str) -> Any:

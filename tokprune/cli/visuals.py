@@ -1,4 +1,4 @@
-"""Pictures and videos that a command was given."""
+"""Images and videos of a command line."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from tokprune.cli.app import BadInput
 
 
-def open_picture(path: Path, option: str = "--image") -> Any:
-    """A picture file, RGB.
+def open_image(path: Path, option: str = "--image") -> Any:
+    """An image file, RGB.
 
     Raises:
-        BadInput: no such file, or not a picture.
+        BadInput: no such file, or not an image.
     """
     return _open(path, option).convert("RGB")
 
 
 def open_video(path: Path, frames: int) -> list[Any]:
-    """Evenly spaced frames of a folder of pictures, in the order of their names, or of an animated
-    picture; all of them where there are no more.
+    """Evenly spaced frames of a folder of images, in the order of their names, or of an animated
+    image; all of them where there are no more.
 
     Raises:
-        BadInput: no such file or folder, no picture, or frames of different size.
+        BadInput: no such file or folder, no image, or frames of different size.
     """
     from PIL import ImageSequence
 
@@ -33,7 +33,7 @@ def open_video(path: Path, frames: int) -> list[Any]:
         names = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: _natural(p.name))
         if not names:
             raise BadInput(f"--video {path}: the folder holds no frames")
-        chosen = [open_picture(p, "--video") for p in evenly_spaced(names, min(frames, len(names)))]
+        chosen = [open_image(p, "--video") for p in evenly_spaced(names, min(frames, len(names)))]
     else:
         moving = _open(path, "--video")
         every = list(range(getattr(moving, "n_frames", 1)))
@@ -55,7 +55,7 @@ def _open(path: Path, option: str) -> Any:
         return Image.open(path)
     except UnidentifiedImageError:
         hint = "; of a film, give a folder of its frames" if option == "--video" else ""
-        raise BadInput(f"{option} {path}: not a picture that Pillow can read{hint}") from None
+        raise BadInput(f"{option} {path}: not an image that Pillow can read{hint}") from None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -9,7 +9,7 @@ chat turn, beams and copies of a cache cannot mix.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,10 +35,15 @@ class CompressedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
+        self._forget()
+
+    def _forget(self) -> None:
         self.columns: Tensor | None = None
         self.shift: Tensor | None = None
         #: rotary positions [B, entries], kept for models with a sliding window only
         self.positions: Tensor | None = None
+        #: [B] original position of the next token, at the end of a prefill whose cache was pruned
+        self.next_position: Tensor | None = None
         self.padded = False
         #: original tokens beyond the entries that are really cached
         self.missing = 0
@@ -144,31 +149,20 @@ class CompressedLayer(DynamicLayer):
             real = (self.columns >= 0).sum(1)
             self.shift = self.next_position - real if self.next_position is not None else None
 
-    #: original position of the next token, [B]; set by the engine at the end of a prefill
-    next_position: Tensor | None = None
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices)
-
-    def _select(self, index: Tensor) -> None:
-        if self.entries:
-            index = index.to(self.keys.device)
-            self.keys, self.values = self.keys[index], self.values[index]
-        self._map(lambda t: t[index.to(t.device)])
+        self._map(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.entries:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
-    def _map(self, change: Any) -> None:
-        for name in ("columns", "shift", "positions", "next_position"):
-            value = getattr(self, name)
-            if value is not None:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the batch rows of all that is held."""
+        held = ("keys", "values") if self.entries else ()
+        for name in (*held, "columns", "shift", "positions", "next_position"):
+            if (value := getattr(self, name)) is not None:
                 setattr(self, name, change(value))
 
     def crop(self, max_length: int) -> None:
@@ -200,9 +194,7 @@ class CompressedLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
-        self.columns = self.shift = self.positions = None
-        self._pending = self.next_position = None
-        self.padded, self.missing, self._step = False, 0, False
+        self._forget()
 
 
 def cache_argument(model: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokprune.engine.check import UNNAMED, Contracts
 from tokprune.engine.contracts import (
     Attention,
     EncoderOutcome,
@@ -72,10 +73,11 @@ def reduce_tokens(tokens: TowerTokens, reduction: Reduction) -> TowerTokens:
 class TowerPass:
     """One forward of the vision encoder: the runs of all encoder stages, and the tokens alive."""
 
-    def __init__(self, stages: tuple[EncoderStage, ...], tower: TowerInput) -> None:
-        self.tower = tower
-        self.stages = stages
-        self.runs = [stage.start(tower) for stage in stages]
+    def __init__(
+        self, stages: tuple[EncoderStage, ...], tower: TowerInput, contracts: Contracts = UNNAMED
+    ) -> None:
+        self.tower, self.stages, self.contracts = tower, stages, contracts
+        self.runs = [contracts.run(stage, stage.start(tower)) for stage in stages]
         self.tokens = initial_tokens(tower)
         #: tokens after each layer, for the trace: (layer, tokens)
         self.history: list[tuple[int, TowerTokens]] = []
@@ -85,19 +87,96 @@ class TowerPass:
         #: output of the feature layer, where a stage reduced it there
         self.features: Tensor | None = None
 
-    def apply(self, layer: int, hidden: Tensor, reduction: Reduction) -> Tensor:
-        new = (
-            reduction.hidden
-            if reduction.hidden is not None
-            else gather_rows(hidden, reduction.rows)
-        )
+    def runs_at(self, kind: str, layer: int) -> list[EncoderRun]:
+        return [r for s, r in zip(self.stages, self.runs) if layer in getattr(s, kind)]
+
+    # ------------------------------------------------------------------ one layer
+
+    def bias(self, layer: int) -> Tensor | None:
+        """Sum of the biases that the runs ask for, [B, 1, 1, T], or None."""
+        bias = None
+        for run in self.runs_at("bias_layers", layer):
+            own = run.bias(layer, self.tokens)
+            self.contracts.bias(run, layer, own, self.tokens)
+            bias = own if bias is None or own is None else bias + own
+        return bias
+
+    def attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
+    ) -> None:
+        attention = Attention(q, k, v, scale, causal=False, valid=self.tokens.valid)
+        for run in self.runs_at("taps", layer):
+            run.attention(layer, attention, self.tokens)
+
+    def between(self, layer: int, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        """Before the norm in front of the MLP."""
+        self.residual, hidden = None, args[0]
+        for run in self.runs_at("between_layers", layer):
+            reduction = run.between(layer, hidden, self.tokens)
+            if reduction is not None:
+                hidden = self.residual = self._apply(run, "between", layer, hidden, reduction)
+        return None if self.residual is None else (hidden,)
+
+    def mlp(self, layer: int, args: Any, output: Tensor) -> Tensor | None:
+        if self.residual is None:
+            return None
+        # The block adds its own, longer residual next. Keep the true sum, and give the block
+        # a single row that broadcasts; the block hook then replaces what it makes of it.
+        self.residual = self.residual + output
+        return output[:, :1]
+
+    def after(self, layer: int, args: Any, output: Any) -> Any:
+        """After the whole block."""
+        whole = isinstance(output, tuple)
+        hidden, changed = output[0] if whole else output, self.residual is not None
+        if self.residual is not None:
+            hidden, self.residual = self.residual, None
+        for run in self.runs_at("after_layers", layer):
+            reduction = run.after(layer, hidden, self.tokens)
+            if reduction is not None:
+                hidden, changed = self._apply(run, "after", layer, hidden, reduction), True
+        if not changed:
+            return None
+        if layer == self.tower.facts.feature_layer:
+            self.features = hidden
+        return (hidden, *output[1:]) if whole else hidden
+
+    def _apply(
+        self, run: EncoderRun, hook: str, layer: int, hidden: Tensor, reduction: Reduction
+    ) -> Tensor:
+        self.contracts.reduction(run, hook, layer, reduction, hidden, self.tokens)
         self.tokens = reduce_tokens(self.tokens, reduction)
         self.history.append((layer, self.tokens))
         self.reduced = True
-        return new
+        return gather_rows(hidden, reduction.rows) if reduction.hidden is None else reduction.hidden
+
+    # ------------------------------------------------------------------ at the end
+
+    @property
+    def cut_rows(self) -> int:
+        """Rows that the model cuts off in front of the features: 1 for a class token that it does
+        not keep."""
+        return self.tokens.first_patch - int(self.tower.facts.cls_in_features)
+
+    def full_grid(self, projected: Tensor) -> Tensor:
+        """The model packs full grids after the projector: one with the survivors in their slots,
+        [tiles, F, D] from ``projected`` [tiles, T, D]."""
+        tokens, facts, cut = self.tokens, self.tower.facts, self.cut_rows
+        slots = tokens.slots[:, cut:].to(projected.device) + int(facts.cls_in_features)
+        spare = facts.tokens_per_tile
+        if cut:
+            slots = torch.where(slots < 0, spare, slots)
+        elif tokens.valid is not None:
+            slots = torch.where(tokens.valid.to(projected.device), slots, spare)
+        full = projected.new_zeros(projected.shape[0], spare + 1, projected.shape[2])
+        index = slots[:, :, None].expand(-1, -1, projected.shape[2])
+        return full.scatter(1, index, projected)[:, :spare]
 
     def finish(self) -> None:
-        self.outcomes = [run.finish(self.tokens) for run in self.runs]
+        self.outcomes = [
+            self.contracts.outcome(run, run.finish(self.tokens), self.tokens, self.tower.facts)
+            for run in self.runs
+        ]
 
 
 class EncoderHooks:
@@ -125,121 +204,51 @@ class EncoderHooks:
         handles: list[Any] = []
         ragged = any(stage.reduces for stage in self.stages)
         for number, layer in enumerate(self.layers):
-            taps = self._stages("taps", number)
-            between = self._stages("between_layers", number)
-            after = self._stages("after_layers", number)
-            bias = self._stages("bias_layers", number)
+            taps, between, after = (
+                any(number in getattr(stage, kind) for stage in self.stages)
+                for kind in ("taps", "between_layers", "after_layers")
+            )
             if ragged:
-                handles.append(
-                    layer.self_attn.register_forward_pre_hook(
-                        self._mask_hook(number, bias), with_kwargs=True
-                    )
-                )
+                mask = self._mask_hook(number)
+                handles.append(layer.self_attn.register_forward_pre_hook(mask, with_kwargs=True))
             if taps:
-                handles.append(
-                    self.tap(
-                        layer.self_attn,
-                        self._tap(number, taps),
-                        lambda: self.current() is not None,
-                    )
-                )
+                hook = self._hook("attention", number)
+                handles.append(self.tap(layer.self_attn, hook, self._running))
             if between:
-                handles.append(
-                    layer.layer_norm2.register_forward_pre_hook(self._between(number, between))
-                )
-                handles.append(layer.mlp.register_forward_hook(self._mlp_hook()))
+                norm, mlp = layer.layer_norm2, layer.mlp
+                handles.append(norm.register_forward_pre_hook(self._hook("between", number)))
+                handles.append(mlp.register_forward_hook(self._hook("mlp", number)))
             if between or after:
                 # first of the hooks, so that recorded hidden states are the reduced ones
-                handles.append(
-                    layer.register_forward_hook(self._after(number, after), prepend=True)
-                )
+                hook = self._hook("after", number)
+                handles.append(layer.register_forward_hook(hook, prepend=True))
         return handles
 
-    def _stages(self, kind: str, layer: int) -> list[int]:
-        return [i for i, stage in enumerate(self.stages) if layer in getattr(stage, kind)]
+    def _running(self) -> bool:
+        return self.current() is not None
 
-    def _runs(self, current: TowerPass, which: list[int]) -> list[EncoderRun]:
-        return [current.runs[i] for i in which]
+    def _hook(self, name: str, number: int) -> Any:
+        """A method of the pass in progress as a hook, or nothing where there is none."""
 
-    def _tap(self, number: int, which: list[int]) -> Any:
-        def tap(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
-        ) -> None:
+        def hook(module: nn.Module, *call: Any) -> Any:
             current = self.current()
-            if current is None:
-                return
-            attention = Attention(q, k, v, scale, causal=False, valid=current.tokens.valid)
-            for run in self._runs(current, which):
-                run.attention(number, attention, current.tokens)
+            return None if current is None else getattr(current, name)(number, *call)
 
-        return tap
+        return hook
 
-    def _mask_hook(self, number: int, which: list[int]) -> Any:
+    def _mask_hook(self, number: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             current = self.current()
             if current is None:
                 return None
-            bias = None
-            for run in self._runs(current, which):
-                own = run.bias(number, current.tokens)
-                bias = own if bias is None or own is None else bias + own
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            bias = current.bias(number)
             mask = encoder_mask(self.backend, current.tokens.valid, bias, hidden.dtype)
             if mask is None:
                 return None
-            if self.legacy:
-                mask = mask.expand(-1, 1, hidden.shape[1], -1)
-            kwargs["attention_mask"] = mask
+            kwargs["attention_mask"] = (
+                mask.expand(-1, 1, hidden.shape[1], -1) if self.legacy else mask
+            )
             return args, kwargs
-
-        return hook
-
-    def _between(self, number: int, which: list[int]) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> Any:
-            current = self.current()
-            if current is None:
-                return None
-            hidden = args[0]
-            current.residual = None
-            for run in self._runs(current, which):
-                reduction = run.between(number, hidden, current.tokens)
-                if reduction is not None:
-                    hidden = current.apply(number, hidden, reduction)
-                    current.residual = hidden
-            return None if current.residual is None else (hidden,)
-
-        return hook
-
-    def _mlp_hook(self) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Any:
-            current = self.current()
-            if current is None or current.residual is None:
-                return None
-            # The block adds its own, longer residual next. Keep the true sum, and give the block
-            # a single row that broadcasts; the block hook then replaces what it makes of it.
-            current.residual = current.residual + output
-            return output[:, :1]
-
-        return hook
-
-    def _after(self, number: int, which: list[int]) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            current = self.current()
-            if current is None:
-                return None
-            hidden = output[0] if isinstance(output, tuple) else output
-            changed = False
-            if current.residual is not None:
-                hidden, current.residual, changed = current.residual, None, True
-            for run in self._runs(current, which):
-                reduction = run.after(number, hidden, current.tokens)
-                if reduction is not None:
-                    hidden = current.apply(number, hidden, reduction)
-                    changed = True
-            if not changed:
-                return None
-            if number == current.tower.facts.feature_layer:
-                current.features = hidden
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

@@ -1,7 +1,7 @@
-"""How pictures and prompts get into a model: what stands before the language-model input.
+"""How images and prompts get into a model: what stands before the language-model input.
 
 An entry tells the session two things about every prefill: where the images stand in the prompt
-(``now.layout``), and what the vision encoder left of them (``now.records``).
+(``state.layout``), and what the vision encoder left of them (``state.records``).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Entry(ABC):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a forward of the whole model, however it ended."""
-        self.session.now.clear()
+        self.session.new_state()
 
     def tower_pass(self, layouts: list[ImageLayout], pixels: Tensor) -> TowerPass:
         """A pass of the vision encoder over the tiles of these images."""
@@ -85,7 +85,7 @@ class Entry(ABC):
             sizes=tuple(layout.size for layout in layouts),
             videos=tuple(layout.video for layout in layouts),
         )
-        return TowerPass(self.session.plan.encoder, tower)
+        return TowerPass(self.session.plan.encoder, tower, self.session.contracts)
 
     @staticmethod
     def check_mask(mask: Tensor | None) -> None:
@@ -126,11 +126,11 @@ class Entry(ABC):
 
     def admit(self, layout: PromptLayout | None, mask: Tensor | None, cache: Any) -> None:
         """Take a prompt with images as the one of this forward (text-only prompts pass by)."""
-        now = self.session.now
-        now.layout = layout
+        state = self.session.state
+        state.layout = layout
         if layout is not None:
             if all(not row for row in layout.columns):
-                now.layout = None
+                state.layout = None
                 return
             self.check_mask(mask)
             check_cache(cache)
@@ -150,9 +150,9 @@ class TransformersEntry(Entry):
         self.keys = share_keys(session.plan.encoder)
 
     def install(self) -> list[Any]:
-        self._wrap_image_features()
+        self._wrap("get_image_features", self._image_features)
         if self.parts.video_token_id is not None:
-            self._wrap_video_features()
+            self._wrap("get_video_features", self._video_features)
         multimodal = self.parts.multimodal
         return [
             multimodal.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -171,89 +171,75 @@ class TransformersEntry(Entry):
 
     # ------------------------------------------------------------------ the encoder
 
-    def _wrap_image_features(self) -> None:
-        """``get_image_features`` is a method, no module, so no hook reaches it; generate() calls
-        it ahead of the forward. An attribute of this one instance stands before it."""
-        original, signature = self._original("get_image_features")
-
-        @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            call = signature.bind(*args, **kwargs).arguments
-            layouts = self._layouts(call["pixel_values"], call)
-            self._check_choices(call)
-            now = self.session.now
-            try:
-                result, records = self._encode(
-                    call["pixel_values"], layouts, lambda: original(*args, **kwargs)
-                )
-            finally:
-                now.layouts = None
-            features = getattr(result, "pooler_output", result)
-            for tensor, record in zip(features, records):
-                attach(tensor, record)
-            now.image_records = records
-            return result
-
-        self.parts.multimodal.__dict__["get_image_features"] = get_image_features
-
-    def _wrap_video_features(self) -> None:
-        """The same for ``get_video_features``; the records of all videos travel with its output,
-        which is one tensor in most releases."""
-        original, signature = self._original("get_video_features")
+    def _wrap(self, name: str, features: Callable[..., Any]) -> None:
+        """``get_image_features`` and ``get_video_features`` are methods, no modules, so no hook
+        reaches them; generate() calls them ahead of the forward. An attribute of this one instance
+        stands before each."""
+        shared = shared_encoder(self.parts.multimodal)
+        original = getattr(self.parts.multimodal, name) if shared is None else shared.original[name]
+        signature = inspect.signature(original)
         first = next(iter(signature.parameters))
 
         @functools.wraps(original)
-        def get_video_features(*args: Any, **kwargs: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs).arguments
-            layouts = self._video_layouts(call[first])
-            self._check_videos(layouts)
-            self._check_choices(call)
-            now = self.session.now
-            result, records = self._encode(call[first], layouts, lambda: original(*args, **kwargs))
-            now.video_records = [record.split(self.session.plan.video_unit) for record in records]
-            if not isinstance(result, tuple | list | Tensor):
-                attach(result, now.video_records)
-            return result
+            return features(call[first], call, functools.partial(original, *args, **kwargs))
 
-        self.parts.multimodal.__dict__["get_video_features"] = get_video_features
+        self.parts.multimodal.__dict__[name] = wrapper
 
-    def _original(self, name: str) -> tuple[Callable[..., Any], inspect.Signature]:
-        """The model's own method and its arguments."""
-        shared = shared_encoder(self.parts.multimodal)
-        method = getattr(self.parts.multimodal, name) if shared is None else shared.original[name]
-        return method, inspect.signature(method)
+    def _image_features(self, pixels: Tensor, call: dict[str, Any], encode: Any) -> Any:
+        state, layouts = self.session.state, self._layouts(pixels, call)
+        self._check_choices(call)
+        try:
+            result, state.image_records = self._encode(pixels, layouts, encode)
+        finally:
+            state.layouts = None
+        for tensor, record in zip(getattr(result, "pooler_output", result), state.image_records):
+            attach(tensor, record)
+        return result
+
+    def _video_features(self, pixels: Tensor, call: dict[str, Any], encode: Any) -> Any:
+        """The records of all videos travel with the output, one tensor in most releases."""
+        state, layouts = self.session.state, self._video_layouts(pixels)
+        self._check_videos(layouts)
+        self._check_choices(call)
+        result, records = self._encode(pixels, layouts, encode)
+        state.video_records = [record.split(self.session.plan.video_unit) for record in records]
+        if not isinstance(result, tuple | list | Tensor):
+            attach(result, state.video_records)
+        return result
 
     def _encode(
         self, pixels: Tensor, layouts: list[ImageLayout], encode: Callable[[], Any]
     ) -> tuple[Any, list[ImageRecord]]:
         """What ``encode`` returns, run or remembered, and the records of these images."""
-        shared, now = shared_encoder(self.parts.multimodal), self.session.now
-        now.tower = self.tower_pass(layouts, pixels)
+        shared, state = shared_encoder(self.parts.multimodal), self.session.state
+        state.tower = self.tower_pass(layouts, pixels)
         known = None if shared is None else shared.get(pixels, self.keys)
         try:
             if known is None:
                 result = encode()
-                now.tower.finish()
-                if shared is not None and now.projected is not None:
+                state.tower.finish()
+                if shared is not None and state.projected is not None:
                     shared.put(
-                        pixels, self.keys, Encoded(result, now.projected, now.tower.outcomes)
+                        pixels, self.keys, Encoded(result, state.projected, state.tower.outcomes)
                     )
             else:
-                result, now.projected = known.result, known.projected
-                now.tower.outcomes = known.outcomes
+                result, state.projected = known.result, known.projected
+                state.tower.outcomes = known.outcomes
             return result, self.session.image_records(layouts)
         finally:
-            now.tower = now.projected = None
+            state.tower = state.projected = None
 
     def _layouts(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout]:
         """Layouts of the images, once for the forward and the encoder call inside it."""
-        known = self.session.now.layouts
+        known = self.session.state.layouts
         if known is None or known[0] is not pixels:
             layouts = self.family.layouts(
                 self.parts, pixels, call.get("image_sizes"), self.session.facts,
                 call.get("batch_num_images"),
             )  # fmt: skip
-            known = self.session.now.layouts = (pixels, layouts)
+            known = self.session.state.layouts = (pixels, layouts)
         return known[1]
 
     def _video_layouts(self, pixels: Tensor) -> list[ImageLayout]:
@@ -281,7 +267,7 @@ class TransformersEntry(Entry):
             f"{name} pools the whole {h}×{w} grid of every frame of a video to {a}×{b} after it; "
             "for videos use a method that works at the language-model input or in the decoder "
             "(divprune, cdpruner, centerclip, evs, dart, fastv, mustdrop with spatial=False, …); "
-            "on pictures this one works"
+            "on images this one works"
         )
 
     def _check_choices(self, call: dict[str, Any]) -> None:
@@ -298,8 +284,7 @@ class TransformersEntry(Entry):
     # ------------------------------------------------------------------ the forward
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        now = self.session.now
-        now.clear()
+        self.session.new_state()
         call = {**dict(zip(self.arguments, args)), **kwargs}
         cache = cache_in(call)
         past = cache.get_seq_length() if cache is not None else 0
@@ -327,7 +312,7 @@ class TransformersEntry(Entry):
         records = [attached(f) for f in getattr(encoded, "pooler_output", encoded)]
         if any(r is None for r in records):
             raise ValueError(_encoded_before("image"))
-        self.session.now.image_records = records
+        self.session.state.image_records = records
         return [r.count for r in records]
 
     def _videos(self, call: dict[str, Any]) -> tuple[list[list[int]] | None, int]:
@@ -344,7 +329,7 @@ class TransformersEntry(Entry):
         records = attached(encoded)
         if records is None:
             raise ValueError(_encoded_before("video"))
-        self.session.now.video_records = records
+        self.session.state.video_records = records
         counts = [[part.count for part in video] for video in records]
         return counts, len(encoded.pooler_output) // max(1, len(records))
 

@@ -30,6 +30,8 @@ class Family(ABC):
     #: attention modules as in transformers 4.36/4.37: rotary tables of their own, masks of full
     #: shape [B, 1, queries, keys]
     legacy: bool = False
+    #: whose classes these are, as :func:`tokprune.load` is told
+    package: str = "transformers"
     #: model classes beside these that cannot be patched, and why
     refused: Mapping[str, str] = {}
 
@@ -58,7 +60,7 @@ class Family(ABC):
     def max_tiles(self, model: nn.Module) -> int: ...
 
     def entry(self, session: Session) -> Entry:
-        """How pictures and prompts get into a model of this family."""
+        """How images and prompts get into a model of this family."""
         from tokprune.engine.entry import TransformersEntry
 
         return TransformersEntry(session)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_tokprune_image"
 
 
-@dataclass
+@dataclass(eq=False)
 class ImageRecord:
     """One encoded image, from the vision tower to the prompt.
 
@@ -243,11 +243,10 @@ def _fill_reduced(
     facts, device = record.facts, record.device
     tokens = tower.tokens
     outcome = next((o for o, r in zip(tower.outcomes, tower.stages) if r.reduces), None)
-    first = tokens.first_patch
+    drop_cls = tower.cut_rows
     slots = tokens.slots[tiles].to(device)
     valid = None if tokens.valid is None else tokens.valid[tiles].to(device)
     counts = tokens.counts[tiles]
-    drop_cls = first - int(facts.cls_in_features)  # the model cut row 0 off, or kept it
     slots, valid = slots[:, drop_cls:], None if valid is None else valid[:, drop_cls:]
     number, rows = slots.shape
     tile = torch.arange(number, device=device)[:, None].expand(number, rows)
@@ -275,7 +274,7 @@ def _fill_reduced(
     for name, value in (("score", score), ("tag", tag)):
         if value is not None:
             own = value[tiles].to(device)
-            own = torch.cat([torch.zeros_like(own[:, : first - drop_cls]), own], dim=1)
+            own = torch.cat([torch.zeros_like(own[:, :offset]), own], dim=1)
             setattr(record, name, own.flatten()[order])
     # which survivor holds each original patch
     number_of = torch.full((number * rows + 1,), -1, device=device)

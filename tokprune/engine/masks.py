@@ -45,10 +45,8 @@ def decoder_mask(
                 "model with attn_implementation='sdpa' or config.sliding_window=None"
             )
         return None if valid is None else valid
-    plain = queries == keys or queries == 1
-    if backend == "sdpa" and plain and valid is None and window is None:
-        return None
-    if backend == "eager" and queries == 1 and valid is None and window is None:
+    plain = queries == 1 or (backend == "sdpa" and queries == keys)
+    if plain and valid is None and window is None:
         return None
     rows = torch.arange(keys - queries, keys, device=device)
     seen = torch.arange(keys, device=device)[None, :] <= rows[:, None]

@@ -97,9 +97,9 @@ class ImageLayout:
     ``packed`` [n] (CPU): for each prompt token of the image, in order, ``tile · F + row`` of the
     feature it takes (F = feature rows per tile), or −1 for a newline token. ``tiles``: number of
     tiles, base included. ``size``: (height, width) in pixels or None. ``tile_grid``: tiles (down,
-    across) of the stitched picture, base excluded, (0, 0) where there is only the base.
+    across) of the stitched image, base excluded, (0, 0) where there is only the base.
 
-    A video is one image: its ``frames`` (1 for a still picture) are its tiles, in order.
+    A video is one image: its ``frames`` (1 for a still image) are its tiles, in order.
     ``token_grid``: where the model pools or shrinks the tiles; ``packed`` then numbers cells
     at the language-model input. ``projected``: rows of a tile that the projector sees, where they
     are not F. ``first_frame``: of a part of a video.
@@ -116,7 +116,7 @@ class ImageLayout:
     first_frame: int = 0
 
     def parts(self, video_unit: VideoUnit) -> list[ImageLayout]:
-        """The video cut into the parts that are compressed as one; a still picture as it is."""
+        """The video cut into the parts that are compressed as one; a still image as it is."""
         if (
             not self.video
             or video_unit == "video"

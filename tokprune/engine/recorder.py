@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from tokprune.engine.contracts import ImageTokens, Plan, Selection
-    from tokprune.engine.decoder import PrefillPass
     from tokprune.engine.family import BoundModel
     from tokprune.engine.images import ImageRecord
+    from tokprune.engine.prefill import PrefillPass
     from tokprune.engine.prompt_layout import PromptLayout
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from tokprune.engine.check import Contracts
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection, SequenceView
 from tokprune.engine.images import ImageRecord
 from tokprune.engine.prompt_layout import PromptLayout
@@ -39,12 +40,13 @@ def native_sequence(
 
 
 def _select(
-    images: list[ImageTokens], stages: Sequence[PromptStage]
+    images: list[ImageTokens], stages: Sequence[PromptStage], contracts: Contracts
 ) -> tuple[list[ImageTokens], list[Selection | None]]:
     """Run the prompt stages one after the other on all images of a batch."""
     last: list[Selection | None] = [None] * len(images)
     for stage in stages:
         answers = stage.select(images)
+        contracts.selections(stage, answers, images)
         for i, answer in enumerate(answers):
             if answer is not None:
                 images[i] = _reduced(images[i], answer)
@@ -85,6 +87,7 @@ def shorten_prompt(
     stages: Sequence[PromptStage],
     sequence: SequenceView,
     compact: bool,
+    contracts: Contracts,
 ) -> tuple[Tensor, SequenceView, list[ImageTokens], list[Selection | None]]:
     """Apply encoder results and prompt stages to an embedded prompt.
 
@@ -92,7 +95,7 @@ def shorten_prompt(
     sequence. Where nothing is dropped, moved or merged, ``embeds`` and ``sequence`` come back
     unchanged (the same objects). Shorter rows are padded on the left.
     """
-    batch, length, width = embeds.shape
+    batch, length = embeds.shape[:2]
     device = embeds.device
     images: list[ImageTokens] = []
     places: list[tuple[int, int]] = []
@@ -103,7 +106,7 @@ def shorten_prompt(
             columns = layout.columns[b][s].to(device)
             images.append(replace(records[number].tokens(embeds[b, columns], columns), text=text))
             places.append((b, s))
-    images, answers = _select(images, stages)
+    images, answers = _select(images, stages, contracts)
     untouched = all(a is None for a in answers) and all(
         records[n].features is None for row in layout.image_of for n in row
     )
@@ -115,42 +118,44 @@ def shorten_prompt(
                     sequence.tag[b, layout.columns[b][s].to(device)] = image.tag
         return embeds, sequence, images, answers
 
-    flat = embeds.reshape(batch * length, width)
-    bank = torch.cat([flat, *[i.features.to(flat.dtype) for i in images]])
-    start = batch * length
-    tag_bank: list[Tensor] = [torch.zeros(start, dtype=torch.bool, device=device)]
-    of_row: dict[int, list[tuple[int, ImageTokens]]] = {b: [] for b in range(batch)}
-    for (b, _), image in zip(places, images):
-        of_row[b].append((start, image))
-        start += image.count
-        tag = image.tag
-        tag_bank.append(
-            torch.zeros(image.count, dtype=torch.bool, device=device) if tag is None else tag
-        )
+    # rows of the prompt, then those of every image, to gather the new sequence from
+    bank = torch.cat([embeds.flatten(0, 1), *[i.features.to(embeds.dtype) for i in images]])
     sources, columns_, counts = [], [], []
-    for b in range(batch):
-        source, column, cursor = [], [], 0
-        for s, (first, image) in enumerate(of_row[b]):
-            begin, end = int(layout.columns[b][s][0]), int(layout.columns[b][s][-1]) + 1
-            text = torch.arange(cursor, begin)[layout.valid[b, cursor:begin]].to(device)
+    first, ahead = batch * length, iter(images)
+    for b, columns_of_row in enumerate(layout.columns):
+        source, column, own, cursor = [], [], [], 0
+        for at, image in zip(columns_of_row, ahead):
+            text = _text(layout, b, cursor, int(at[0])).to(device)
             source += [text + b * length, torch.arange(first, first + image.count, device=device)]
             column += [text, image.column]
-            cursor = end
-        text = torch.arange(cursor, length)[layout.valid[b, cursor:]].to(device)
+            own.append(image.count)
+            first, cursor = first + image.count, int(at[-1]) + 1
+        text = _text(layout, b, cursor, length).to(device)
         sources.append(torch.cat([*source, text + b * length]))
         columns_.append(torch.cat([*column, text]))
-        counts.append([image.count for _, image in of_row[b]])
+        counts.append(own)
     lengths = [len(s) for s in sources]
-    longest = max(lengths)
-    padded = min(lengths) < longest
-    source_ = torch.stack([torch.nn.functional.pad(s, (longest - len(s), 0)) for s in sources])
-    column_ = torch.stack(
-        [torch.nn.functional.pad(c, (longest - len(c), 0), value=-1) for c in columns_]
-    )
-    tags = torch.cat(tag_bank)[source_] if any(i.tag is not None for i in images) else None
+    padded = min(lengths) < max(lengths)
+    source_, column_ = _left_padded(sources, 0), _left_padded(columns_, -1)
     new = take(sequence, column_, counts, lengths, padded, compact)
-    new.tag, new.entering = tags, counts
+    new.entering = counts
+    if any(i.tag is not None for i in images):
+        tags = [column_.new_zeros(batch * length, dtype=torch.bool)]
+        tags += [torch.zeros_like(i.newline) if i.tag is None else i.tag for i in images]
+        new.tag = torch.cat(tags)[source_]
     return bank[source_], new, images, answers
+
+
+def _text(layout: PromptLayout, row: int, start: int, end: int) -> Tensor:
+    """Columns of the real tokens of a row between two of its columns (CPU)."""
+    return torch.arange(start, end)[layout.valid[row, start:end]]
+
+
+def _left_padded(rows: list[Tensor], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.stack(
+        [torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows]
+    )
 
 
 def take(

@@ -20,28 +20,29 @@ COSTS: tuple[Cost, ...] = ("flops", "latency", "tokens")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a setting must keep to; None = no limit.
+    """What a setting must keep to; None = no limit."""
 
-    ``max_drop``: of macro accuracy against the unpruned model, in [0, 1]; ``max_latency``:
-    seconds, median of one answer; ``max_tokens``: visual tokens per image, mean over decoder
-    layers; ``min_accuracy``: macro accuracy in [0, 1]; ``confident``: limits on accuracy hold for
-    the 95 % interval, not just for the estimate.
-    """
-
+    #: of macro accuracy against the unpruned model, in [0, 1]
     max_drop: float | None = None
+    #: seconds, median of one answer
     max_latency: float | None = None
+    #: visual tokens per image, mean over decoder layers
     max_tokens: float | None = None
+    #: macro accuracy in [0, 1]
     min_accuracy: float | None = None
+    #: limits on accuracy hold for the 95 % interval, not just for the estimate
     confident: bool = False
 
 
 @dataclass
 class Recommendation:
-    """``setting``: the JSON object; ``result``: the point it stems from; ``warnings``: what to
-    know before using it."""
+    """The best setting under limits."""
 
+    #: the JSON object
     setting: dict[str, Any]
+    #: the point it stems from
     result: Result
+    #: what to know before using it
     warnings: list[str] = field(default_factory=list)
 
 
@@ -116,21 +117,21 @@ def recommend(
 
 
 def _check(limits: Limits, minimise: str | None) -> None:
-    given = {
+    values = {
         "max_drop": limits.max_drop,
         "max_latency": limits.max_latency,
         "max_tokens": limits.max_tokens,
         "min_accuracy": limits.min_accuracy,
     }
-    if all(value is None for value in given.values()):
-        raise ValueError(f"give at least one limit: {', '.join(given)}")
+    if all(value is None for value in values.values()):
+        raise ValueError(f"give at least one limit: {', '.join(values)}")
     tests: dict[str, tuple[Callable[[float], bool], str]] = {
         "max_drop": (lambda v: 0 <= v < 1, "in [0, 1), for example 0.02 for 2 points"),
         "max_latency": (lambda v: v > 0, "above 0 seconds"),
         "max_tokens": (lambda v: v > 0, "above 0 tokens"),
         "min_accuracy": (lambda v: 0 <= v <= 1, "in [0, 1], for example 0.8"),
     }
-    for name, value in given.items():
+    for name, value in values.items():
         fits, right = tests[name]
         if value is not None and not (math.isfinite(value) and fits(value)):
             raise ValueError(f"{name}={value!r} should be {right}")
@@ -194,7 +195,8 @@ def _setting(r: Result, analysis: Analysis, folder: str) -> dict[str, Any]:
     from tokprune.methods.setting import SCHEMA
 
     return {
-        "schema": SCHEMA,
+        # a run of the release before has that release's names of options
+        "schema": min(SCHEMA, run["schema"]),
         "tokprune": __version__,
         "method": point.method,
         "options": dict(point.options),
@@ -202,7 +204,7 @@ def _setting(r: Result, analysis: Analysis, folder: str) -> dict[str, Any]:
         "model": {key: run["model"][key] for key in ("name", "class", "family", "hash")},
         "evidence": {
             "run": folder,
-            "cell": point.cells[0],
+            "trial": point.trials[0],
             "control": point.control,
             "benchmark": {k: run["benchmark"][k] for k in ("name", "version", "split")},
             "questions": r.n,
@@ -234,7 +236,7 @@ def _warnings(r: Result, analysis: Analysis, limits: Limits) -> list[str]:
     lines = []
     if r.point.control:
         lines.append(
-            f"the best setting is the control {r.point.arm!r}: under these limits no method of "
+            f"the best setting is the control {r.point.variant!r}: under these limits no method of "
             "this run beats it"
         )
     if limits.max_drop is not None and r.drop_interval[1] > limits.max_drop:

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: a single picture in tiles, several pictures whole, videos with pooled frames."""
+"""LLaVA-OneVision: a single image in tiles, several images whole, videos with pooled frames."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _TOLERANCE = 1.1
 class LlavaOnevision(LlavaNext):
     """``LlavaOnevisionForConditionalGeneration`` with a SigLIP (or CLIP) tower.
 
-    The picture of a prompt that has one is cut into tiles, as in LLaVA-NeXT; where its stitched,
+    The image of a prompt that has one is cut into tiles, as in LLaVA-NeXT; where its stitched,
     unpadded crops come to more than the cells of ``vision_aspect_ratio`` ("anyres_max_9": nine
-    tiles), the model shrinks them by interpolation. Every picture of a prompt with several
+    tiles), the model shrinks them by interpolation. Every image of a prompt with several
     (``batch_num_images``) is one tile and one newline token. Every frame of a video is one tile,
     whose projected grid is halved by interpolation; one newline token ends the video.
     """
@@ -71,7 +71,7 @@ class LlavaOnevision(LlavaNext):
 
 
 def _tiles(parts: Parts, size: tuple[int, int], facts: ModelFacts) -> ImageLayout:
-    """A picture in tiles: base, then the stitched and unpadded crops with a newline per row."""
+    """An image in tiles: base, then the stitched and unpadded crops with a newline per row."""
     config: Any = parts.multimodal.config
     down, across = get_anyres_image_grid_shape(
         list(size), config.image_grid_pinpoints, config.vision_config.image_size

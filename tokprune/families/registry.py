@@ -48,8 +48,12 @@ def supported_models() -> list[str]:
 
 
 def why_refused(name: str) -> str | None:
-    """Why models of a class that is known by name cannot be patched; None: nothing is known."""
+    """Why a checkpoint of this class is none for transformers' own classes; None: nothing is
+    known."""
     _load_plugins()
+    family = _FAMILIES.get(name)
+    if family is not None and family.package != "transformers":
+        return f"it is of another package: package={family.package!r}"
     return _REFUSED.get(name)
 
 

@@ -52,12 +52,12 @@ def _pooled(
 def shrunk_map(
     grid: tuple[int, int], tile_grid: tuple[int, int], bounds: Bounds, small: tuple[int, int]
 ) -> TokenGrid:
-    """A tiled picture whose stitched crops the model interpolates to fewer cells.
+    """A tiled image whose stitched crops the model interpolates to fewer cells.
 
     Args:
         grid: (height, width) of a tile's grid.
         tile_grid: crops (down, across).
-        bounds: part of the stitched map that shows the picture.
+        bounds: part of the stitched map that shows the image.
         small: (height, width) of the interpolated map.
     """
     top, bottom, left, right = bounds

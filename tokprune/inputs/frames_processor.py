@@ -21,7 +21,7 @@ _FRAME_OPTIONS = (
 
 
 def load_processor(path: str | PathLike[str], model: Any, hub: Mapping[str, Any]) -> Any:
-    """The processor of a model's checkpoint, for pictures, and for videos where the model takes
+    """The processor of a model's checkpoint, for images, and for videos where the model takes
     them.
 
     transformers' video processors need torchvision. Without it, models that take videos get a
@@ -47,7 +47,7 @@ class FramesProcessor:
     """Questions about videos as model inputs, by the image processor, frame by frame.
 
     It stands in for transformers' processors of LLaVA-NeXT-Video and LLaVA-OneVision, takes frames
-    as pictures, and gives the same prompts. Pixels differ from theirs where frames are resized, by
+    as images, and gives the same prompts. Pixels differ from theirs where frames are resized, by
     Pillow's rounding.
 
     Args:
@@ -94,7 +94,7 @@ class FramesProcessor:
         """Model inputs of prompts.
 
         Args:
-            images: None; pictures need transformers' own processor.
+            images: None; images need transformers' own processor.
             text: prompts, one video token for each of its videos.
             videos: lists of frames (PIL images), equally many of each, in the order of the prompts.
             padding: whether prompts of different lengths are padded.
@@ -105,13 +105,13 @@ class FramesProcessor:
             height, width].
 
         Raises:
-            ImportError: there are pictures, and torchvision is not installed.
+            ImportError: there are images, and torchvision is not installed.
             ValueError: a video that is no list of frames, videos of different lengths, another
                 number of videos than the prompts have places for, or another kind of tensors.
         """
         if images is not None:
             raise ImportError(
-                f"pictures for a model of family {self._known.family.name} need torchvision, which "
+                f"images for a model of family {self._known.family.name} need torchvision, which "
                 "is not installed (take it from the same build as torch); videos do without"
             )
         if return_tensors != "pt":

@@ -1,4 +1,4 @@
-"""Questions and pictures, or videos, as a batch of model inputs."""
+"""Questions and images, or videos, as a batch of model inputs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 
-def prompt_text(processor: Any, question: str, pictures: int = 1, videos: int = 0) -> str:
-    """The prompt of one question about some pictures and videos, which come first: by the
+def prompt_text(processor: Any, question: str, images: int = 1, videos: int = 0) -> str:
+    """The prompt of one question about some images and videos, which come first: by the
     processor's chat template, or in LLaVA-1.5's own form where it has none."""
     if getattr(processor, "chat_template", None):
         content = [
-            *({"type": "image"} for _ in range(pictures)),
+            *({"type": "image"} for _ in range(images)),
             *({"type": "video"} for _ in range(videos)),
             {"type": "text", "text": question},
         ]
@@ -19,7 +19,7 @@ def prompt_text(processor: Any, question: str, pictures: int = 1, videos: int = 
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         return text
-    shown = "<image>" * pictures + "<video>" * videos
+    shown = "<image>" * images + "<video>" * videos
     return f"USER: {shown}{chr(10) * bool(shown)}{question} ASSISTANT:"
 
 
@@ -33,12 +33,12 @@ def encode(
     """Model inputs of a batch, padded at the left.
 
     Args:
-        visuals: one a question: a picture, or the list of a video's frames (PIL images; equally
+        visuals: one a question: an image, or the list of a video's frames (PIL images; equally
             many in all videos of a batch).
         media: which of the two.
     """
     video = media == "video"
-    texts = [prompt_text(processor, q, pictures=not video, videos=video) for q in questions]
+    texts = [prompt_text(processor, q, images=not video, videos=video) for q in questions]
     given = {"videos" if video else "images": list(visuals)}
     inputs = processor(**given, text=texts, padding=True, return_tensors="pt")
     return inputs.to(device)

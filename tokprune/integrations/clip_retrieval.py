@@ -23,22 +23,18 @@ from tokprune.operators.segments import (
 
 @dataclass(frozen=True, eq=False)
 class FrameFeatures:
-    """What :func:`reduce_frames` makes of B videos: S segments of 1 + K tokens each.
+    """What :func:`reduce_frames` makes of B videos: S segments of 1 + K tokens each."""
 
-    Attributes:
-        last_hidden_state: [B, S, 1 + K, D] output of the last layer, class token first, then the
-            kept tokens by frame and place.
-        class_features: [B, S, D] class token after the final norm.
-        embeds: [B, S, P] its projection, None for models without one.
-        mask: [B, S] bool, segments that are no padding.
-        reductions: for each clustering layer its number and what was kept there, see
-            :class:`tokprune.operators.Reduced`.
-    """
-
+    #: [B, S, 1 + K, D] output of the last layer, class token first, then the kept tokens by frame
+    #: and place
     last_hidden_state: Tensor
+    #: [B, S, D] class token after the final norm
     class_features: Tensor
+    #: [B, S, P] its projection, None for models without one
     embeds: Tensor | None
+    #: [B, S] bool, segments that are no padding
     mask: Tensor
+    #: for each clustering layer its number and what was kept there
     reductions: tuple[tuple[int, Reduced], ...]
 
     def pooled(self, normalize: bool = False) -> Tensor:

@@ -1,13 +1,7 @@
 """Published recipes, one file each; ``repr`` of a method is its configuration."""
 
-from tokprune.methods.base import (
-    Method,
-    Preset,
-    available_methods,
-    image_methods,
-    make_method,
-    register_method,
-)
+from tokprune.engine.contracts import Attention, ImageTokens, KeepDecision, SequenceView
+from tokprune.methods.base import Method, Preset
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.centerclip import CenterCLIP
 from tokprune.methods.clip_relevance import ClipRelevance
@@ -19,10 +13,13 @@ from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
 from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
+from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
+from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
+from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
@@ -33,20 +30,29 @@ __all__ = [
     "DART",
     "EVS",
     "M3",
+    "AtLeast",
+    "Attention",
     "CDPruner",
     "CenterCLIP",
     "ClipRelevance",
+    "DecoderScorer",
     "DivPrune",
     "FastV",
     "FlowCut",
     "Grid",
+    "ImageTokens",
+    "KeepDecision",
     "Method",
     "MustDrop",
     "PiToMe",
     "Pool",
     "Preset",
+    "PromptScorer",
+    "PromptSelector",
     "PyramidDrop",
     "Random",
+    "Range",
+    "SequenceView",
     "SparseVLM",
     "ToDRE",
     "ToMe",

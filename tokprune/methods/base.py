@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from tokprune.engine.contracts import ModelFacts, Plan, VideoUnit
-
-#: a count of tokens, a fraction of them, or one of these per pruning step
-BudgetSchedule: TypeAlias = "int | float | Sequence[int | float]"
-Budget: TypeAlias = "int | float"
+from tokprune.engine.contracts import Plan
+from tokprune.engine.model import ModelFacts, VideoUnit
+from tokprune.methods.options import Budget, Renamed, check_options, check_video_unit
 
 M = TypeVar("M", bound="Method")
 
@@ -30,38 +26,66 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Knob:
+    """What :func:`tokprune.calibrate` turns."""
+
+    #: the method at a value
+    at: Callable[[Any], Method]
+    #: least and largest value, above 0, between which the tokens rise or fall; None: whole numbers
+    #: of tokens
+    between: tuple[float, float] | None = None
+    #: what helps where a number of tokens is out of reach, for people
+    hint: str = ""
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """Base of all methods. Subclasses are frozen dataclasses; ``repr`` is the configuration.
 
-    What a budget (``keep``) counts is the same for all of them. Of a still picture it is the whole
-    picture, its tiles together, except where a method says that it is every tile. Of a video it is
-    what the option ``video_unit`` names, which every method has:
+    Options are checked against their annotations when a method is made
+    (:mod:`tokprune.methods.options`). What a budget (``keep``) counts is the same for all methods.
+    Of a still image it is the whole image, its tiles together, except where a method says that it
+    is every tile. Of a video it is what the option ``video_unit`` names, which every method has:
 
     Args:
         video_unit: what of a video is compressed as one, with the budget and the scores of its own:
             "video" (default), all its frames together; a whole number n, segments of n consecutive
-            frames, the last one of those left over; "frame", each frame as if it were a picture.
-            Still pictures do not care, and methods that work tile by tile (``pool``, ``m3``) treat
+            frames, the last one of those left over; "frame", each frame as if it were an image.
+            Still images do not care, and methods that work tile by tile (``pool``, ``m3``) treat
             every frame alike anyway.
-
-    Class attributes: ``name`` (the word for ``compress`` and the command line), ``stages`` (for
-    people: where it acts), ``needs`` (what it reads), ``paper`` (citation), ``presets``,
-    ``videos_only`` (it has nothing to drop in still pictures).
     """
 
+    #: the word for ``compress`` and the command line, lower case
     name: ClassVar[str]
+    #: where it acts, for people
     stages: ClassVar[tuple[str, ...]] = ()
+    #: what it reads, for people
     needs: ClassVar[str] = "features"
+    #: citation
     paper: ClassVar[str] = ""
     presets: ClassVar[tuple[Preset, ...]] = ()
+    #: it has nothing to drop in still images
     videos_only: ClassVar[bool] = False
+    #: a yardstick that a sweep sets beside the methods, no method of its own
+    control: ClassVar[bool] = False
+    #: options that are budgets, which a sweep sets through ``keep``
+    budget_options: ClassVar[frozenset[str]] = frozenset({"keep"})
+    #: what :func:`tokprune.calibrate` can turn, the usual one first
+    knobs: ClassVar[tuple[str, ...]] = ("keep",)
+    #: published variants that deserve a line of their own in a sweep, as options
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    #: options by the names that settings of the release before have
+    renamed: ClassVar[tuple[Renamed, ...]] = ()
 
-    video_unit: VideoUnit = field(default="video", kw_only=True)
+    video_unit: Annotated[VideoUnit, check_video_unit] = field(default="video", kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__repr__" not in cls.__dict__:  # before the dataclass decorator makes another
             cls.__repr__ = _configuration  # type: ignore[assignment,method-assign]
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @abstractmethod
     def plan(self, facts: ModelFacts) -> Plan:
@@ -71,6 +95,30 @@ class Method(ABC):
             ValueError: an option does not fit the model (names option, value, and what would).
             UnsupportedModelError: the model lacks something the method needs.
         """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the result depends on the option ``seed``."""
+        return any(field.name == "seed" for field in dataclasses.fields(self))
+
+    def knob(self, name: str) -> Knob:
+        """One of ``knobs``.
+
+        Raises:
+            ValueError: the setting at hand has none.
+        """
+        if all(field.name != name for field in dataclasses.fields(self)):
+            raise ValueError(f"{self.name} has no option {name!r} that could be turned")
+        return Knob(lambda value: dataclasses.replace(self, **{name: value}))
+
+    @classmethod
+    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
+        """Layer options for a decoder of this depth; {} where the defaults are right.
+
+        Raises:
+            ValueError: the decoder is too short for any schedule of the method.
+        """
+        return {}
 
     @classmethod
     def preset(cls: type[M], model: str, budget: int | float | str, **changes: Any) -> M:
@@ -89,154 +137,51 @@ class Method(ABC):
 
 
 def _configuration(method: Method) -> str:
-    """Class and options; ``video_unit`` where it is not the default: pictures never show it."""
-    fields = [f for f in dataclasses.fields(method) if f.repr and f.name != "video_unit"]
-    fields += [
-        f
-        for f in dataclasses.fields(method)
-        if f.name == "video_unit" and method.video_unit != f.default
-    ]
-    options = ", ".join(f"{f.name}={getattr(method, f.name)!r}" for f in fields)
+    """Class and options; ``video_unit`` where it is not the default: images never show it."""
+    shown = [f for f in dataclasses.fields(method) if f.repr]
+    shown.sort(key=lambda f: f.name == "video_unit")
+    options = ", ".join(
+        f"{f.name}={getattr(method, f.name)!r}"
+        for f in shown
+        if f.name != "video_unit" or method.video_unit != f.default
+    )
     return f"{type(method).__qualname__}({options})"
 
 
-_METHODS: dict[str, type[Method]] = {}
-
-
-def register_method(cls: type[M]) -> type[M]:
-    """Class decorator: make a method available by its ``name``."""
-    _METHODS[cls.name] = cls
-    return cls
-
-
-def available_methods() -> dict[str, type[Method]]:
-    """All registered methods by name, sorted."""
-    return dict(sorted(_METHODS.items()))
-
-
-def image_methods() -> dict[str, type[Method]]:
-    """Those that work on still pictures, by name, sorted."""
-    return {name: cls for name, cls in available_methods().items() if not cls.videos_only}
-
-
-def make_method(method: str | Method, **options: Any) -> Method:
-    """A method object from a name and options (or an object, whose options may be changed).
-
-    Raises:
-        ValueError: unknown name, an option the method does not have (suggests the nearest), or one
-            with a bad value.
-        TypeError: ``method`` is neither a name nor a method object.
-    """
-    if isinstance(method, Method):
-        if options:
-            method = dataclasses.replace(method, **_checked(type(method), options))
-        check_video_unit(method.video_unit)
-        return method
-    if not isinstance(method, str):
-        raise TypeError(f"method={method!r} should be a method name or a tokprune method object")
-    cls: type[Method] | None = _METHODS.get(method.lower())
-    if cls is None:
-        near = difflib.get_close_matches(method.lower(), _METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"method={method!r} is unknown; known: {', '.join(sorted(_METHODS))}.{hint}"
-        )
-    _missing(cls, _checked(cls, options))
-    check_video_unit(options.get("video_unit", "video"))
-    return cls(**options)
-
-
-def option_names(cls: type[Method]) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def _checked(cls: type[Method], options: dict[str, Any]) -> dict[str, Any]:
-    names = option_names(cls)
-    for name in options:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"option {name!r} is unknown to {cls.name}; it has: {', '.join(names)}.{hint}"
-            )
-    return options
-
-
-def _missing(cls: type[Method], options: dict[str, Any]) -> None:
-    for f in dataclasses.fields(cls):
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if f.init and required and f.name not in options:
-            raise ValueError(
-                f"option {f.name!r} is required by {cls.name}"
-                + (": visual tokens per image to keep, as a count or a fraction"
-                   if f.name == "keep" else "")
-            )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------- checks
-
-
-def check_keep(keep: Any, name: str = "keep") -> Budget:
-    """A valid single budget: a positive count, or a fraction in (0, 1].
-
-    Raises:
-        ValueError: zero, negative, NaN, or a fraction above 1.
-        TypeError: not a number.
-    """
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(
-            f"{name}={keep!r} should be a number of tokens (int ≥ 1) or a fraction (0 < float ≤ 1)"
-        )
-    if isinstance(keep, int):
-        if keep < 1:
-            raise ValueError(f"{name}={keep} should be at least 1 token")
-    elif not math.isfinite(keep) or not 0 < keep <= 1:
-        raise ValueError(
-            f"{name}={keep} should be a fraction in (0, 1], or a whole number of tokens as int"
-        )
-    return keep
-
-
-def check_range(value: float, name: str, low: float, high: float, low_open: bool = False) -> None:
-    """``low ≤ value ≤ high`` (``low_open``: strictly above), or a ValueError naming the option."""
-    inside = (low < value if low_open else low <= value) and value <= high
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and inside):
-        bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={value!r} should be in {bracket}{low}, {high}]")
-
-
-def check_video_unit(video_unit: Any) -> None:
-    """What of a video is compressed as one.
-
-    Raises:
-        ValueError: it is neither "video" nor "frame" nor a whole number of frames.
-    """
-    whole = isinstance(video_unit, int) and not isinstance(video_unit, bool) and video_unit >= 1
-    if video_unit not in ("video", "frame") and not whole:
-        raise ValueError(
-            f"video_unit={video_unit!r} should be 'video', 'frame', or a number of frames (at "
-            "least 1)"
-        )
-
-
-def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} should be one of {', '.join(map(repr, choices))}")
+# ------------------------------------------------------------------- options and a model
 
 
 def check_fits(
-    keep: Budget, facts: ModelFacts, limit: int | None = None, name: str = "keep"
+    keep: Budget | Sequence[Budget], facts: ModelFacts, limit: int | None = None, name: str = "keep"
 ) -> None:
-    """A count must not exceed the tokens an image of this model can have.
+    """A count, or those of a schedule, must not exceed the tokens an image of this model can have.
 
     Raises:
         ValueError: names the count and the largest that makes sense.
     """
     limit = facts.max_visual_tokens if limit is None else limit
-    if isinstance(keep, int) and keep > limit:
+    for budget in keep if isinstance(keep, Sequence) else (keep,):
+        if isinstance(budget, int) and budget > limit:
+            raise ValueError(
+                f"{name}={budget} is larger than the {limit} visual tokens of an image of this "
+                f"model; it should be at most {limit}, or a fraction"
+            )
+
+
+def check_layers_fit(
+    layers: int | Sequence[int], facts: ModelFacts, first: int = 0, name: str = "prune_before"
+) -> None:
+    """Every one of these decoder layers exists.
+
+    Raises:
+        ValueError: names the layers and the model's depth.
+    """
+    depth = facts.decoder_layers
+    several = layers if isinstance(layers, Sequence) else (layers,)
+    if not all(first <= layer < depth for layer in several):
         raise ValueError(
-            f"{name}={keep} is larger than the {limit} visual tokens of an image of this model; "
-            f"it should be at most {limit}, or a fraction"
+            f"{name}={layers!r} should lie between {first} and {depth - 1}: layers count from 0, "
+            f"and this model has {depth} decoder layers"
         )
 
 

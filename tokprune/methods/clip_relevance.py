@@ -14,10 +14,10 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
-    ModelFacts,
     TowerInput,
     TowerTokens,
 )
+from tokprune.engine.model import ModelFacts
 from tokprune.errors import UnsupportedModelError
 from tokprune.operators.cdpruner import text_similarity
 

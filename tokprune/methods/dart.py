@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokprune.engine.contracts import (
     Attention,
     DecoderRun,
+    DecoderStage,
     KeepDecision,
     ModelFacts,
     Plan,
@@ -18,17 +20,10 @@ from tokprune.engine.contracts import (
     ScoringLayer,
     SequenceView,
 )
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_fits,
-    check_keep,
-    register_method,
-    resolve_keep,
-)
-from tokprune.methods.one_cut import OneCut, check_cut
+from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit, resolve_keep
+from tokprune.methods.depth import first_layers
+from tokprune.methods.options import AtLeast, Budget, Renamed
+from tokprune.methods.registry import register_method
 from tokprune.operators.dart import PivotOrder, Retained, dart, key_norms
 
 _LLAVA = "DART, arXiv 2502.11494, LLaVA-1.5: 4 pivots beside the {} that its script asks for, K = 2"
@@ -49,7 +44,7 @@ class DART(Method):
 
     Args:
         keep: visual tokens per image after the cut, image pivots included (count), or fraction.
-        layer: K, the number of decoder layers that see all tokens.
+        prune_before: K, 0-based, the number of decoder layers that see all tokens.
         image_pivots, text_pivots: how many of each.
         pivot_order: in which pivots choose, as no token is taken twice. "official" iterates a
             CPython set of the pivots' places in the prompt, as the published code does, and
@@ -61,35 +56,42 @@ class DART(Method):
     Duplication Matters More", EMNLP 2025, arXiv 2502.11494.
     """
 
-    name: ClassVar[str] = "dart"
-    stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
-    needs: ClassVar[str] = "keys and output of one decoder layer"
-    paper: ClassVar[str] = "arXiv 2502.11494"
-    presets: ClassVar[tuple[Preset, ...]] = (
+    name = "dart"
+    stages = ("decoder prefill",)
+    needs = "keys and output of one decoder layer"
+    paper = "arXiv 2502.11494"
+    presets = (
         *(Preset("llava-1.5", n, {"keep": n + 4}, _LLAVA.format(n)) for n in (192, 128, 64)),
         Preset("llava-next", 320, {"keep": 324}, _NEXT),
     )
+    variants = ({"pivot_order": "norm"},)
+    renamed = (Renamed("layer", "prune_before"),)
 
     keep: Budget
-    layer: int = 2
-    image_pivots: int = 4
-    text_pivots: int = 4
+    prune_before: Annotated[int, AtLeast(1)] = 2
+    image_pivots: Annotated[int, AtLeast(1)] = 4
+    text_pivots: Annotated[int, AtLeast(0)] = 4
     pivot_order: PivotOrder = "official"
     positions: Positions = "preserve"
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        for name, least in (("layer", 1), ("image_pivots", 1), ("text_pivots", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} should be a whole number, at least {least}")
-        check_choice(self.pivot_order, "pivot_order", ("official", "norm"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
+    @classmethod
+    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
+        return first_layers(decoder_layers)
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
-        check_cut(self.layer, facts)
-        return Plan(decoder=(OneCut(self.layer, lambda: _DARTRun(self)),))
+        check_layers_fit(self.prune_before, facts, first=1)
+        return Plan(decoder=(_DARTStage(self),))
+
+
+class _DARTStage(DecoderStage):
+    def __init__(self, method: DART) -> None:
+        self.method = method
+        self.taps = frozenset({method.prune_before - 1})
+        self.prune_before = frozenset({method.prune_before})
+
+    def start(self) -> DecoderRun:
+        return _DARTRun(self.method)
 
 
 class _DARTRun(DecoderRun):
@@ -106,28 +108,24 @@ class _DARTRun(DecoderRun):
         self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
     ) -> KeepDecision | None:
         method, device = self.method, hidden.device
-        budgets = [[resolve_keep(method.keep, n) for n in row] for row in sequence.entering]
-        budgets = [
-            [min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, sequence.counts)
-        ]
-        if self.norms is None or budgets == sequence.counts:
+        counts = sequence.counts_after(lambda tokens: resolve_keep(method.keep, tokens))
+        if counts == sequence.counts:
             return None
-        most = sequence.segments
-        wanted = torch.tensor([row + [0] * (most - len(row)) for row in budgets])
-        number = torch.arange(most, device=device)
-        image = sequence.segment[:, None, :] == number[:, None]
-        arange = torch.arange(hidden.shape[1], device=device)
-        last = torch.where(image, arange, -1).amax(-1, keepdim=True)
-        text = (sequence.valid & ~sequence.visual)[:, None, :] & (arange > last) & (last >= 0)
+        assert self.norms is not None
+        budget = pad_sequence([torch.tensor(row, dtype=torch.long) for row in counts], True)
+        image = sequence.segment[:, None] == torch.arange(sequence.segments, device=device)[:, None]
+        place = torch.arange(hidden.shape[1], device=device)
+        last = torch.where(image, place, -1).amax(-1, keepdim=True)
+        text = (sequence.valid & ~sequence.visual)[:, None] & (place > last) & (last >= 0)
         self.retained = dart(
             self.norms.to(device),
             scoring.final_norm(hidden),
             image,
             text,
-            wanted.to(device, non_blocking=True),
+            budget.to(device, non_blocking=True),
             method.image_pivots,
             method.text_pivots,
             method.pivot_order,
             sequence.valid.cumsum(1) - 1,  # padding at the left does not count
         )
-        return KeepDecision(self.retained.mask.any(1), budgets, method.positions)
+        return KeepDecision(self.retained.mask.any(1), counts, method.positions)

@@ -24,53 +24,32 @@ PUBLISHED_DEPTH = 32
 #: decoders from this depth on take the published numbers
 LEAST_DEPTH = 24
 
-_TRANSPRUNE = (7, 9, 12)  # counted from 1: layers after which tokens go
-_MUSTDROP = (2, 6, 10, 14)  # counted from 0: layers whose output is filtered
-_PYRAMIDDROP = (8, 16, 24)  # counted from 0: layers before which tokens go
-_SPARSEVLM = (2, 6, 15)  # counted from 0: layers whose output is pruned
-_FIRST = 2  # FastV, DART: layers that see all tokens
-_FLOWCUT = 1  # counted from 0: the layer after which tokens go
+#: FastV, DART: layers that see all tokens
+_FIRST = 2
 
 
-def layer_options(name: str, decoder_layers: int) -> dict[str, Any]:
-    """Layer options of a method for a decoder of this depth; {} where its defaults are right.
+def first_layers(decoder_layers: int) -> dict[str, Any]:
+    """``prune_before`` of a method whose published K = 2 means the first layers, not a depth."""
+    return {"prune_before": 1} if decoder_layers < 4 * _FIRST else {}
+
+
+def last_steps(
+    published: Sequence[int], decoder_layers: int, ranked_before: bool = False
+) -> dict[str, Any]:
+    """``prune_before`` of a schedule at its relative depth, the last steps of it where there is no
+    room for all; {} where the published layers are right.
 
     Args:
-        name: method name.
+        published: layers before which tokens go.
         decoder_layers: depth of the decoder.
-
-    Returns:
-        Options for :func:`tokprune.methods.make_method`.
-
-    Raises:
-        ValueError: the decoder is too short for any schedule of the method.
+        ranked_before: what keeps its depth is the layer before each, whose attention ranks.
     """
-    deep = decoder_layers >= LEAST_DEPTH
-    if name == "transprune" and not deep:
-        few = decoder_layers <= len(_TRANSPRUNE)
-        steps: tuple[int, ...] = _TRANSPRUNE[1:2] if few else _TRANSPRUNE
-        prune = scaled_layers(steps, decoder_layers, first=1, last=decoder_layers - 1)
-        return {
-            "prune_layers": prune,
-            "accumulate_layers": tuple(range(prune[0], prune[-1] + 1)),
-        }
-    if name == "mustdrop" and not deep:
-        steps = _MUSTDROP[-max(1, decoder_layers - 1) :]
-        layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
-        return {"pruning_layers": layers}
-    if name == "pyramiddrop" and not deep:
-        steps = _PYRAMIDDROP[-max(1, decoder_layers - 1) :]
-        layers = scaled_layers(steps, decoder_layers, first=1, last=decoder_layers - 1)
-        return {"prune_layers": layers}
-    if name == "sparsevlm" and not deep:
-        steps = _SPARSEVLM[-max(1, decoder_layers - 1) :]
-        layers = scaled_layers(steps, decoder_layers, first=0, last=decoder_layers - 2)
-        return {"pruning_layers": layers}
-    if name in ("fastv", "dart") and decoder_layers < 4 * _FIRST:
-        return {"layer": 1}
-    if name == "flowcut" and decoder_layers < 2 * (_FLOWCUT + 1):
-        return {"prune_layer": max(0, decoder_layers // 2 - 1)}
-    return {}
+    if decoder_layers >= LEAST_DEPTH:
+        return {}
+    shift = int(ranked_before)
+    steps = [layer - shift for layer in published[-max(1, decoder_layers - 1) :]]
+    layers = scaled_layers(steps, decoder_layers, first=1 - shift, last=decoder_layers - 1 - shift)
+    return {"prune_before": tuple(layer + shift for layer in layers)}
 
 
 def scaled_layers(

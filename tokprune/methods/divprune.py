@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from tokprune.engine.contracts import (
-    ImageTokens,
-    ModelFacts,
-    Order,
-    Plan,
-    Positions,
-    PromptStage,
-    Selection,
-)
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_fits,
-    check_keep,
-    register_method,
-)
+from tokprune.engine.contracts import ImageTokens, Order
+from tokprune.methods.base import Preset
+from tokprune.methods.registry import register_method
+from tokprune.methods.scoring import PromptSelector
 from tokprune.operators.diversity import divprune
 
 _PAPER = "DivPrune, arXiv 2503.02175: ratio 0.098"
@@ -35,7 +21,7 @@ _TODRE = "as compared in ToDRE, arXiv 2505.18757v2, Table 1"
 
 @register_method
 @dataclass(frozen=True)
-class DivPrune(Method):
+class DivPrune(PromptSelector):
     """The most isolated token first, then always the token farthest from those chosen.
 
     All tokens of an image compete, newline tokens included, as in the official code. An image
@@ -52,11 +38,9 @@ class DivPrune(Method):
     arXiv 2503.02175.
     """
 
-    name: ClassVar[str] = "divprune"
-    stages: ClassVar[tuple[str, ...]] = ("after projector",)
-    needs: ClassVar[str] = "features"
-    paper: ClassVar[str] = "arXiv 2503.02175"
-    presets: ClassVar[tuple[Preset, ...]] = (
+    name = "divprune"
+    paper = "arXiv 2503.02175"
+    presets = (
         Preset("llava-1.5", 0.098, {"keep": 0.098}, _PAPER),
         Preset("llava-1.5", 56, {"keep": 56}, _PAPER),
         Preset("llava-1.5", 128, {"keep": 128}, _CDPRUNER),
@@ -70,41 +54,21 @@ class DivPrune(Method):
         Preset("llava-next", 160, {"keep": 160}, _CDPRUNER),
     )
 
-    keep: Budget
+    newlines = True
+
     order: Order = "spatial"
-    positions: Positions = "compact"
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choice(self.order, "order", ("spatial", "published"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
+    @property
+    def prompt_order(self) -> bool:
+        return self.order == "spatial"
 
-    def plan(self, facts: ModelFacts) -> Plan:
-        check_fits(self.keep, facts)
-        return Plan(prompt=(_DivPruneStage(self),))
+    def count(self, tokens: int) -> int:
+        # a fraction rounds half to even, as in the official code
+        keep = self.keep if isinstance(self.keep, int) else round(self.keep * tokens)
+        return min(tokens, max(1, keep))
 
+    def select(self, image: ImageTokens, keep: int) -> Tensor:
+        return divprune(image.features[None], keep)[0]
 
-class _DivPruneStage(PromptStage):
-    def __init__(self, method: DivPrune) -> None:
-        self.method, self.positions = method, method.positions
-
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        answers: list[Selection | None] = [None] * len(images)
-        alike: dict[int, list[int]] = {}
-        for i, image in enumerate(images):
-            if _budget(self.method.keep, image.count) < image.count:
-                alike.setdefault(image.count, []).append(i)
-        for n, members in alike.items():  # images of one size together
-            x = torch.stack([images[i].features for i in members])
-            order = divprune(x, _budget(self.method.keep, n))
-            if self.method.order == "spatial":
-                order = order.sort(-1).values
-            for i, own in zip(members, order):
-                answers[i] = Selection(own)
-        return answers
-
-
-def _budget(keep: Budget, n: int) -> int:
-    """Tokens to keep of ``n``; a fraction rounds half to even, as the official code does."""
-    k = keep if isinstance(keep, int) else round(keep * n)
-    return min(n, max(1, k))
+    def select_alike(self, images: Sequence[ImageTokens], keep: int) -> Iterable[Tensor]:
+        return divprune(torch.stack([image.features for image in images]), keep)

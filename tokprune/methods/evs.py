@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,10 @@ from tokprune.engine.contracts import (
     Selection,
 )
 from tokprune.errors import UnsupportedModelError
-from tokprune.methods.base import Budget, Method, check_choice, check_keep, register_method
-from tokprune.methods.grid import index_of_cells, keep_on_grid
+from tokprune.methods.base import Method
+from tokprune.methods.cells import index_of_cells, keep_on_grid
+from tokprune.methods.options import Budget
+from tokprune.methods.registry import register_method
 from tokprune.operators.temporal import evs, evs_count
 
 
@@ -30,7 +31,7 @@ class EVS(Method):
     token at the same place one frame earlier, by cosine, after the projector. Text-agnostic.
 
     The baseline of serving engines (vLLM, SGLang): their threshold is a fixed count. Newline and
-    class tokens stay and are not counted. A still picture is a first frame: nothing is dropped.
+    class tokens stay and are not counted. A still image is a first frame: nothing is dropped.
 
     Args:
         keep: tokens of each video (count), or fraction, rounded down: 1 − the engines' pruning
@@ -44,25 +45,21 @@ class EVS(Method):
     Faster VLM Inference", 2025, arXiv 2510.14624.
     """
 
-    name: ClassVar[str] = "evs"
-    stages: ClassVar[tuple[str, ...]] = ("after projector",)
-    needs: ClassVar[str] = "features of a video"
-    paper: ClassVar[str] = "arXiv 2510.14624"
-    videos_only: ClassVar[bool] = True
+    name = "evs"
+    stages = ("after projector",)
+    needs = "features of a video"
+    paper = "arXiv 2510.14624"
+    videos_only = True
 
     keep: Budget
     positions: Positions = "compact"
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choice(self.positions, "positions", ("compact", "preserve"))
 
     def plan(self, facts: ModelFacts) -> Plan:
         if not facts.videos:
             raise UnsupportedModelError(
                 "evs drops what stays the same between the frames of a video, and "
-                f"{facts.family} takes still pictures only, of which it would keep everything; "
-                "use a method for pictures (tokprune methods lists them)"
+                f"{facts.family} takes still images only, of which it would keep everything; "
+                "use a method for images (tokprune methods lists them)"
             )
         if self.video_unit in ("frame", 1):
             raise ValueError(
@@ -80,7 +77,7 @@ class _EVSStage(PromptStage):
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         if all(image.frames == 1 for image in images):
             warnings.warn(
-                "evs found no video in this prompt: a still picture is a first frame, which it "
+                "evs found no video in this prompt: a still image is a first frame, which it "
                 "keeps whole, so nothing is dropped",
                 stacklevel=2,
             )

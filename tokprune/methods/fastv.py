@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import (
-    Attention,
-    DecoderRun,
-    KeepDecision,
-    ModelFacts,
-    Plan,
-    Positions,
-    ScoringLayer,
-    SequenceView,
-)
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_fits,
-    check_keep,
-    register_method,
-    resolve_keep,
-)
-from tokprune.methods.one_cut import OneCut, check_cut
+from tokprune.engine.contracts import Attention, SequenceView
+from tokprune.methods.base import Preset
+from tokprune.methods.depth import first_layers
+from tokprune.methods.options import Renamed
+from tokprune.methods.registry import register_method
+from tokprune.methods.scoring import DecoderScorer
 from tokprune.operators.attention import mean_rows
-from tokprune.operators.topk import segment_topk
 
 Rows = Literal["last", "text"]
 
@@ -46,17 +30,18 @@ _QUOTED = (
 
 @register_method
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(DecoderScorer):
     """Attention of the last prompt token in layer K−1 ranks the image tokens; layers ≥ K see the
     best ``keep`` of them. Selection happens once, in prefill.
 
     With several images in a prompt all their tokens share one ranking and the summed budget, except
     with ``video_unit`` other than "video": then every part of a video has a ranking of its own, and
-    so has every picture.
+    so has every image.
 
     Args:
         keep: visual tokens per image after the cut (count), or fraction.
-        layer: K, the number of decoder layers that see all tokens (paper 2, Hugging Face demo 3).
+        prune_before: K, 0-based, the number of decoder layers that see all tokens (paper 2, Hugging
+            Face demo 3). With several, every one drops in the same way.
         rows: "last" prompt row (all official code), or the mean over all "text" rows after the
             image (another reading of the paper; the last row where no text follows).
         positions: "preserve" (official) or "compact".
@@ -64,81 +49,41 @@ class FastV(Method):
     Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764.
     """
 
-    name: ClassVar[str] = "fastv"
-    stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
-    needs: ClassVar[str] = "one attention row of one layer"
-    paper: ClassVar[str] = "arXiv 2403.06764"
-    presets: ClassVar[tuple[Preset, ...]] = (
-        Preset("llava-1.5", 192, {"keep": 166, "layer": 2}, _SPARSEVLM),
-        Preset("llava-1.5", 128, {"keep": 98, "layer": 2}, _SPARSEVLM),
-        Preset("llava-1.5", 64, {"keep": 30, "layer": 2}, _SPARSEVLM),
-        Preset("llava-1.5", "R=25%", {"keep": 432, "layer": 2}, _README),
-        Preset("llava-1.5", "R=50%", {"keep": 288, "layer": 2}, _README),
-        Preset("llava-1.5", "R=75%", {"keep": 144, "layer": 2}, _README),
-        Preset("llava-1.5", "R=87.5%", {"keep": 72, "layer": 2}, _ABLATION),
-        Preset("llava-1.5", "K=3 R=50%", {"keep": 288, "layer": 3}, _LMMS),
-        Preset("llava-next", 640, {"keep": 640, "layer": 2}, _QUOTED),
-        Preset("llava-next", 320, {"keep": 320, "layer": 2}, _QUOTED),
-        Preset("llava-next", 160, {"keep": 160, "layer": 2}, _QUOTED),
+    name = "fastv"
+    needs = "one attention row of one layer"
+    paper = "arXiv 2403.06764"
+    presets = (
+        Preset("llava-1.5", 192, {"keep": 166, "prune_before": 2}, _SPARSEVLM),
+        Preset("llava-1.5", 128, {"keep": 98, "prune_before": 2}, _SPARSEVLM),
+        Preset("llava-1.5", 64, {"keep": 30, "prune_before": 2}, _SPARSEVLM),
+        Preset("llava-1.5", "R=25%", {"keep": 432, "prune_before": 2}, _README),
+        Preset("llava-1.5", "R=50%", {"keep": 288, "prune_before": 2}, _README),
+        Preset("llava-1.5", "R=75%", {"keep": 144, "prune_before": 2}, _README),
+        Preset("llava-1.5", "R=87.5%", {"keep": 72, "prune_before": 2}, _ABLATION),
+        Preset("llava-1.5", "K=3 R=50%", {"keep": 288, "prune_before": 3}, _LMMS),
+        Preset("llava-next", 640, {"keep": 640, "prune_before": 2}, _QUOTED),
+        Preset("llava-next", 320, {"keep": 320, "prune_before": 2}, _QUOTED),
+        Preset("llava-next", 160, {"keep": 160, "prune_before": 2}, _QUOTED),
     )
 
-    keep: Budget
-    layer: int = 2
+    variants = ({"rows": "text"},)
+    renamed = (Renamed("layer", "prune_before"),)
+
     rows: Rows = "last"
-    positions: Positions = "preserve"
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.layer < 1:
-            raise ValueError(
-                f"layer={self.layer} should be at least 1: the layer before it gives the scores"
-            )
-        check_choice(self.rows, "rows", ("last", "text"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
+    @classmethod
+    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
+        return first_layers(decoder_layers)
 
-    def plan(self, facts: ModelFacts) -> Plan:
-        check_fits(self.keep, facts)
-        check_cut(self.layer, facts)
-        return Plan(decoder=(OneCut(self.layer, lambda: _FastVRun(self)),))
+    @property
+    def ranked_together(self) -> bool:
+        return self.video_unit == "video"
 
-
-class _FastVRun(DecoderRun):
-    def __init__(self, method: FastV) -> None:
-        self.method = method
-        self.score: Tensor | None = None
-
-    def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
-        if self.method.rows == "last":
-            self.score = mean_rows(attention.rows(sequence.last_row()))
-            return
+    def score(self, attention: Attention, sequence: SequenceView) -> Tensor:
+        if self.rows == "last":
+            return mean_rows(attention.rows(sequence.last_row()))
         rows, real = sequence.text_rows()
         if not min(sequence.text_after):  # without text after the image, the last row stands in
             rows = torch.cat([rows, sequence.last_row()], dim=1)
             real = torch.cat([real, ~real.any(1, keepdim=True)], dim=1)
-        self.score = mean_rows(attention.rows(rows), real)
-
-    def before_layer(
-        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
-    ) -> KeepDecision | None:
-        if self.score is None:
-            return None
-        budgets = [[resolve_keep(self.method.keep, n) for n in row] for row in sequence.entering]
-        budgets = [
-            [min(k, n) for k, n in zip(row, now)] for row, now in zip(budgets, sequence.counts)
-        ]
-        if self.method.video_unit != "video":
-            width = sequence.segments
-            own = torch.tensor([row + [0] * (width - len(row)) for row in budgets])
-            mask = segment_topk(
-                self.score.to(hidden.device),
-                sequence.segment,
-                own.to(hidden.device, non_blocking=True),
-            )
-            return KeepDecision(mask, budgets, self.method.positions)
-        totals = torch.tensor([[sum(row)] for row in budgets])
-        one = torch.where(sequence.visual, 0, -1)  # all images of a row share one ranking
-        mask = segment_topk(
-            self.score.to(hidden.device), one, totals.to(hidden.device, non_blocking=True)
-        )
-        shared = any(len(row) > 1 and row != now for row, now in zip(budgets, sequence.counts))
-        return KeepDecision(mask, None if shared else budgets, self.method.positions)
+        return mean_rows(attention.rows(rows), real)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated
 
-from tokprune.engine.contracts import ModelFacts, Plan, Positions
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_keep,
-    register_method,
-)
-from tokprune.methods.merge_stage import check_one
-from tokprune.methods.pool import Pool, pooling_plan
+from tokprune.engine.model import ModelFacts
+from tokprune.methods.options import AtLeast
+from tokprune.methods.pool import Pool
+from tokprune.methods.pooling import WindowPooling
+from tokprune.methods.registry import register_method
 from tokprune.operators.pooling import nested_scales
 
 
 @register_method
 @dataclass(frozen=True)
-class M3(Method):
+class M3(WindowPooling):
     """Run a Matryoshka checkpoint at one of its scales: 576, 144, 36, 9 or 1 tokens per tile of a
     24×24 grid, the same for every image of a call. Choosing the scale is the user's part.
 
@@ -48,28 +42,13 @@ class M3(Method):
     is the paper's training-free baseline.
     """
 
-    name: ClassVar[str] = "m3"
-    stages: ClassVar[tuple[str, ...]] = ("after projector",)
-    needs: ClassVar[str] = "nothing (a checkpoint trained for the scales)"
-    paper: ClassVar[str] = "arXiv 2405.17430"
-    presets: ClassVar[tuple[Preset, ...]] = Pool.presets
+    name = "m3"
+    needs = "nothing (a checkpoint trained for the scales)"
+    one_of = ("keep", "level")
+    budget_options = frozenset(one_of)
 
-    keep: Budget | None = None
-    level: int | None = None
+    level: Annotated[int, AtLeast(0)] | None = None
     official_rounding: bool = False
-    place: Literal["after", "before"] = "after"
-    positions: Positions = "compact"
-
-    def __post_init__(self) -> None:
-        check_one(keep=self.keep, level=self.level)
-        if self.keep is not None:
-            check_keep(self.keep)
-        whole = isinstance(self.level, int) and not isinstance(self.level, bool)
-        if self.level is not None and (not whole or self.level < 0):
-            raise ValueError(f"level={self.level!r} should be a whole number, 0 for all tokens")
-        check_choice(self.official_rounding, "official_rounding", (True, False))
-        check_choice(self.place, "place", ("after", "before"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
 
     def pool(self, facts: ModelFacts) -> Pool:
         """The pooling that this scale is on the tiles of a model.
@@ -77,42 +56,27 @@ class M3(Method):
         Raises:
             ValueError: their grid has no such scale; lists what it has.
         """
-        return self._pool(facts.grid)
+        window = self.window_for(facts.grid)
+        return Pool(window=window, place=self.place, positions=self.positions)
 
     def window_for(self, grid: tuple[int, int]) -> int:
-        """The window that this scale is on a grid.
-
-        Raises:
-            ValueError: the grid has no such scale; lists what it has.
-        """
-        return self._pool(grid).window_for(grid)
-
-    def _pool(self, grid: tuple[int, int]) -> Pool:
-        scales, cells = nested_scales(*grid), grid[0] * grid[1]
+        scales = nested_scales(*grid)
+        cells, listed = scales[0], ", ".join(map(str, scales))
         if self.level is not None:
             if self.level >= len(scales):
                 raise ValueError(
                     f"level={self.level} should be at most {len(scales) - 1}: the levels of this "
-                    f"model's {grid[0]}×{grid[1]} grid are {_list(scales)} tokens"
+                    f"model's {grid[0]}×{grid[1]} grid are {listed} tokens"
                 )
-            return Pool(scales[self.level], place=self.place, positions=self.positions)
-        assert self.keep is not None
-        count = self.keep if isinstance(self.keep, int) else self.keep * cells
+            return math.isqrt(cells // scales[self.level])
         if self.official_rounding:
-            window = max(1, int(math.sqrt(cells / count)))
-            return Pool(window=window, place=self.place, positions=self.positions)
-        near = [scale for scale in scales if abs(scale - count) < 1e-6 * scale]
-        if not near:
+            window = max(1, int(math.sqrt(cells / self.wanted(cells))))
+            return Pool(window=window).window_for(grid)
+        scale = self.wanted_of(scales)
+        if scale is None:
             raise ValueError(
                 f"keep={self.keep} tokens per tile is no nested scale of its {grid[0]}×"
-                f"{grid[1]} grid; keep should be one of {_list(scales)} (or use the method "
+                f"{grid[1]} grid; keep should be one of {listed} (or use the method "
                 "'pool', which takes every window that divides the grid)"
             )
-        return Pool(near[0], place=self.place, positions=self.positions)
-
-    def plan(self, facts: ModelFacts) -> Plan:
-        return pooling_plan(self, facts)
-
-
-def _list(scales: list[int]) -> str:
-    return ", ".join(map(str, scales))
+        return math.isqrt(cells // scale)

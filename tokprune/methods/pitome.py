@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
-from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_keep,
-    check_range,
-    register_method,
-)
-from tokprune.methods.merge_stage import (
-    Matching,
-    Recipe,
-    Scope,
-    Step,
-    check_margin,
-    check_one,
-    check_reachable,
-    check_rules,
-    plan_merges,
-    ratio_for,
-    steps_by_ratio,
-    trim,
-)
+from tokprune.methods.base import Preset
+from tokprune.methods.merging import LayerMerger
+from tokprune.methods.merging.schedule import Matching, Step, Steps, merging_layers
+from tokprune.methods.merging.stage import Recipe
+from tokprune.methods.options import Range
+from tokprune.methods.registry import register_method
 from tokprune.operators.energy import EnergyKind, Split
 
 Variant = Literal["v1", "head", "paper", "deit"]
@@ -36,45 +18,28 @@ Variant = Literal["v1", "head", "paper", "deit"]
 #: from this margin on, the LLaVA runs match by plain bipartite soft matching
 BSM_MARGIN = 0.45
 
-
-@dataclass(frozen=True)
-class _Defaults:
-    """What sets the variants apart."""
-
-    energy: EnergyKind
-    margin: tuple[float, float]
-    every_layer: bool
-    place: Literal["between", "after"]
-    metric: Literal["hidden", "keys"]
-    weighted: bool
-    prop_attn: bool
-
-
-_VARIANTS: dict[str, _Defaults] = {
-    "v1": _Defaults("gauss", (0.9, 0.9), False, "after", "hidden", False, False),
-    "head": _Defaults("elu", (0.9, 0.9), True, "after", "hidden", False, False),
-    "paper": _Defaults("paper", (0.9, 0.9), True, "between", "keys", True, True),
-    "deit": _Defaults("elu", (0.75, 0.75), True, "between", "keys", True, False),
+_RECIPES: dict[Variant, Recipe] = {
+    "v1": Recipe("after", "hidden", energy="gauss"),
+    "head": Recipe("after", "hidden", energy="elu"),
+    "paper": Recipe("between", "keys", weighted=True, prop_attn=True, energy="paper"),
+    "deit": Recipe("between", "keys", weighted=True, energy="elu"),
 }
 
 _LOGS = "authors' logs (llava_w_ratio.csv), schedule v1: ratio {} leaves {} patches"
 _OURS = "ratio of schedule v1 that lands on the budget; ours, the authors publish ratios"
+_LOGGED = {0.85: 99, 0.875: 135, 0.9: 183, 0.925: 247, 0.95: 331}
+_LANDING = {192: 0.9032, 128: 0.8699, 64: 0.8159}
 
 
-def _presets() -> tuple[Preset, ...]:
-    ratios = {0.85: 99, 0.875: 135, 0.9: 183, 0.925: 247, 0.95: 331}
-    logged = [
-        Preset("llava-1.5", f"r={ratio}", {"ratio": ratio}, _LOGS.format(ratio, n))
-        for ratio, n in ratios.items()
-    ]
-    landing = {192: 0.9032, 128: 0.8699, 64: 0.8159}
-    ours = [Preset("llava-1.5", n, {"ratio": ratio}, _OURS) for n, ratio in landing.items()]
-    return (*logged, *ours)
+def _margin(value: Any, name: str) -> None:
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if not (pair and all(isinstance(m, (int, float)) for m in value)):
+        raise ValueError(f"{name}={value!r} should be a pair (start, slope), e.g. (0.9, 0.9)")
 
 
 @register_method
 @dataclass(frozen=True)
-class PiToMe(Method):
+class PiToMe(LayerMerger):
     """Layer after layer, tokens of high energy (mean thresholded similarity to all others) merge
     into each other; tokens of low energy and the class token are protected. Text-agnostic.
 
@@ -102,66 +67,53 @@ class PiToMe(Method):
         order: of the tokens in the prompt, "published" (as they leave the tower: protected by
             falling energy, then merged) or "spatial".
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
-        scope: what ``keep`` counts on tiled models, see above: "tile", or "image" to share it
+        scope: what ``keep`` counts on tiled models: "tile", or "image" to share it
             between the most tiles that an image can have.
 
     Source: Tran et al., "Accelerating Transformers with Spectrum-Preserving Token Merging",
     NeurIPS 2024, arXiv 2405.16148.
     """
 
-    name: ClassVar[str] = "pitome"
-    stages: ClassVar[tuple[str, ...]] = ("encoder layers",)
-    needs: ClassVar[str] = "hidden states (v1, head) or keys of the merging layers"
-    paper: ClassVar[str] = "arXiv 2405.16148"
-    presets: ClassVar[tuple[Preset, ...]] = _presets()
+    name = "pitome"
+    needs = "hidden states (v1, head) or keys of the merging layers"
+    paper = "arXiv 2405.16148"
+    presets = (
+        *(
+            Preset("llava-1.5", f"r={ratio}", {"ratio": ratio}, _LOGS.format(ratio, left))
+            for ratio, left in _LOGGED.items()
+        ),
+        *(Preset("llava-1.5", n, {"ratio": ratio}, _OURS) for n, ratio in _LANDING.items()),
+    )
 
-    keep: Budget | None = None
-    ratio: float | None = None
+    variants = ({"variant": "head"}, {"variant": "paper"}, {"variant": "deit"})
+
     variant: Variant = "v1"
     energy: EnergyKind | None = None
-    margin: tuple[float, float] | None = None
-    alpha: float = 1.0
+    margin: Annotated[tuple[float, float], _margin] | None = None
+    alpha: Annotated[float, Range(0.0, 1e6)] = 1.0
     split: Split = "alternate"
-    order: Order = "published"
-    positions: Positions = "compact"
-    scope: Scope = "tile"
 
-    def __post_init__(self) -> None:
-        check_one(keep=self.keep, ratio=self.ratio)
-        if self.keep is not None:
-            check_keep(self.keep)
-        if self.ratio is not None:
-            check_range(self.ratio, "ratio", 0.5, 1.0)
-        check_choice(self.variant, "variant", tuple(_VARIANTS))
-        kinds = (None, "elu", "gauss", "gauss_text", "paper", "elu_sharp")
-        check_choice(self.energy, "energy", kinds)
-        check_margin(self.margin)
-        check_range(self.alpha, "alpha", 0.0, 1e6)
-        check_choice(self.split, "split", ("alternate", "halves"))
-        check_choice(self.order, "order", ("published", "spatial"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
-        check_choice(self.scope, "scope", ("tile", "image"))
+    @property
+    def recipe(self) -> Recipe:
+        own = _RECIPES[self.variant]
+        return replace(own, energy=self.energy or own.energy, alpha=self.alpha, split=self.split)
 
-    def rules(self, encoder_layers: int, last_layer: int) -> tuple[Step, ...]:
+    def rules(self, encoder_layers: int, last_layer: int) -> Steps:
         """The merging layers up to ``last_layer`` of ``encoder_layers``, their matchings and
         margins; how many tokens they remove is open.
 
         Raises:
             ValueError: a margin of 1 or more with a Gaussian energy, or no layer to merge in.
         """
-        defaults = _VARIANTS[self.variant]
-        start, slope = self.margin or defaults.margin
+        start, slope = self.margin or ((0.75, 0.75) if self.variant == "deit" else (0.9, 0.9))
         steps = []
-        for layer in range(last_layer + 1):
+        for layer in merging_layers(last_layer, self.variant, odd=self.variant == "v1"):
             margin = start - slope * layer / encoder_layers
-            if defaults.every_layer or layer % 2:
-                steps.append(Step(layer, self._matching(layer, encoder_layers, margin), margin))
-        check_rules(steps, last_layer, f"variant={self.variant!r}")
-        gauss = (self.energy or defaults.energy).startswith("gauss")
-        used = [step.margin for step in steps if step.matching != "bsm"]
-        if gauss and max(used, default=0.0) >= 1:
+            steps.append(Step(layer, self._matching(layer, encoder_layers, margin), margin))
+        used = max((step.margin for step in steps if step.matching != "bsm"), default=0.0)
+        if used >= 1 and self.recipe.energy.startswith("gauss"):
             raise ValueError(
-                f"margin={self.margin} gives {max(used):.3g} in layer {steps[0].layer}; with a "
+                f"margin={self.margin} gives {used:.3g} in layer {steps[0].layer}; with a "
                 "Gaussian energy margins should be below 1"
             )
         return tuple(steps)
@@ -174,38 +126,3 @@ class PiToMe(Method):
         if self.variant == "head":
             return "bsm" if 2 * layer <= encoder_layers else "protect"
         return "bsm" if margin >= BSM_MARGIN - 1e-9 else "protect"
-
-    def recipe(self, steps: tuple[Step, ...]) -> Recipe:
-        """What the steps do in this variant."""
-        defaults = _VARIANTS[self.variant]
-        return Recipe(
-            steps=steps,
-            place=defaults.place,
-            metric=defaults.metric,
-            weighted=defaults.weighted,
-            prop_attn=defaults.prop_attn,
-            energy=self.energy or defaults.energy,
-            alpha=self.alpha,
-            split=self.split,
-        )
-
-    def schedule(
-        self, tokens: int, class_token: bool, encoder_layers: int, last_layer: int,
-        left: int | None = None,
-    ) -> tuple[Step, ...]:  # fmt: skip
-        """Steps for towers of ``tokens`` rows (class token included): by ``ratio``, or, where
-        there is none, down to exactly ``left`` rows. Host arithmetic only.
-
-        Raises:
-            ValueError: ``left`` cannot be reached.
-        """
-        rules = self.rules(encoder_layers, last_layer)
-        if self.ratio is not None:
-            return steps_by_ratio(rules, tokens, class_token, self.ratio)
-        assert left is not None
-        check_reachable(rules, tokens, class_token, left)
-        ratio = ratio_for(rules, tokens, class_token, left)
-        return trim(steps_by_ratio(rules, tokens, class_token, ratio), tokens, left)
-
-    def plan(self, facts: ModelFacts) -> Plan:
-        return plan_merges(self, facts)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import (
-    DecoderRun,
-    DecoderStage,
-    KeepDecision,
-    ModelFacts,
-    Plan,
-    Positions,
-    ScoringLayer,
-    SequenceView,
-)
-from tokprune.methods.base import BudgetSchedule, Method, Preset, check_choice, register_method
-from tokprune.methods.schedule import check_layers, check_steps, check_steps_fit, tokens_after
-from tokprune.operators.pyramiddrop import rank_drop
+from tokprune.engine.contracts import Attention, Positions, SequenceView
+from tokprune.methods.base import Preset
+from tokprune.methods.depth import last_steps
+from tokprune.methods.options import BudgetSchedule, PruneBefore, Renamed
+from tokprune.methods.registry import register_method
+from tokprune.methods.scoring import DecoderScorer
 
 _LAYERS = (8, 16, 24)
 _EARLY = (2, 8, 16)
@@ -43,7 +34,7 @@ def _shares(share: float) -> tuple[float, float, float]:
 
 @register_method
 @dataclass(frozen=True)
-class PyramidDrop(Method):
+class PyramidDrop(DecoderScorer):
     """At the end of every stage of decoder layers a fixed share of the image tokens survives:
     those that the last prompt token attends to most. The attention is that of the layer about to
     run (its norm, query and key projections on what enters it). Prefill only; decode steps drop
@@ -56,7 +47,7 @@ class PyramidDrop(Method):
             fractions are of the tokens that entered the decoder, int(n · fraction), at least 1.
             One number is the last stage: every stage then keeps the same share of what it finds
             (0.125 in three steps is the published 0.5, 0.25, 0.125).
-        prune_layers: decoder layers, counted from 0 and ascending, before which tokens are
+        prune_before: decoder layers, counted from 0 and ascending, before which tokens are
             dropped.
         positions: "compact" renumbers after every drop (official), "preserve" keeps the ids.
 
@@ -65,76 +56,34 @@ class PyramidDrop(Method):
     the official code by the layer that follows; this is the code's.
     """
 
-    name: ClassVar[str] = "pyramiddrop"
-    stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
-    needs: ClassVar[str] = "one attention row of three layers"
-    paper: ClassVar[str] = "arXiv 2410.17247"
-    presets: ClassVar[tuple[Preset, ...]] = (
+    name = "pyramiddrop"
+    needs = "one attention row of three layers"
+    paper = "arXiv 2410.17247"
+    presets = (
         Preset("llava-1.5", "S=4", {"keep": (0.5, 0.25, 0.125)}, _SOURCE),
-        Preset("llava-1.5", "S=3", {"keep": (0.5, 0.25), "prune_layers": (10, 20)}, _THREE),
+        Preset("llava-1.5", "S=3", {"keep": (0.5, 0.25), "prune_before": (10, 20)}, _THREE),
         Preset("llava-1.5", 192, {"keep": _shares(0.25308)}, _FITTED),
-        Preset("llava-1.5", 128, {"keep": _shares(0.41974), "prune_layers": _EARLY}, _FITTED_EARLY),
-        Preset("llava-1.5", 64, {"keep": _shares(0.19158), "prune_layers": _EARLY}, _FITTED_EARLY),
+        Preset("llava-1.5", 128, {"keep": _shares(0.41974), "prune_before": _EARLY}, _FITTED_EARLY),
+        Preset("llava-1.5", 64, {"keep": _shares(0.19158), "prune_before": _EARLY}, _FITTED_EARLY),
         Preset("llava-next", "S=4", {"keep": (0.5, 0.25, 0.125)}, _SOURCE),
         Preset(
-            "llava-next", 640, {"keep": _shares(0.41974), "prune_layers": _EARLY}, _FITTED_EARLY
+            "llava-next", 640, {"keep": _shares(0.41974), "prune_before": _EARLY}, _FITTED_EARLY
         ),
         Preset(
-            "llava-next", 320, {"keep": _shares(0.19158), "prune_layers": _EARLY}, _FITTED_EARLY
+            "llava-next", 320, {"keep": _shares(0.19158), "prune_before": _EARLY}, _FITTED_EARLY
         ),
     )
 
+    renamed = (Renamed("prune_layers", "prune_before"),)
+    attention_of = "next layer"
+
     keep: BudgetSchedule = 0.125
-    prune_layers: Sequence[int] = _LAYERS
+    prune_before: PruneBefore = _LAYERS
     positions: Positions = "compact"
 
-    def __post_init__(self) -> None:
-        check_layers(self.prune_layers, "prune_layers", first=1)
-        check_steps(self.keep, len(self.prune_layers), "prune_layers")
-        check_choice(self.positions, "positions", ("compact", "preserve"))
+    @classmethod
+    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
+        return last_steps(_LAYERS, decoder_layers)
 
-    def plan(self, facts: ModelFacts) -> Plan:
-        check_steps_fit(self.keep, facts)
-        if max(self.prune_layers) >= facts.decoder_layers:
-            raise ValueError(
-                f"prune_layers={tuple(self.prune_layers)} should lie between 1 and "
-                f"{facts.decoder_layers - 1}, the last of the model's decoder layers"
-            )
-        return Plan(decoder=(_PyramidStage(self),))
-
-    def counts(self, step: int, tokens: int) -> int:
-        """Tokens left after step ``step`` (0-based) of an image that entered with ``tokens``."""
-        return tokens_after(self.keep, step, len(self.prune_layers), tokens)
-
-
-class _PyramidStage(DecoderStage):
-    def __init__(self, method: PyramidDrop) -> None:
-        self.method = method
-        self.prune_layers = frozenset(method.prune_layers)
-
-    def start(self) -> DecoderRun:
-        return _PyramidRun(self.method)
-
-
-class _PyramidRun(DecoderRun):
-    def __init__(self, method: PyramidDrop) -> None:
-        self.method = method
-        #: attention from the last prompt token at the newest step, [B, L], before its drop
-        self.score: Tensor | None = None
-
-    def before_layer(
-        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
-    ) -> KeepDecision | None:
-        step = list(self.method.prune_layers).index(layer)
-        counts = [
-            [min(self.method.counts(step, n), now) for n, now in zip(*row)]
-            for row in zip(sequence.entering, sequence.counts)
-        ]
-        if counts == sequence.counts:
-            return None
-        row = scoring.probabilities(hidden, sequence.last_row(), sequence)[:, :, 0]
-        budget = torch.tensor([own + [0] * (sequence.segments - len(own)) for own in counts])
-        self.score, mask = rank_drop(
-            row, sequence.segment, budget.to(hidden.device, non_blocking=True)
-        )
-        return KeepDecision(mask, counts, self.method.positions)
+    def score(self, attention: Attention, sequence: SequenceView) -> Tensor:
+        return attention.rows(sequence.last_row())[:, :, 0].mean(1)

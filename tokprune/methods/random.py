@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from tokprune.engine.contracts import (
-    ImageTokens,
-    ModelFacts,
-    Plan,
-    Positions,
-    PromptStage,
-    Selection,
-)
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    check_choice,
-    check_fits,
-    check_keep,
-    register_method,
-    resolve_keep,
-)
+from tokprune.engine.contracts import ImageTokens
+from tokprune.methods.registry import register_method
+from tokprune.methods.scoring import PromptScorer
 
 
 @register_method
 @dataclass(frozen=True)
-class Random(Method):
+class Random(PromptScorer):
     """A uniformly random subset of the patches of each image, in prompt order.
 
     Newline tokens go. The draw depends on ``seed``, the image's token count and nothing else, so
@@ -41,36 +25,13 @@ class Random(Method):
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
     """
 
-    name: ClassVar[str] = "random"
-    stages: ClassVar[tuple[str, ...]] = ("after projector",)
-    needs: ClassVar[str] = "nothing"
+    name = "random"
+    needs = "nothing"
+    control = True
 
-    keep: Budget
     seed: int = 0
-    positions: Positions = "compact"
 
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        check_choice(self.positions, "positions", ("compact", "preserve"))
-
-    def plan(self, facts: ModelFacts) -> Plan:
-        check_fits(self.keep, facts)
-        return Plan(prompt=(_RandomStage(self.keep, self.seed, self.positions),))
-
-
-class _RandomStage(PromptStage):
-    def __init__(self, keep: Budget, seed: int, positions: Positions) -> None:
-        self.keep, self.seed, self.positions = keep, seed, positions
-
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        return [self._one(image) for image in images]
-
-    def _one(self, image: ImageTokens) -> Selection | None:
-        k = resolve_keep(self.keep, image.patches)
-        if k >= image.patches:
-            return None
+    def score(self, image: ImageTokens) -> torch.Tensor:
+        # drawn on the host, so that every device draws the same
         generator = torch.Generator().manual_seed(self.seed)
-        # ranks are drawn on the host, so every device draws the same
-        rank = torch.randperm(image.count, generator=generator).to(image.features.device)
-        rank = torch.where(image.newline, image.count, rank)
-        return Selection(rank.argsort(stable=True)[:k].sort().values)
+        return -torch.randperm(image.count, generator=generator).float()

@@ -5,35 +5,28 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from tokprune.engine.contracts import ModelFacts
-from tokprune.methods.base import BudgetSchedule, check_fits, check_keep, resolve_keep
+from tokprune.methods.base import resolve_keep
+from tokprune.methods.options import BudgetSchedule, check_keep
 
 #: absorbs rounding of powers, so that 576 · (1/8)^(1/3) is 288
 _ROUNDING = 1e-6
 
 
-def check_layers(layers: Sequence[int], name: str, first: int = 0) -> None:
-    """A sequence of different layer numbers, ascending, none below ``first``.
-
-    Raises:
-        ValueError: it is empty or something else.
-    """
-    fine = isinstance(layers, Sequence) and len(layers) > 0 and all(
-        isinstance(x, int) and not isinstance(x, bool) and x >= first for x in layers
-    )  # fmt: skip
-    if not fine or list(layers) != sorted(set(layers)):
-        raise ValueError(
-            f"{name}={layers!r} should be a sequence of ascending layer numbers from {first} on"
-        )
+def steps_of(layers: int | Sequence[int]) -> tuple[int, ...]:
+    """Layer numbers of ``prune_before``, one or several, as a tuple."""
+    return tuple(layers) if isinstance(layers, Sequence) else (layers,)
 
 
-def check_steps(keep: BudgetSchedule, steps: int, name: str) -> None:
+def check_steps(
+    keep: BudgetSchedule, steps: Sequence[int], name: str, none_left: bool = False
+) -> None:
     """A budget, or a sequence with one budget per step that never rises.
 
     Args:
         keep: to be checked.
-        steps: number of steps.
-        name: the option that lists the layers of the steps.
+        steps: the layers of the steps.
+        name: the option that lists them.
+        none_left: a schedule may come to 0.
 
     Raises:
         ValueError, TypeError: it is neither.
@@ -41,25 +34,16 @@ def check_steps(keep: BudgetSchedule, steps: int, name: str) -> None:
     if not isinstance(keep, Sequence) or isinstance(keep, str):
         check_keep(keep)
         return
-    if len(keep) != steps:
+    if len(keep) != len(steps):
         raise ValueError(
-            f"keep={keep!r} should hold one budget per layer of {name}, {steps} in all"
+            f"keep={keep!r} should hold one budget per layer of {name}, {len(steps)} in all"
         )
     for i, budget in enumerate(keep):
-        check_keep(budget, f"keep[{i}]")
+        if not (none_left and budget == 0 and not isinstance(budget, bool)):
+            check_keep(budget, f"keep[{i}]")
     for before, after in itertools.pairwise(keep):
         if type(before) is type(after) and after > before:
             raise ValueError(f"keep={keep!r} should not rise from one step to the next")
-
-
-def check_steps_fit(keep: BudgetSchedule, facts: ModelFacts) -> None:
-    """No count of a schedule is larger than an image of the model.
-
-    Raises:
-        ValueError: names the count and the largest that makes sense.
-    """
-    for budget in keep if isinstance(keep, Sequence) else (keep,):
-        check_fits(budget, facts)
 
 
 def tokens_after(keep: BudgetSchedule, step: int, steps: int, tokens: int) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokprune.methods.base import Method, make_method
+from tokprune.methods.base import Method
+from tokprune.methods.registry import make_method
 
-SCHEMA = 1
+#: 1, of the release before, is read as well: its option names are mapped, its ``repr`` is ignored
+SCHEMA = 2
 
 
 def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
@@ -24,7 +26,7 @@ def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
         TypeError: an option of the wrong type.
     """
     where, value = _read(setting)
-    if value.get("schema") != SCHEMA:
+    if value.get("schema") not in (1, SCHEMA):
         raise ValueError(
             f"{where}: schema={value.get('schema')!r} is unknown; known: {SCHEMA}. It should be a "
             "file made by 'tokprune recommend'"
@@ -34,10 +36,10 @@ def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
         raise ValueError(f"{where}: 'method'={name!r} should be the name of a method")
     if not isinstance(options, Mapping):
         raise ValueError(f"{where}: 'options'={options!r} should be a JSON object")
-    text = value.get("repr")
+    text = value.get("repr") if value["schema"] == SCHEMA else None
     problems: list[Exception] = []
     made: list[Method] = []
-    for form in ({k: _tuples(v) for k, v in options.items()}, dict(options)):
+    for form in (as_tuples(options), dict(options)):
         try:
             made.append(make_method(name, **form))
         except (ValueError, TypeError) as error:
@@ -73,5 +75,8 @@ def _read(setting: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, An
     return f"setting {path}", value
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """JSON's lists as tuples, inside tables as well: methods take tuples."""
+    if isinstance(value, Mapping):
+        return {name: as_tuples(item) for name, item in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value

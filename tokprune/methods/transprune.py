@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, Any
 
-import torch
-from torch import Tensor
-
-from tokprune.engine.contracts import (
-    DecoderRun,
-    DecoderStage,
-    KeepDecision,
-    ModelFacts,
-    Plan,
-    Positions,
-    ScoringLayer,
-    SequenceView,
-)
-from tokprune.methods.base import (
+from tokprune.engine.contracts import ModelFacts, Plan, Positions
+from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit
+from tokprune.methods.depth import LEAST_DEPTH, scaled_layers
+from tokprune.methods.options import (
     Budget,
     BudgetSchedule,
-    Method,
-    Preset,
-    check_choice,
-    check_fits,
-    check_keep,
-    check_range,
-    register_method,
+    PruneBefore,
+    Range,
+    Renamed,
+    check_layers,
 )
-from tokprune.operators.topk import segment_topk
-from tokprune.operators.transition import instruction_rows, transition_score, transition_weight
+from tokprune.methods.registry import register_method
+from tokprune.methods.schedule import check_steps, steps_of
+from tokprune.methods.transprune_stage import TransPruneStage
+from tokprune.operators.transition import Direction, Normalize
 
-Direction = Literal["signed", "abs"]
-Normalize = Literal["sample", "batch"]
-
+_LAYERS = (7, 9, 12)
 #: the published schedule, and the share of all dropped tokens that each of its steps drops
 _HIGH = (0.875, 0.625, 0.125)
 _SHARES = ((1, 7), (3, 7), (7, 7))
@@ -53,19 +39,19 @@ _LOW_SOURCE = (
 class TransPrune(Method):
     """Ranks image tokens by their transitions (length ratio times change of direction in every
     attention and MLP module, summed over layers) and by the attention that the text after the
-    image pays them; drops the lowest before each of ``prune_layers``.
+    image pays them; drops the lowest before each of ``prune_before``.
 
     Every image has its own budget and its own normalised score. Text after the sample's last
     image asks; where there is none, transitions alone rank (with a warning).
 
     Args:
-        keep: tokens per image left after each prune layer, a count or fraction per step;
+        keep: tokens per image left after each step, a count or a fraction for each;
             fractions are of the tokens that entered the decoder, int(n · fraction). One number
             is the last step of a three-step schedule (or the only step): the earlier steps then
             drop 1/7 and 3/7 of what is dropped in all, which for 0.125 is the published
             (0.875, 0.625, 0.125). An explicit schedule may end in 0 (no visual token left).
-        prune_layers: decoder layers, counted from 1 and ascending, after which tokens are dropped.
-        accumulate_layers: layers, counted from 1, whose transitions are summed.
+        prune_before: decoder layers, 0-based and ascending, before which tokens are dropped.
+        transition_layers: decoder layers, 0-based and ascending, whose transitions are summed.
         alpha: weight of the transitions; 1 reads no attention at all, 0 reads attention only.
         direction: "signed" uses 1 − cos (official code), "abs" 1 − |cos| (paper).
         normalize: transitions of one module are normalised over the "sample" (its real tokens)
@@ -75,85 +61,74 @@ class TransPrune(Method):
     Source: TransPrune: Token Transition Pruning, CVPR 2026, arXiv 2507.20630.
     """
 
-    name: ClassVar[str] = "transprune"
-    stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
-    needs: ClassVar[str] = "module inputs and outputs of six layers, text rows of three layers"
-    paper: ClassVar[str] = "arXiv 2507.20630"
-    presets: ClassVar[tuple[Preset, ...]] = (
+    name = "transprune"
+    stages = ("decoder prefill",)
+    needs = "module inputs and outputs of six layers, text attention of three layers"
+    paper = "arXiv 2507.20630"
+    presets = (
         Preset("llava-1.5", "high", {"keep": _HIGH}, _HIGH_SOURCE),
         Preset("llava-1.5", "low", {"keep": _LOW}, _LOW_SOURCE),
         Preset("llava-next", "high", {"keep": _HIGH}, _HIGH_SOURCE),
         Preset("llava-next", "low", {"keep": _LOW}, _LOW_SOURCE),
     )
+    variants = ({"alpha": 1.0}, {"direction": "abs"})
+    renamed = (
+        Renamed("prune_layers", "prune_before"),
+        Renamed("accumulate_layers", "transition_layers", -1),
+    )
 
     keep: BudgetSchedule = _HIGH
-    prune_layers: Sequence[int] = (7, 9, 12)
-    accumulate_layers: Sequence[int] = (7, 8, 9, 10, 11, 12)
-    alpha: float = 0.5
+    prune_before: PruneBefore = _LAYERS
+    transition_layers: tuple[int, ...] = (6, 7, 8, 9, 10, 11)
+    alpha: Annotated[float, Range(0, 1)] = 0.5
     direction: Direction = "signed"
     normalize: Normalize = "sample"
     positions: Positions = "compact"
 
     def __post_init__(self) -> None:
-        _check_layers(self.prune_layers, "prune_layers")
-        _check_layers(self.accumulate_layers, "accumulate_layers")
-        if not self.prune_layers:
-            raise ValueError("prune_layers=() should name at least one layer")
-        self._check_schedule()
-        check_range(self.alpha, "alpha", 0, 1)
-        check_choice(self.direction, "direction", ("signed", "abs"))
-        check_choice(self.normalize, "normalize", ("sample", "batch"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
-        first = min(self.prune_layers)
-        if self.alpha == 1 and not any(layer <= first for layer in self.accumulate_layers):
+        super().__post_init__()
+        check_steps(self.keep, self.steps, "prune_before", none_left=True)
+        if not isinstance(self.keep, Sequence) and len(self.steps) not in (1, 3):
             raise ValueError(
-                f"accumulate_layers={self.accumulate_layers!r} has no layer up to the first of "
-                f"prune_layers, {first}: with alpha=1 nothing would rank there; it should"
+                f"keep={self.keep!r} stands for the last of 3 steps; with {len(self.steps)} layers "
+                f"in prune_before it should be a sequence of {len(self.steps)} budgets"
+            )
+        if self.transition_layers != ():
+            check_layers(self.transition_layers, "transition_layers")
+        first = min(self.steps)
+        if self.alpha == 1 and not any(layer < first for layer in steps_of(self.transition_layers)):
+            raise ValueError(
+                f"transition_layers={self.transition_layers!r} has no layer before the first of "
+                f"prune_before, {first}: with alpha=1 nothing would rank there; it should"
             )
 
-    def _check_schedule(self) -> None:
-        steps = len(self.prune_layers)
-        if not isinstance(self.keep, Sequence) or isinstance(self.keep, str):
-            check_keep(self.keep)
-            if steps not in (1, 3):
-                raise ValueError(
-                    f"keep={self.keep!r} stands for the last of 3 steps; with {steps} prune_layers "
-                    f"it should be a sequence of {steps} budgets"
-                )
-            return
-        if len(self.keep) != steps:
-            raise ValueError(
-                f"keep={self.keep!r} should hold one budget per prune layer, {steps} in all"
-            )
-        for i, budget in enumerate(self.keep):
-            if isinstance(budget, bool) or budget != 0:
-                check_keep(budget, f"keep[{i}]")
-        for before, after in zip(self.keep, self.keep[1:]):
-            if type(before) is type(after) and after > before:
-                raise ValueError(f"keep={self.keep!r} should not rise from one step to the next")
+    @classmethod
+    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
+        if decoder_layers >= LEAST_DEPTH:
+            return {}
+        steps = _LAYERS if decoder_layers > len(_LAYERS) else _LAYERS[1:2]
+        layers = scaled_layers(steps, decoder_layers, first=1, last=decoder_layers - 1)
+        return {
+            "prune_before": layers,
+            "transition_layers": tuple(range(layers[0] - 1, layers[-1])),
+        }
 
     def plan(self, facts: ModelFacts) -> Plan:
-        for budget in self.keep if isinstance(self.keep, Sequence) else (self.keep,):
-            check_fits(budget, facts)
-        depth = facts.decoder_layers
-        if max(self.prune_layers) >= depth:
-            raise ValueError(
-                f"prune_layers={tuple(self.prune_layers)} should lie between 1 and {depth - 1}: "
-                f"the model has {depth} decoder layers and the one after each must exist"
-            )
-        if max(self.accumulate_layers, default=0) > depth:
-            raise ValueError(
-                f"accumulate_layers={tuple(self.accumulate_layers)} should lie between 1 and the "
-                f"model's {depth} decoder layers"
-            )
-        return Plan(decoder=(_TransPruneStage(self),))
+        check_fits(self.keep, facts)
+        check_layers_fit(self.prune_before, facts, first=1)
+        check_layers_fit(self.transition_layers, facts, name="transition_layers")
+        return Plan(decoder=(TransPruneStage(self),))
 
-    def counts(self, step: int, tokens: int) -> int:
-        """Tokens left after prune step ``step`` (0-based) of an image that entered with
-        ``tokens``."""
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The layers before which tokens are dropped."""
+        return steps_of(self.prune_before)
+
+    def count(self, step: int, tokens: int) -> int:
+        """Tokens left after step ``step`` (0-based) of an image that entered with ``tokens``."""
         if isinstance(self.keep, Sequence):
             return _resolve(self.keep[step], tokens)
-        if len(self.prune_layers) == 1:
+        if len(self.steps) == 1:
             return _resolve(self.keep, tokens)
         part, whole = _SHARES[step]
         if isinstance(self.keep, int):
@@ -163,108 +138,3 @@ class TransPrune(Method):
 
 def _resolve(budget: Budget, tokens: int) -> int:
     return min(budget, tokens) if isinstance(budget, int) else int(tokens * budget)
-
-
-def _check_layers(layers: Sequence[int], name: str) -> None:
-    fine = isinstance(layers, Sequence) and all(
-        isinstance(x, int) and not isinstance(x, bool) for x in layers
-    )
-    if not fine or any(x < 1 for x in layers) or list(layers) != sorted(set(layers)):
-        raise ValueError(
-            f"{name}={layers!r} should be a sequence of layer numbers, counted from 1 and ascending"
-        )
-
-
-class _TransPruneStage(DecoderStage):
-    def __init__(self, method: TransPrune) -> None:
-        self.method = method
-        self.prune_layers = frozenset(method.prune_layers)
-        if method.alpha > 0:
-            last = max(method.prune_layers)
-            self.transition_layers = frozenset(
-                layer - 1 for layer in method.accumulate_layers if layer <= last
-            )
-
-    def start(self) -> DecoderRun:
-        return _TransPruneRun(self.method)
-
-
-class _TransPruneRun(DecoderRun):
-    def __init__(self, method: TransPrune) -> None:
-        self.method = method
-        #: transition weights [B, L] per 0-based layer, tokens alive now
-        self.transitions: dict[int, Tensor] = {}
-        #: instruction attention and combined score [B, L] of the newest step, before its drop
-        self.instruction: Tensor | None = None
-        self.score: Tensor | None = None
-        self._warned = False
-
-    def transition(
-        self, layer: int, module: Literal["attention", "mlp"], before: Tensor, after: Tensor,
-        sequence: SequenceView,
-    ) -> None:  # fmt: skip
-        valid = sequence.valid if sequence.padded else None
-        weight = transition_weight(
-            before, after, valid, self.method.normalize, self.method.direction
-        )
-        earlier = self.transitions.get(layer)
-        self.transitions[layer] = weight if earlier is None else earlier + weight
-
-    def before_layer(
-        self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
-    ) -> KeepDecision | None:
-        method = self.method
-        step = list(method.prune_layers).index(layer)
-        counts = [
-            [min(method.counts(step, n), now) for n, now in zip(*row)]
-            for row in zip(sequence.entering, sequence.counts)
-        ]
-        ttv = [weight.to(hidden.device) for weight in self.transitions.values()]
-        self.instruction = self._instruction(hidden, sequence, scoring)
-        if not ttv:  # attention alone ranks; samples without instruction stay as they are
-            counts = [
-                own if rows else now
-                for own, now, rows in zip(counts, sequence.counts, sequence.text_after)
-            ]
-            if self.instruction is None:
-                return None
-        self.score = transition_score(
-            ttv, self.instruction, method.alpha, sequence.segment, sequence.segments
-        )
-        width = sequence.segments
-        budget = torch.tensor([own + [0] * (width - len(own)) for own in counts])
-        mask = segment_topk(
-            self.score, sequence.segment, budget.to(hidden.device, non_blocking=True)
-        )
-        return KeepDecision(mask, counts, method.positions)
-
-    def _instruction(
-        self, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
-    ) -> Tensor | None:
-        """Attention that the text after the last image pays to each image token, [B, L]."""
-        if self.method.alpha == 1:
-            return None
-        if not self._warned and any(
-            any(own) and not rows for own, rows in zip(sequence.counts, sequence.text_after)
-        ):
-            self._warned = True
-            warnings.warn(
-                "TransPrune: a prompt has no text after its last image, so nothing says what to "
-                "look for; its tokens are ranked by transitions alone"
-                if self.transitions
-                else "TransPrune: a prompt has no text after its last image and no transitions "
-                "were accumulated; its tokens are not pruned here",
-                stacklevel=2,
-            )
-        rows, real = sequence.text_rows()
-        if not rows.shape[1]:
-            return None
-        probabilities = scoring.probabilities(hidden, rows, sequence)
-        return instruction_rows(probabilities, real, sequence.segment, sequence.segments)
-
-    def dropped(self, layer: int, index: Tensor) -> None:
-        # Padding gathers some token's weight; outside the images it counts for nothing.
-        self.transitions = {
-            number: weight.gather(1, index.to(weight.device))
-            for number, weight in self.transitions.items()
-        }

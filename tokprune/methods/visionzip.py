@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -13,24 +13,17 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
-    ModelFacts,
-    Order,
     Plan,
-    Positions,
     Reduction,
     TowerInput,
     TowerTokens,
 )
-from tokprune.methods.base import (
-    Budget,
-    Method,
-    Preset,
-    check_choice,
-    check_keep,
-    register_method,
-)
-from tokprune.methods.merge_stage import Scope, check_one, last_merging_layer, tile_budget
-from tokprune.operators.anyres import raster_position
+from tokprune.engine.model import ModelFacts
+from tokprune.methods.base import Preset
+from tokprune.methods.options import AtLeast
+from tokprune.methods.registry import register_method
+from tokprune.methods.tiles import TileMethod, feature_layer
+from tokprune.methods.tower_rows import stitched_places
 from tokprune.operators.visionzip import Score, compress
 
 _README = "VisionZip README"
@@ -43,7 +36,7 @@ def _preset(model: str, budget: int, dominant: int, contextual: int, source: str
 
 @register_method
 @dataclass(frozen=True)
-class VisionZip(Method):
+class VisionZip(TileMethod):
     """At the layer the model reads, keep the patches that the class token attends to most
     (dominant), and merge all others by similarity of their keys into evenly spaced ones
     (contextual). The class token itself is one of the dominant tokens and enters the language
@@ -51,7 +44,7 @@ class VisionZip(Method):
 
     On tiled models every tile, base included, is compressed alone and with the same numbers.
     Published order there: the base tile's tokens, the kept patches of all crops in raster order
-    of the stitched picture, the crops' class tokens, their contextual tokens. Kept patches on
+    of the stitched image, the crops' class tokens, their contextual tokens. Kept patches on
     padding stay, newline tokens go.
 
     Args:
@@ -72,11 +65,11 @@ class VisionZip(Method):
     Models", CVPR 2025, arXiv 2412.04467.
     """
 
-    name: ClassVar[str] = "visionzip"
-    stages: ClassVar[tuple[str, ...]] = ("encoder, feature layer",)
-    needs: ClassVar[str] = "class-token attention row and keys of one layer"
-    paper: ClassVar[str] = "arXiv 2412.04467"
-    presets: ClassVar[tuple[Preset, ...]] = (
+    name = "visionzip"
+    stages = ("encoder, feature layer",)
+    needs = "class-token attention row and keys of one layer"
+    paper = "arXiv 2412.04467"
+    presets = (
         _preset("llava-1.5", 192, 162, 30, _PAPER),
         _preset("llava-1.5", 128, 108, 20, _PAPER),
         _preset("llava-1.5", 64, 54, 10, _README),
@@ -85,32 +78,20 @@ class VisionZip(Method):
         _preset("llava-next", 160, 27, 5, _PAPER + "; per tile, 5 tiles"),
     )
 
-    keep: Budget | None = None
-    dominant: int | None = None
-    contextual: int | None = None
+    one_of = ("keep", "dominant")
+    budget_options = frozenset({"keep", "dominant", "contextual"})
+
+    dominant: Annotated[int, AtLeast(1)] | None = None
+    contextual: Annotated[int, AtLeast(0)] | None = None
     score: Score = "cls"
-    order: Order = "published"
-    positions: Positions = "compact"
-    scope: Scope = "tile"
 
     def __post_init__(self) -> None:
-        check_one(keep=self.keep, dominant=self.dominant)
-        if self.keep is not None:
-            check_keep(self.keep)
+        super().__post_init__()
         if (self.contextual is None) != (self.dominant is None):
             raise ValueError(
                 f"dominant={self.dominant} and contextual={self.contextual} should be given "
                 "together"
             )
-        for name, least in (("dominant", 1), ("contextual", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and (not whole or value < least):
-                raise ValueError(f"{name}={value!r} should be a count of tokens, at least {least}")
-        check_choice(self.score, "score", ("cls", "mean_received"))
-        check_choice(self.order, "order", ("published", "spatial"))
-        check_choice(self.positions, "positions", ("compact", "preserve"))
-        check_choice(self.scope, "scope", ("tile", "image"))
 
     def split(self, facts: ModelFacts) -> tuple[int, int]:
         """Dominant and contextual tokens of each tile.
@@ -119,7 +100,7 @@ class VisionZip(Method):
             ValueError: more than the tile has.
         """
         if self.keep is not None:
-            total = tile_budget(self.keep, facts, self.scope)
+            total = self.tile_budget(facts)
             dominant = max(1, round(total * 27 / 32))
             return dominant, total - dominant
         assert self.dominant is not None
@@ -133,7 +114,7 @@ class VisionZip(Method):
         return self.dominant, self.contextual
 
     def plan(self, facts: ModelFacts) -> Plan:
-        layer = last_merging_layer(facts, "VisionZip")
+        layer = feature_layer(facts, "VisionZip")
         dominant, contextual = self.split(facts)
         if self.keep is not None and dominant + contextual == facts.patches:
             return Plan()
@@ -188,24 +169,15 @@ class _VisionZipRun(EncoderRun):
 
     def _packing(self, tokens: TowerTokens) -> Tensor:
         """Sort keys of the published packing: base tile, patches, class tokens, merged rows."""
-        facts, stage = self.tower.facts, self.stage
-        side, cls = facts.grid[0], int(facts.has_cls)
-        rows = stage.dominant + stage.contextual
-        slots = tokens.slots[:, tokens.rows - rows :]
-        device = slots.device
-        row = torch.arange(rows, device=device)
+        facts, dominant = self.tower.facts, self.stage.dominant
+        cls, rows = int(facts.has_cls), dominant + self.stage.contextual
+        row = torch.arange(rows, device=tokens.slots.device)
         block = (facts.max_tiles * max(rows, facts.patches)) + 1
+        patches = tokens.slots[:, tokens.rows - rows :][:, cls:dominant]
         keys = []
-        start = 0
-        for tiles, (down, across) in zip(self.tower.tiles_per_image, self.tower.tile_grids):
-            own = slots[start + 1 : start + tiles]
-            start += tiles
-            keys.append(row[None])
-            if tiles == 1:
-                continue
-            by_tile = torch.arange(tiles - 1, device=device)[:, None] * rows + row
-            patches = raster_position(own[:, cls : stage.dominant], (down, across), side)
-            key = by_tile + block * torch.where(row < stage.dominant, 2, 3)
-            key[:, cls : stage.dominant] = patches + block
-            keys.append(key)
+        for base, places in stitched_places(patches, self.tower):
+            tile = torch.arange(len(places), device=row.device)[:, None]
+            key = tile * rows + row + block * torch.where(row < dominant, 2, 3)
+            key[:, cls:dominant] = places + block
+            keys += [row.expand(len(base), rows), key]
         return torch.cat(keys)

@@ -1,258 +1,33 @@
-"""Pure tensor operators: scores, selections and merges that know nothing of models."""
+"""Pure tensor operators: scores, selections and merges that know nothing of models.
 
-from tokprune.operators.anyres import (
-    flowcut_pack,
-    stitched_bounds,
-    tile_windows,
-    unpad_bounds,
-    visionzip_pack,
-)
-from tokprune.operators.attention import attention_rows, mean_rows, repeat_heads
-from tokprune.operators.bipartite import (
-    bipartite_soft_matching,
-    kth_bipartite,
-    parse_r,
-    random_bipartite,
-    ratio_bsm,
-    removed_by_ratio,
-)
-from tokprune.operators.cdpruner import minmax_relevance, text_similarity
-from tokprune.operators.dart import Retained, key_norms
+Each module lists what it offers in ``__all__``; the names that would be unclear here, or hide a
+module, have a longer one.
+"""
+
+# ruff: noqa: F401, F403
+from tokprune.operators.anyres import *
+from tokprune.operators.attention import *
+from tokprune.operators.bipartite import *
+from tokprune.operators.cdpruner import *
+from tokprune.operators.dart import *
 from tokprune.operators.dart import dart as dart_select
-from tokprune.operators.diversity import (
-    center_pivot,
-    cls_pivot,
-    cls_scores,
-    cosine_distance,
-    divprune,
-    divprune_from_distance,
-    farthest_pivot,
-    k_center,
-    k_center_from_distance,
-    max_sum,
-    min_distance,
-    random_pivot,
-    selection_radius,
-    summed_similarity,
-)
-from tokprune.operators.dpp import conditional_kernel, dpp_map, dpp_map_from_kernel
-from tokprune.operators.energy import energy_bsm, pitome
-from tokprune.operators.fastv import last_row_scores, row_scores
-from tokprune.operators.fastv import select as fastv_select
-from tokprune.operators.flow import (
-    FlowKeep,
-    FlowTerms,
-    accumulate,
-    attn_terms,
-    encoder_keep,
-    flow_score,
-    global_query_terms,
-    llm_select,
-    prune_count,
-    text_terms,
-)
-from tokprune.operators.kmedoids import Medoids, kkz, kmedoids, pairwise
-from tokprune.operators.merging import (
-    MergePlan,
-    compose_groups,
-    proportional_bias,
-)
-from tokprune.operators.mustdrop import (
-    cache_policy,
-    dual_filter,
-    filter_score,
-    key_mask,
-    key_tokens,
-    text_attention,
-)
-from tokprune.operators.pooling import (
-    exact_scales,
-    grid_avg_pool,
-    grid_sample,
-    nested_scales,
-    random_sample,
-    sequential_sample,
-    share,
-)
-from tokprune.operators.pyramiddrop import rank_drop
-from tokprune.operators.relevance import (
-    cross_modal_ratio,
-    ratio_from_rows,
-    ratio_rows,
-    should_drop,
-)
-from tokprune.operators.segments import (
-    Clusterer,
-    Reduced,
-    cluster_means,
-    segment_bounds,
-    segment_budgets,
-    segment_reduce,
-    sparse_positions,
-)
-from tokprune.operators.sparsevlm import (
-    Recycled,
-    attention_rank,
-    best_heads,
-    fixed_count,
-    rank_count,
-    rater_attention,
-    recycle_counts,
-    recycle_merge,
-    rotary_weight,
-    text_raters,
-    text_relevance,
-    vision_scores,
-)
-from tokprune.operators.spectral import assign_dropped, spectral_distance
-from tokprune.operators.spectral_clustering import (
-    affinity,
-    auto_neighbours,
-    neighbourhood,
-    spectral_clustering,
-    spectral_embedding,
-)
-from tokprune.operators.temporal import evs, evs_count, temporal_change
-from tokprune.operators.topk import keep_topk, rank, segment_topk
-from tokprune.operators.transition import (
-    image_share,
-    instruction_attention,
-    instruction_rows,
-    transition_score,
-    transition_weight,
-)
-from tokprune.operators.visionzip import Compressed, Contextual
+from tokprune.operators.diversity import *
+from tokprune.operators.dpp import *
+from tokprune.operators.energy import *
+from tokprune.operators.flow import *
+from tokprune.operators.kmedoids import *
+from tokprune.operators.merging import *
+from tokprune.operators.mustdrop import *
+from tokprune.operators.pooling import *
+from tokprune.operators.relevance import *
+from tokprune.operators.segments import *
+from tokprune.operators.sparsevlm import *
+from tokprune.operators.spectral_clustering import *
+from tokprune.operators.temporal import *
+from tokprune.operators.topk import *
+from tokprune.operators.transition import *
+from tokprune.operators.visionzip import *
 from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual
 from tokprune.operators.visionzip import dominant as visionzip_dominant
-from tokprune.operators.windows import (
-    WindowMerge,
-    spatial_merge,
-    spatial_merge_fixed,
-    window_similarity,
-)
-
-__all__ = [
-    "Clusterer",
-    "Compressed",
-    "Contextual",
-    "FlowKeep",
-    "FlowTerms",
-    "Medoids",
-    "MergePlan",
-    "Recycled",
-    "Reduced",
-    "Retained",
-    "WindowMerge",
-    "accumulate",
-    "affinity",
-    "assign_dropped",
-    "attention_rank",
-    "attention_rows",
-    "attn_terms",
-    "auto_neighbours",
-    "best_heads",
-    "bipartite_soft_matching",
-    "cache_policy",
-    "center_pivot",
-    "cls_pivot",
-    "cls_scores",
-    "cluster_means",
-    "compose_groups",
-    "conditional_kernel",
-    "cosine_distance",
-    "cross_modal_ratio",
-    "dart_select",
-    "divprune",
-    "divprune_from_distance",
-    "dpp_map",
-    "dpp_map_from_kernel",
-    "dual_filter",
-    "encoder_keep",
-    "energy_bsm",
-    "evs",
-    "evs_count",
-    "exact_scales",
-    "farthest_pivot",
-    "fastv_select",
-    "filter_score",
-    "fixed_count",
-    "flow_score",
-    "flowcut_pack",
-    "global_query_terms",
-    "grid_avg_pool",
-    "grid_sample",
-    "image_share",
-    "instruction_attention",
-    "instruction_rows",
-    "k_center",
-    "k_center_from_distance",
-    "keep_topk",
-    "key_mask",
-    "key_norms",
-    "key_tokens",
-    "kkz",
-    "kmedoids",
-    "kth_bipartite",
-    "last_row_scores",
-    "llm_select",
-    "max_sum",
-    "mean_rows",
-    "min_distance",
-    "minmax_relevance",
-    "neighbourhood",
-    "nested_scales",
-    "pairwise",
-    "parse_r",
-    "pitome",
-    "proportional_bias",
-    "prune_count",
-    "random_bipartite",
-    "random_pivot",
-    "random_sample",
-    "rank",
-    "rank_count",
-    "rank_drop",
-    "rater_attention",
-    "ratio_bsm",
-    "ratio_from_rows",
-    "ratio_rows",
-    "recycle_counts",
-    "recycle_merge",
-    "removed_by_ratio",
-    "repeat_heads",
-    "rotary_weight",
-    "row_scores",
-    "segment_bounds",
-    "segment_budgets",
-    "segment_reduce",
-    "segment_topk",
-    "selection_radius",
-    "sequential_sample",
-    "share",
-    "should_drop",
-    "sparse_positions",
-    "spatial_merge",
-    "spatial_merge_fixed",
-    "spectral_clustering",
-    "spectral_distance",
-    "spectral_embedding",
-    "stitched_bounds",
-    "summed_similarity",
-    "temporal_change",
-    "text_attention",
-    "text_raters",
-    "text_relevance",
-    "text_similarity",
-    "text_terms",
-    "tile_windows",
-    "transition_score",
-    "transition_weight",
-    "unpad_bounds",
-    "vision_scores",
-    "visionzip_compress",
-    "visionzip_contextual",
-    "visionzip_dominant",
-    "visionzip_pack",
-    "window_similarity",
-]
+from tokprune.operators.windows import *

@@ -1,9 +1,11 @@
-"""Orders in which the surviving tokens of a tiled image enter the prompt, as indices."""
+"""Where the patches of a tiled image lie on the map stitched from all crops."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+__all__ = ["raster_position", "stitched_bounds", "tile_windows", "unpad_bounds"]
 
 
 def raster_position(patch: Tensor, tiles: tuple[int, int], side: int) -> Tensor:
@@ -134,110 +136,3 @@ def tile_windows(
             left, right = inside(bounds[2], bounds[3], x * width, width)
             windows.append((top, bottom, left, right))
     return windows
-
-
-def flowcut_pack(
-    kept: Tensor,
-    tiles: tuple[int, int],
-    side: int = 24,
-    base: int | None = None,
-    original_size: tuple[int, int] | None = None,
-    valid: Tensor | None = None,
-) -> Tensor:
-    """Base tile first, then the kept patches of all crops in raster order of the stitched map.
-
-    No newline tokens; the official code appends one to an image of one tile, which is the
-    caller's business.
-
-    Args:
-        kept: [h·w, K] long, ascending patch numbers kept in each crop.
-        tiles: (h, w) crops down and across.
-        side: patches along the edge of a crop.
-        base: rows of the base tile; None means K.
-        original_size: (W, H) of the image in pixels: drop patches on padding; None keeps them.
-        valid: [h·w, K] bool, entries of ``kept`` that count; None means all.
-
-    Returns:
-        LongTensor [n, 2]: tile (0 = base, crops from 1) and row inside it, in prompt order.
-
-    Raises:
-        ValueError: shapes do not match, ``base`` negative.
-
-    Synchronises with the host when ``original_size`` or ``valid`` is given (their number).
-
-    Source: FlowCut, arXiv 2505.19536, official code for LLaVA-NeXT.
-    """
-    position = raster_position(kept, tiles, side)
-    order = position.flatten().argsort(stable=True)
-    lasting = None if valid is None else valid.flatten()[order]
-    if original_size is not None:
-        width = tiles[1] * side
-        top, bottom, left, right = unpad_bounds(tiles[0] * side, width, original_size)
-        at = position.flatten()[order]
-        y, x = at // width, at % width
-        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        lasting = inside if lasting is None else lasting & inside
-    if lasting is not None:
-        order = order[lasting]
-    return torch.cat([_base_rows(kept, base), _crop_rows(order, kept.shape[1])])
-
-
-def visionzip_pack(
-    dominant: Tensor,
-    contextual: int,
-    tiles: tuple[int, int],
-    side: int = 24,
-    base: int | None = None,
-) -> Tensor:
-    """Base tile, kept patches of all crops in raster order, their class tokens, their merged ones.
-
-    A tile holds its dominant tokens by ascending position, class token first, then its contextual
-    ones. No newline tokens, nothing is unpadded.
-
-    Args:
-        dominant: [h·w, D] long, token numbers kept in each crop: 0 is the class token, patch p is
-            p + 1; in any order.
-        contextual: contextual tokens of each crop, at least 0.
-        tiles: (h, w) crops down and across.
-        side: patches along the edge of a crop.
-        base: rows of the base tile; None means D + ``contextual``.
-
-    Returns:
-        LongTensor [n, 2]: tile (0 = base, crops from 1) and row inside it, in prompt order.
-
-    Raises:
-        ValueError: shapes do not match, ``contextual`` or ``base`` negative.
-
-    Source: VisionZip, arXiv 2412.04467, official code for LLaVA-NeXT.
-    """
-    if contextual < 0:
-        raise ValueError(f"contextual is {contextual}; it should be at least 0")
-    if dominant.dim() != 2 or dominant.shape[1] < 1:
-        raise ValueError(
-            f"dominant has shape {tuple(dominant.shape)}; it should be [h·w, D] with D ≥ 1"
-        )
-    number, count = dominant.shape
-    rows = count + contextual
-    patch = dominant.sort(-1).values[:, 1:] - 1
-    order = raster_position(patch, tiles, side).flatten().argsort(stable=True)
-    own = max(1, count - 1)  # patches of each crop
-    patches = order // own * rows + order % own + 1
-    tile = torch.arange(number, device=dominant.device)[:, None] * rows
-    last = tile + torch.arange(count, rows, device=dominant.device)
-    order = torch.cat([patches, tile.flatten(), last.flatten()])
-    return torch.cat(
-        [_base_rows(dominant, rows if base is None else base), _crop_rows(order, rows)]
-    )
-
-
-def _base_rows(kept: Tensor, base: int | None) -> Tensor:
-    count = kept.shape[1] if base is None else base
-    if count < 0:
-        raise ValueError(f"base is {base}; it should be at least 0")
-    row = torch.arange(count, device=kept.device)
-    return torch.stack([torch.zeros_like(row), row], dim=1)
-
-
-def _crop_rows(order: Tensor, rows: int) -> Tensor:
-    rows = max(1, rows)
-    return torch.stack([order // rows + 1, order % rows], dim=1)

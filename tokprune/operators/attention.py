@@ -1,26 +1,13 @@
-"""Score rows: the few rows of an attention map that a method reads, never the map itself."""
+"""The few rows of an attention map that a method needs, never the map itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from tokprune.operators.checks import check_mask
 
-def repeat_heads(k: Tensor, heads: int) -> Tensor:
-    """Repeat grouped key (or value) heads to the number of query heads.
-
-    Args:
-        k: [B, Hkv, L, d]; query head h belongs to key head h // (heads // Hkv).
-        heads: number of query heads, a multiple of Hkv.
-
-    Returns:
-        [B, heads, L, d]; ``k`` itself, not a copy, when Hkv == heads.
-
-    Raises:
-        ValueError: ``heads`` is not a positive multiple of Hkv.
-    """
-    groups = _groups(heads, k.shape[-3])
-    return k if groups == 1 else k.repeat_interleave(groups, dim=-3)
+__all__ = ["attention_rows", "mean_rows"]
 
 
 def attention_rows(
@@ -51,7 +38,12 @@ def attention_rows(
             f"k has shape {tuple(k.shape)}; with q_rows {tuple(q_rows.shape)} it should be "
             f"{(*lead, 'Hkv', 'L', width)}"
         )
-    groups = _groups(heads, k.shape[-3])
+    groups, over = divmod(heads, max(1, k.shape[-3]))
+    if groups < 1 or over:
+        raise ValueError(
+            f"{heads} query heads with {k.shape[-3]} key heads; heads should be a multiple of the "
+            "number of key heads"
+        )
     scale = width**-0.5 if scaling is None else scaling
     q = (q_rows.float() * scale).reshape(*lead, k.shape[-3], groups * rows, width)
     logits = torch.matmul(q, k.float().transpose(-1, -2))
@@ -60,7 +52,11 @@ def attention_rows(
         return logits.softmax(-1)
     if allowed.dtype != torch.bool:
         raise ValueError(f"allowed has dtype {allowed.dtype}; it should be torch.bool")
-    hidden = allowed.logical_not().unsqueeze(-3)
+    return masked_softmax(logits, allowed.logical_not().unsqueeze(-3))
+
+
+def masked_softmax(logits: Tensor, hidden: Tensor) -> Tensor:
+    """Softmax over the last dimension without the ``hidden`` entries, which get 0."""
     # The second fill turns the NaN of rows without any key into 0; elsewhere it changes nothing.
     return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
 
@@ -84,19 +80,6 @@ def mean_rows(probs: Tensor, row_valid: Tensor | None = None) -> Tensor:
     heads = probs.float().mean(-3)
     if row_valid is None:
         return heads.sum(-2) / max(1, heads.shape[-2])
-    if row_valid.dtype != torch.bool or row_valid.shape != heads.shape[:-1]:
-        raise ValueError(
-            f"row_valid is {row_valid.dtype} {tuple(row_valid.shape)}; it should be torch.bool "
-            f"{tuple(heads.shape[:-1])}"
-        )
+    check_mask("row_valid", row_valid, heads.shape[:-1])
     total = heads.masked_fill(~row_valid[..., None], 0.0).sum(-2)
     return total / row_valid.sum(-1, keepdim=True).clamp(min=1)
-
-
-def _groups(heads: int, key_heads: int) -> int:
-    if key_heads < 1 or heads < 1 or heads % key_heads:
-        raise ValueError(
-            f"{heads} query heads with {key_heads} key heads; heads should be a multiple of the "
-            "number of key heads"
-        )
-    return heads // key_heads

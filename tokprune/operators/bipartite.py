@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune.operators.merging import MergePlan
+from tokprune.operators.rows import take_rows
+
+__all__ = ["bipartite_soft_matching", "parse_r", "removed_by_ratio"]
 
 
 def bipartite_soft_matching(
@@ -35,120 +38,28 @@ def bipartite_soft_matching(
     Source: Bolya et al. 2023, arXiv 2210.09461, section 3 (bipartite soft matching).
     """
     unit = unit_rows(metric)
-    tokens = unit.shape[1]
+    batch, tokens = unit.shape[:2]
     r = min(r, (tokens - class_token - distill_token) // 2)
-    return None if r <= 0 else _parity_plan(unit, r, class_token, distill_token)
-
-
-def ratio_bsm(
-    metric: Tensor, ratio: float, class_token: bool = False, protect_class: bool = True
-) -> MergePlan | None:
-    """Bipartite soft matching that keeps a fraction of the tokens.
-
-    Args:
-        metric: [B, T, C]; T counts the class token.
-        ratio: fraction of tokens to keep; :func:`removed_by_ratio` of T tokens go.
-        class_token: as in :func:`bipartite_soft_matching`.
-        protect_class: at the smallest ratios (even T, ratio 0.5) the published code merges the
-            class token itself. True refuses that, False reproduces it.
-
-    Returns:
-        The plan, or None where no token goes (ratio ≥ 1 or too near to it).
-
-    Raises:
-        ValueError: ``metric`` is not [B, T, C]; ``ratio`` asks for more merges than there are
-            sources.
-
-    Source: Tran et al. 2024, arXiv 2405.16148, section 4 (ToMe baseline driven by a ratio).
-    """
-    unit = unit_rows(metric)
-    tokens = unit.shape[1]
-    r = removed_by_ratio(tokens, ratio)
-    if r < 1:
-        return None
-    most = min((tokens + 1) // 2 - (class_token and protect_class), tokens - 1)
-    if r > most:
-        raise ValueError(
-            f"ratio={ratio} removes {r} of {tokens} tokens, but one matching can remove at most "
-            f"{most}"
-            + (" without merging the class token" if class_token and protect_class else "")
-            + f"; use a ratio of at least {_least_ratio(tokens, most)}"
-        )
-    return _parity_plan(unit, r, class_token, False)
-
-
-def kth_bipartite(metric: Tensor, k: int) -> MergePlan | None:
-    """Merge the first k−1 tokens of every run of k into their best last-of-run token.
-
-    Args:
-        metric: [B, T, C].
-        k: run length.
-
-    Returns:
-        The plan with T // k output rows in order (the T mod k tokens at the end are dropped, as
-        in the published code), or None for k ≤ 1.
-
-    Raises:
-        ValueError: ``metric`` is not [B, T, C]; ``k`` > T.
-
-    Source: Bolya et al. 2023, arXiv 2210.09461, appendix (k-th bipartite matching).
-    """
-    unit = unit_rows(metric)
-    batch, tokens = unit.shape[:2]
-    if k <= 1:
-        return None
-    if k > tokens:
-        raise ValueError(f"k={k} is more than the {tokens} tokens; use k ≤ {tokens}")
-    position = torch.arange(tokens // k * k, device=unit.device).view(-1, k)
-    src, dst = position[:, :-1].flatten(), position[:, -1]
-    slot = (unit[:, src] @ unit[:, dst].mT).argmax(-1)
-    return MergePlan(
-        keep=src.new_empty(batch, 0),
-        src=src.expand(batch, -1),
-        dst=dst.expand(batch, -1),
-        slot=slot,
-        tokens=tokens,
-    )
-
-
-def random_bipartite(
-    metric: Tensor,
-    r: int,
-    permutation: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> MergePlan | None:
-    """Merge r random tokens, each into the most similar of the others.
-
-    Args:
-        metric: [B, T, C].
-        r: tokens to remove.
-        permutation: [B, T] long; the first r are sources, the rest destinations, and output rows
-            follow it. Drawn per sample when None.
-        generator: random source of the draw, on the device of ``metric``.
-
-    Returns:
-        The plan, or None for r ≤ 0.
-
-    Raises:
-        ValueError: ``metric`` is not [B, T, C]; ``r`` ≥ T; ``permutation`` is not [B, T].
-
-    Source: Bolya et al. 2023, arXiv 2210.09461, ablations (random bipartite matching).
-    """
-    unit = unit_rows(metric)
-    batch, tokens = unit.shape[:2]
     if r <= 0:
         return None
-    if r >= tokens:
-        raise ValueError(f"r={r} leaves none of the {tokens} tokens; use r < {tokens}")
-    if permutation is None:
-        permutation = torch.rand(batch, tokens, device=unit.device, generator=generator).argsort(-1)
-    if permutation.shape != (batch, tokens):
-        raise ValueError(
-            f"permutation has shape {tuple(permutation.shape)}; it must be [{batch}, {tokens}]"
-        )
-    src, dst = permutation[:, :r], permutation[:, r:]
-    slot = best_match(unit, src, dst)[1]
-    return MergePlan(keep=src[:, :0], src=src, dst=dst, slot=slot, tokens=tokens)
+    scores = unit[:, ::2] @ unit[:, 1::2].mT
+    if class_token:
+        scores[:, 0] = -math.inf
+    if distill_token:
+        scores[:, :, 0] = -math.inf
+    best, match = scores.max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    joining, staying = order[:, :r], order[:, r:]
+    if class_token:
+        staying = staying.sort(-1).values
+    return MergePlan(
+        keep=2 * staying,
+        src=2 * joining,
+        dst=torch.arange(1, tokens, 2, device=unit.device).expand(batch, -1),
+        slot=match.gather(1, joining),
+        tokens=tokens,
+        distill=distill_token,
+    )
 
 
 def parse_r(layers: int, r: int | Sequence[int] | tuple[int, float]) -> list[int]:
@@ -211,36 +122,3 @@ def best_match(unit: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """Score [B, n] and slot [B, n] of the most similar of the rows ``dst`` for each row ``src``."""
     best, slot = (take_rows(unit, src) @ take_rows(unit, dst).mT).max(-1)
     return best, slot
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows [B, n, C] of ``x`` [B, T, C] at ``index`` [B, n]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def _parity_plan(unit: Tensor, r: int, class_token: bool, distill_token: bool) -> MergePlan:
-    """The even-to-odd matching with exactly r merges."""
-    batch, tokens = unit.shape[:2]
-    scores = unit[:, ::2] @ unit[:, 1::2].mT
-    if class_token:
-        scores[:, 0] = -math.inf
-    if distill_token:
-        scores[:, :, 0] = -math.inf
-    best, match = scores.max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    joining, staying = order[:, :r], order[:, r:]
-    if class_token:
-        staying = staying.sort(-1).values
-    return MergePlan(
-        keep=2 * staying,
-        src=2 * joining,
-        dst=torch.arange(1, tokens, 2, device=unit.device).expand(batch, -1),
-        slot=match.gather(1, joining),
-        tokens=tokens,
-        distill=distill_token,
-    )
-
-
-def _least_ratio(tokens: int, most: int) -> float:
-    """A ratio that removes no more than ``most`` tokens, rounded up to four digits."""
-    return math.ceil((1 - most / tokens) * 1e4) / 1e4

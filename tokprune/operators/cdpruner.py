@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokprune.operators.checks import check_mask
+
+__all__ = ["minmax_relevance", "text_similarity"]
+
 
 def text_similarity(image: Tensor, text: Tensor) -> Tensor:
     """Mean cosine of every visual token to the vectors of a text.
@@ -17,7 +21,7 @@ def text_similarity(image: Tensor, text: Tensor) -> Tensor:
 
     Returns:
         [*, n] float32 in [−1, 1]; 0 everywhere where m = 0. CDPruner takes *minus* this for CLIP
-        embeddings, whose patches resemble the text more where the picture does not show it.
+        embeddings, whose patches resemble the text more where the image does not show it.
 
     Raises:
         ValueError: the widths differ.
@@ -58,11 +62,8 @@ def minmax_relevance(
     if theta is not None and not 0 <= theta < 1:
         raise ValueError(f"theta is {theta}; it should be in [0, 1)")
     s = score.float()
-    if counted is not None and (counted.dtype != torch.bool or counted.shape != s.shape):
-        raise ValueError(
-            f"counted is {counted.dtype} {tuple(counted.shape)}; it should be torch.bool "
-            f"{tuple(s.shape)}"
-        )
+    if counted is not None:
+        check_mask("counted", counted, s.shape)
     least = s if counted is None else s.masked_fill(~counted, torch.inf)
     most = s if counted is None else s.masked_fill(~counted, -torch.inf)
     low, high = least.amin(-1, keepdim=True), most.amax(-1, keepdim=True)

@@ -6,23 +6,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokprune.operators.checks import check_mask
+from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
+
+__all__ = ["PivotOrder", "Retained", "key_norms"]
 
 PivotOrder = Literal["official", "norm"]
 
 
 @dataclass(frozen=True)
 class Retained:
-    """``mask`` [B, S, L] bool: tokens of each image that stay. ``image_pivots`` [B, S, V],
-    ``text_pivots`` [B, S, T] long: by falling norm; ``order`` [B, S, V + T] long: all pivots as
-    they were visited. −1 marks pivots that there are not."""
+    """What stays of each image, and its pivots; −1 marks pivots that there are not."""
 
+    #: [B, S, L] bool: tokens of each image that stay
     mask: Tensor
+    #: [B, S, V] long, by falling norm
     image_pivots: Tensor
+    #: [B, S, T] long, by falling norm
     text_pivots: Tensor
+    #: [B, S, V + T] long: all pivots as they were visited
     order: Tensor
 
 
@@ -97,8 +104,8 @@ def dart(
     share = torch.where(real, share + (real.cumsum(-1) <= rest), 0)
 
     unit = normalize(hidden.float(), dim=-1)
-    flat = pivots.flatten(1)[:, :, None].expand(-1, -1, unit.shape[-1])
-    cosine = torch.bmm(unit.gather(1, flat), unit.transpose(1, 2)).unflatten(1, pivots.shape[1:])
+    cosine = torch.bmm(take_rows(unit, pivots.flatten(1)), unit.transpose(1, 2))
+    cosine = rearrange(cosine, "b (s p) l -> b s p l", p=pivots.shape[-1])
 
     mask = torch.zeros_like(image).scatter(-1, chosen, chosen_real)
     free = image & ~mask
@@ -155,13 +162,8 @@ def _check(
         )
     batch, length = norms.shape
     for name, mask in (("image", image), ("text", text)):
-        if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[::2] != (batch, length):
-            raise ValueError(
-                f"{name} is {mask.dtype} {tuple(mask.shape)}; it should be torch.bool "
-                f"[{batch}, S, {length}]"
-            )
-    if text.shape != image.shape or keep.shape != image.shape[:2]:
+        check_mask(name, mask, (batch, keep.shape[-1], length))
+    if keep.shape != image.shape[:2]:
         raise ValueError(
-            f"image, text and keep have shapes {tuple(image.shape)}, {tuple(text.shape)} and "
-            f"{tuple(keep.shape)}; they should be [B, S, L], [B, S, L] and [B, S]"
+            f"keep has shape {tuple(keep.shape)}; it should be [{batch}, S], a number per image"
         )

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from tokprune.operators.checks import check_points, check_selection, check_square
+
+__all__ = [
+    "center_pivot", "cls_pivot", "cls_scores", "divprune", "farthest_pivot",
+    "k_center", "k_center_from_distance", "max_sum", "random_pivot",
+]  # fmt: skip
+
+#: Row of pairwise values of the token last chosen in each set: [B] → [B, n].
+Row = Callable[[Tensor], Tensor]
 
 #: Up to this many tokens all pairwise similarities are held; above it one row is made per step.
 DENSE_LIMIT = 8192
@@ -36,9 +47,8 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None) 
 
     Source: ToDRE, arXiv 2505.18757v2, Algorithm 1.
     """
-    _check(x.shape[:-1], k, candidates)
+    batch = _start(x, k, candidates)
     _check_pivot(pivot, x.shape[:-2])
-    batch = _normalized(x)
     row = _rows(batch, batch.neg(), finish=None) if k > 1 else None
     state = batch.new_zeros(batch.shape[:-1])
     return _greedy(row, state, k, pivot, candidates, torch.Tensor.add_)
@@ -64,9 +74,8 @@ def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None)
 
     Source: Gonzalez 1985 (farthest-first traversal); ToDRE, arXiv 2505.18757v1.
     """
-    _check(x.shape[:-1], k, candidates)
+    batch = _start(x, k, candidates)
     _check_pivot(pivot, x.shape[:-2])
-    batch = _normalized(x)
     row = _rows(batch, batch, finish=_to_distance) if k > 1 else None
     state = batch.new_full(batch.shape[:-1], torch.inf)
     return _greedy(row, state, k, pivot, candidates, _minimum_)
@@ -92,11 +101,15 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
 
     Source: DivPrune, arXiv 2503.02175, Algorithm 1.
     """
-    _check(x.shape[:-1], k, candidates)
-    if x.shape[-2] <= DENSE_LIMIT:
-        return _divprune_dense(cosine_distance(x), k, candidates)
-    batch = _normalized(x)
+    batch = _start(x, k, candidates)
     allowed = None if candidates is None else candidates.reshape(batch.shape[:-1])
+    if batch.shape[1] <= DENSE_LIMIT:
+        matrix = _to_distance(torch.bmm(batch, batch.transpose(1, 2)))
+        matrix.diagonal(0, -2, -1).fill_(torch.inf)
+        others = matrix if allowed is None else matrix.masked_fill(~allowed[..., None], torch.inf)
+        first = _argmax(others.amin(-2), allowed).reshape(x.shape[:-2])
+        state = torch.full_like(matrix[:, 0], torch.inf)
+        return _greedy(_matrix_rows(matrix), state, k, first, candidates, _minimum_)
     isolation = []
     for start in range(0, batch.shape[1], _CHUNK):
         part = _to_distance(torch.bmm(batch[:, start : start + _CHUNK], batch.transpose(1, 2)))
@@ -106,28 +119,6 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
         isolation.append(part.amin(-1))
     first = _argmax(torch.cat(isolation, -1), allowed).reshape(x.shape[:-2])
     return k_center(x, k, first, candidates)
-
-
-@torch.no_grad()
-def divprune_from_distance(distance: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
-    """``divprune`` on a ready distance matrix.
-
-    Args:
-        distance: [*, n, n] symmetric pairwise distances of any float dtype (diagonal ignored).
-        k: tokens to choose, 1 ≤ k ≤ n.
-        candidates: [*, n] bool, tokens that may be chosen and that count as neighbours.
-
-    Returns:
-        LongTensor [*, k], selection order; of equal distances the lower index.
-
-    Raises:
-        ValueError: ``k`` out of range, ``distance`` not square, or shapes do not match.
-
-    Source: DivPrune, arXiv 2503.02175, Algorithm 1.
-    """
-    _check(distance.shape[:-1], k, candidates)
-    _check_square(distance)
-    return _divprune_dense(distance.to(torch.float32, copy=True), k, candidates)
 
 
 @torch.no_grad()
@@ -147,93 +138,16 @@ def k_center_from_distance(distance: Tensor, k: int, pivot: Tensor) -> Tensor:
 
     Source: Gonzalez 1985 (farthest-first traversal).
     """
-    _check(distance.shape[:-1], k, None)
-    _check_square(distance)
+    check_square("distance", distance)
+    check_selection(distance.shape[:-1], k, None)
     _check_pivot(pivot, distance.shape[:-2])
-    n = distance.shape[-1]
-    matrix = distance.to(torch.float32, copy=True).reshape(-1, n, n)
+    matrix = rearrange(distance.to(torch.float32, copy=True), "... n m -> (...) n m")
     state = torch.full_like(matrix[:, 0], torch.inf)
     return _greedy(_matrix_rows(matrix), state, k, pivot, None, _minimum_)
 
 
-def cosine_distance(x: Tensor) -> Tensor:
-    """Pairwise cosine distances 1 − cos.
-
-    Args:
-        x: [*, n, d] of any float dtype; a zero row has cosine 0 with everything.
-
-    Returns:
-        [*, n, n] float32 in [0, 2] up to rounding.
-
-    Raises:
-        ValueError: ``x`` has fewer than 2 dimensions.
-
-    Source: DivPrune, arXiv 2503.02175, §3.
-    """
-    _check_features(x.shape)
-    batch = _normalized(x)
-    gram = _to_distance(torch.bmm(batch, batch.transpose(1, 2)))
-    return gram.reshape(*x.shape[:-1], x.shape[-2])
-
-
-def min_distance(x: Tensor, chosen: Tensor) -> Tensor:
-    """Cosine distance of every token to its nearest chosen token.
-
-    Its largest entry is the covering radius of the chosen set.
-
-    Args:
-        x: [*, n, d] of any float dtype.
-        chosen: [*, k] long.
-
-    Returns:
-        [*, n] float32, at least 0, exactly 0 at chosen tokens.
-
-    Source: ToDRE, arXiv 2505.18757v1 (k-center objective).
-    """
-    unit = normalize(x.float(), dim=-1)
-    cosine = torch.matmul(unit, _take(unit, chosen).transpose(-1, -2)).amax(-1)
-    return (1 - cosine).clamp(min=0).scatter(-1, chosen, 0.0)
-
-
-def summed_similarity(x: Tensor, chosen: Tensor) -> Tensor:
-    """Sum of the cosines of every token with the chosen ones, itself included when chosen.
-
-    Args:
-        x: [*, n, d] of any float dtype.
-        chosen: [*, k] long.
-
-    Returns:
-        [*, n] float32 in [−k, k].
-
-    Source: ToDRE, arXiv 2505.18757v2, Algorithm 1.
-    """
-    unit = normalize(x.float(), dim=-1)
-    return torch.matmul(unit, _take(unit, chosen).sum(-2).unsqueeze(-1)).squeeze(-1)
-
-
-def selection_radius(x: Tensor, order: Tensor) -> Tensor:
-    """Distance of each chosen token to those chosen before it.
-
-    Along a k-center order this is the max–min distance of every step and never rises.
-
-    Args:
-        x: [*, n, d] of any float dtype.
-        order: [*, k] long, selection order.
-
-    Returns:
-        [*, k] float32; the first entry, which has nothing before it, is +inf.
-
-    Source: Gonzalez 1985 (farthest-first traversal).
-    """
-    unit = _take(normalize(x.float(), dim=-1), order)
-    distance = 1 - torch.matmul(unit, unit.transpose(-1, -2))
-    k = order.shape[-1]
-    later = torch.ones(k, k, dtype=torch.bool, device=x.device).triu()
-    return distance.masked_fill(later, torch.inf).amin(-1)
-
-
 def cls_scores(attn_row: Tensor) -> Tensor:
-    """Head mean of the class token's attention row, without the class token's own key.
+    """[CLS] attention: head mean of what the class token pays to each other token.
 
     Args:
         attn_row: [*, H, N + 1] softmax row, key 0 is the class token.
@@ -254,7 +168,7 @@ def cls_scores(attn_row: Tensor) -> Tensor:
 
 
 def cls_pivot(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
-    """Token with the highest class-attention score.
+    """Token with the highest [CLS] attention.
 
     For tiled images pass the thumbnail's scores only (or mark them as candidates), for a video all
     frames in one row.
@@ -271,7 +185,7 @@ def cls_pivot(scores: Tensor, candidates: Tensor | None = None) -> Tensor:
 
     Source: ToDRE, arXiv 2505.18757v2, eq. 3 and §3.2.
     """
-    _check(scores.shape, 1, candidates)
+    check_selection(scores.shape, 1, candidates)
     return _argmax(scores, candidates)
 
 
@@ -296,15 +210,7 @@ def center_pivot(x: Tensor, candidates: Tensor | None = None) -> Tensor:
 def farthest_pivot(x: Tensor, candidates: Tensor | None = None) -> Tensor:
     """Token with the smallest cosine to the mean of the raw features.
 
-    Args:
-        x: [*, n, d] of any float dtype.
-        candidates: [*, n] bool, tokens that enter the mean and may be chosen; None means all.
-
-    Returns:
-        LongTensor [*].
-
-    Raises:
-        ValueError: shapes do not match.
+    Args, Returns and Raises as :func:`center_pivot`.
 
     Source: ToDRE, arXiv 2505.18757v2, pivot ablation ("farthest").
     """
@@ -333,7 +239,7 @@ def random_pivot(
 
     Source: ToDRE, arXiv 2505.18757v2, pivot for towers without a class token.
     """
-    _check((*shape, n), 1, candidates)
+    check_selection(torch.Size((*shape, n)), 1, candidates)
     device = "cpu" if generator is None else generator.device
     if candidates is None:
         return torch.randint(n, shape, generator=generator, device=device)
@@ -342,12 +248,9 @@ def random_pivot(
 
 # ------------------------------------------------------------------------------- internals
 
-#: Row of masked pairwise values for the last chosen index of each batch row: [B] → [B, n].
-_Row = Callable[[Tensor], Tensor]
-
 
 def _greedy(
-    row: _Row | None,
+    row: Row | None,
     state: Tensor,
     k: int,
     first: Tensor,
@@ -368,53 +271,46 @@ def _greedy(
     return torch.stack(order, -1).reshape(*first.shape, k)
 
 
-def _rows(batch: Tensor, other: Tensor, finish: Callable[[Tensor], Tensor] | None) -> _Row:
+def _rows(batch: Tensor, other: Tensor, finish: Callable[[Tensor], Tensor] | None) -> Row:
     """Rows of ``batch @ other.T``, from the whole matrix when it is small enough."""
     if batch.shape[1] <= DENSE_LIMIT:
         matrix = torch.bmm(batch, other.transpose(1, 2))
         return _matrix_rows(matrix if finish is None else finish(matrix))
-    flat, offset = batch.flatten(0, 1), _offset(batch)
+    features = row_getter(batch)
 
     def row(index: Tensor) -> Tensor:
-        one = flat.index_select(0, index if offset is None else index + offset)
-        values = torch.bmm(other, one.unsqueeze(-1)).squeeze(-1)
+        values = torch.bmm(other, features(index).unsqueeze(-1)).squeeze(-1)
         values = values if finish is None else finish(values)
         return values.scatter_(-1, index.unsqueeze(-1), -torch.inf)
 
     return row
 
 
-def _matrix_rows(matrix: Tensor) -> _Row:
+def _matrix_rows(matrix: Tensor) -> Row:
     """Rows of a matrix [B, n, n], whose diagonal is overwritten."""
     matrix.diagonal(0, -2, -1).fill_(-torch.inf)
-    flat, offset = matrix.flatten(0, 1), _offset(matrix)
-    if offset is None:
+    return row_getter(matrix)
+
+
+def row_getter(rows: Tensor) -> Row:
+    """Reads row ``index[b]`` of each of ``rows`` [B, n, m]: [B] → [B, m]."""
+    flat, n = rows.flatten(0, 1), rows.shape[1]
+    if len(rows) == 1:
         return lambda index: flat.index_select(0, index)
+    offset = torch.arange(len(rows), device=rows.device) * n
     return lambda index: flat.index_select(0, index + offset)
 
 
-def _offset(batch: Tensor) -> Tensor | None:
-    """Index of row 0 of each sample in ``batch.flatten(0, 1)``; None for a single sample."""
-    if batch.shape[0] == 1:
-        return None
-    return torch.arange(batch.shape[0], device=batch.device) * batch.shape[1]
-
-
-def _divprune_dense(distance: Tensor, k: int, candidates: Tensor | None) -> Tensor:
-    """Overwrites ``distance`` [*, n, n]."""
-    lead, n = distance.shape[:-2], distance.shape[-1]
-    matrix = distance.reshape(-1, n, n)
-    allowed = None if candidates is None else candidates.reshape(-1, n)
-    matrix.diagonal(0, -2, -1).fill_(torch.inf)
-    others = matrix if allowed is None else matrix.masked_fill(~allowed[..., None], torch.inf)
-    first = _argmax(others.amin(-2), allowed).reshape(lead)
-    state = torch.full_like(matrix[:, 0], torch.inf)
-    return _greedy(_matrix_rows(matrix), state, k, first, candidates, _minimum_)
+def _start(x: Tensor, k: int, candidates: Tensor | None) -> Tensor:
+    """Unit rows [B, n, d] of checked arguments."""
+    check_points(x)
+    check_selection(x.shape[:-1], k, candidates)
+    return _normalized(x)
 
 
 def _normalized(x: Tensor) -> Tensor:
     """[*, n, d] → unit rows [B, n, d] in float32."""
-    return normalize(x.reshape(-1, *x.shape[-2:]).float(), dim=-1)
+    return normalize(rearrange(x, "... n d -> (...) n d").float(), dim=-1)
 
 
 def _to_distance(cosine: Tensor) -> Tensor:
@@ -432,45 +328,13 @@ def _argmax(score: Tensor, candidates: Tensor | None) -> Tensor:
     return score.masked_fill(~candidates, -torch.inf).argmax(-1)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
-
-
 def _cosine_to_mean(x: Tensor, candidates: Tensor | None) -> Tensor:
-    _check_features(x.shape)
-    _check(x.shape[:-1], 1, candidates)
+    check_points(x)
+    check_selection(x.shape[:-1], 1, candidates)
     x = x.float()
     counted = x if candidates is None else x.masked_fill(~candidates.unsqueeze(-1), 0.0)
     center = normalize(counted.sum(-2), dim=-1)  # the sum points where the mean points
     return torch.matmul(normalize(x, dim=-1), center.unsqueeze(-1)).squeeze(-1)
-
-
-def _check_features(shape: tuple[int, ...]) -> None:
-    if len(shape) < 2:
-        raise ValueError(f"x has shape {tuple(shape)}; it should be [*, n, d]")
-
-
-def _check(shape: tuple[int, ...], k: int, candidates: Tensor | None) -> None:
-    """``shape`` is [*, n]."""
-    if not shape:
-        raise ValueError("the input has one dimension; it should be [*, n, d]")
-    n = shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; it should be between 1 and the number of tokens, {n}")
-    if candidates is None:
-        return
-    if candidates.dtype != torch.bool or candidates.shape != torch.Size(shape):
-        raise ValueError(
-            f"candidates is {candidates.dtype} {tuple(candidates.shape)}; it should be torch.bool "
-            f"{tuple(shape)}"
-        )
-
-
-def _check_square(distance: Tensor) -> None:
-    if distance.shape[-1] != distance.shape[-2]:
-        raise ValueError(
-            f"distance has shape {tuple(distance.shape)}; its last two dimensions should be equal"
-        )
 
 
 def _check_pivot(pivot: Tensor, shape: tuple[int, ...]) -> None:

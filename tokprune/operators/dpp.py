@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokprune.operators.diversity import DENSE_LIMIT
+from tokprune.operators.checks import check_points, check_selection, check_square
+from tokprune.operators.diversity import DENSE_LIMIT, Row, row_getter
 
-#: kernel rows [B, n] of one chosen token [B] per set
-_Row = Callable[[Tensor], Tensor]
+__all__ = ["conditional_kernel", "dpp_map", "dpp_map_from_kernel"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -31,7 +30,7 @@ def conditional_kernel(x: Tensor, relevance: Tensor | None = None) -> Tensor:
 
     Source: CDPruner, arXiv 2506.10967, conditional DPP kernel.
     """
-    _check_relevance(x, relevance)
+    _check(x, relevance)
     unit = normalize(x.float(), dim=-1)
     kernel = torch.matmul(unit, unit.transpose(-1, -2))
     # exactly 1 (0 for a zero row): without relevance, rounding would choose the first token
@@ -69,19 +68,19 @@ def dpp_map(
     Source: CDPruner, arXiv 2506.10967, with the incremental Cholesky of Chen et al., "Fast Greedy
     MAP Inference for Determinantal Point Process", NeurIPS 2018.
     """
-    _check_relevance(x, relevance)
-    n = x.shape[-2]
-    if n <= DENSE_LIMIT:
+    _check(x, relevance)
+    check_selection(x.shape[:-1], k, candidates)
+    if x.shape[-2] <= DENSE_LIMIT:
         return dpp_map_from_kernel(conditional_kernel(x, relevance), k, candidates)
-    _check(x.shape[:-1], k, candidates)
-    rows = normalize(x.float(), dim=-1).reshape(-1, *x.shape[-2:])
+    rows = rearrange(normalize(x.float(), dim=-1), "... n d -> (...) n d")
     gain = rows.square().sum(-1).round()
     if relevance is not None:
         r = relevance.float().reshape(gain.shape)
         rows, gain = rows * r[..., None], r * gain * r
+    features = row_getter(rows)
 
     def row(index: Tensor) -> Tensor:
-        return torch.bmm(rows, _at(rows, index)[..., None])[..., 0]
+        return torch.bmm(rows, features(index)[..., None])[..., 0]
 
     return _greedy(row, gain, k, candidates).reshape(*x.shape[:-2], k)
 
@@ -103,19 +102,15 @@ def dpp_map_from_kernel(kernel: Tensor, k: int, candidates: Tensor | None = None
 
     Source: Chen et al., NeurIPS 2018, Algorithm 1.
     """
-    _check(kernel.shape[:-1], k, candidates)
-    n = kernel.shape[-1]
-    if kernel.shape[-2] != n:
-        raise ValueError(
-            f"kernel has shape {tuple(kernel.shape)}; its last two dimensions should be equal"
-        )
-    matrix = kernel.float().reshape(-1, n, n)
+    check_square("kernel", kernel)
+    check_selection(kernel.shape[:-1], k, candidates)
+    matrix = rearrange(kernel.float(), "... n m -> (...) n m")
     diagonal = matrix.diagonal(0, -2, -1).clone()
-    order = _greedy(lambda index: _at(matrix, index), diagonal, k, candidates)
+    order = _greedy(row_getter(matrix), diagonal, k, candidates)
     return order.reshape(*kernel.shape[:-2], k)
 
 
-def _greedy(row: _Row, gain: Tensor, k: int, candidates: Tensor | None) -> Tensor:
+def _greedy(row: Row, gain: Tensor, k: int, candidates: Tensor | None) -> Tensor:
     """k dependent steps, [B, k]. Overwrites ``gain`` [B, n], the kernel's diagonal.
 
     Step t appends row t of the Cholesky factor of the chosen tokens against all tokens, and takes
@@ -143,34 +138,10 @@ def _greedy(row: _Row, gain: Tensor, k: int, candidates: Tensor | None) -> Tenso
     return torch.cat(order, 1)
 
 
-def _at(rows: Tensor, index: Tensor) -> Tensor:
-    """Row ``index[b]`` of each ``rows[b]``: [B, n, m], [B] → [B, m]."""
-    batch, n = rows.shape[:2]
-    if batch > 1:
-        index = index + torch.arange(batch, device=index.device) * n
-    return rows.flatten(0, 1).index_select(0, index)
-
-
-def _check_relevance(x: Tensor, relevance: Tensor | None) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
+def _check(x: Tensor, relevance: Tensor | None) -> None:
+    check_points(x)
     if relevance is not None and relevance.shape != x.shape[:-1]:
         raise ValueError(
             f"relevance has shape {tuple(relevance.shape)}; it should be {tuple(x.shape[:-1])}, "
             "one number per token"
-        )
-
-
-def _check(shape: tuple[int, ...], k: int, candidates: Tensor | None) -> None:
-    """``shape`` is [*, n]."""
-    if not shape:
-        raise ValueError("the input has one dimension; it should have at least two")
-    if not 1 <= k <= shape[-1]:
-        raise ValueError(f"k is {k}; it should be between 1 and the number of tokens, {shape[-1]}")
-    if candidates is not None and (
-        candidates.dtype != torch.bool or candidates.shape != torch.Size(shape)
-    ):
-        raise ValueError(
-            f"candidates is {candidates.dtype} {tuple(candidates.shape)}; it should be torch.bool "
-            f"{tuple(shape)}"
         )

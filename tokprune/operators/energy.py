@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune.operators.bipartite import best_match, removed_by_ratio, unit_rows
+from tokprune.operators.checks import check_choice
 from tokprune.operators.merging import MergePlan
+
+__all__ = ["EnergyKind", "Split", "energy_bsm", "pitome"]
 
 EnergyKind = Literal["elu", "gauss", "gauss_text", "paper", "elu_sharp"]
 Split = Literal["alternate", "halves"]
@@ -87,8 +90,7 @@ def pitome(
 
     Source: Tran et al. 2024, arXiv 2405.16148, section 3.2, Algorithm 1.
     """
-    if split not in get_args(Split):
-        raise ValueError(f"split={split!r} is unknown; use one of {get_args(Split)}")
+    check_choice("split", split, Split)
     threshold = _threshold(kind, margin, alpha)
     unit = unit_rows(metric)
     tokens = unit.shape[1] - class_token
@@ -158,8 +160,7 @@ def _energy(unit: Tensor, threshold: Callable[[Tensor], Tensor], block: int = 25
 
 def _threshold(kind: EnergyKind, margin: float, alpha: float) -> Callable[[Tensor], Tensor]:
     """f of :func:`energy`; may work in place on the similarities it is given."""
-    if kind not in get_args(EnergyKind):
-        raise ValueError(f"kind={kind!r} is unknown; use one of {get_args(EnergyKind)}")
+    check_choice("kind", kind, EnergyKind)
     if kind == "elu":
         return lambda x: F.elu(x.sub_(margin), alpha, inplace=True)
     if kind == "elu_sharp":

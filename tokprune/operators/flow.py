@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokprune.operators.attention import attention_rows
+from tokprune.operators.checks import check_choice, check_mask
+from tokprune.operators.rows import largest_together
 from tokprune.operators.topk import keep_topk, rank
+
+__all__ = [
+    "FlowKeep", "FlowTerms", "accumulate", "attention_entropy", "attn_terms", "encoder_keep",
+    "flow_score", "global_query_terms", "prune_count", "text_terms",
+]  # fmt: skip
 
 Semantic = Literal["dot", "cosine"]
 ValueNorm = Literal["mean", "per_head"]
@@ -18,22 +26,23 @@ Reduce = Literal["image", "batch"]
 
 
 class FlowTerms(NamedTuple):
-    """What a score is made of, float32, one entry per token that may be dropped.
+    """What a score is made of, float32, one entry per token that may be dropped."""
 
-    ``attention`` and ``semantic`` [..., N]: rows of the reading token, not renormalised;
-    ``value`` [..., N, d] (or [..., N, Hkv·d]): the vectors whose L1 norm weighs the token.
-    """
-
+    #: [..., N] attention of the token that looks, not renormalised
     attention: Tensor
+    #: [..., N] similarity of its value to theirs, not renormalised
     semantic: Tensor
+    #: [..., N, d] (or [..., N, Hkv·d]) vectors whose L1 norm weighs the token
     value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class FlowKeep:
-    """One cut: ``index`` [B, n] ascending, padded with −1 at the end; ``counts`` kept per row."""
+    """The tokens that stay after one cut."""
 
+    #: [B, n] long, ascending, padded with −1 at the end
     index: Tensor
+    #: tokens kept per row
     counts: list[int]
 
 
@@ -46,13 +55,13 @@ def attn_terms(
     value_norm: ValueNorm = "mean",
     allowed: Tensor | None = None,
 ) -> FlowTerms:
-    """Attention of the class token, its value similarity and the values, for every patch.
+    """[CLS] attention, similarity of values to that of the class token, and values of all patches.
 
-    Only the class token's row is computed, never the whole map. The class token stays inside both
+    Only that one row is computed, never the whole map. The class token stays inside both
     softmaxes and is dropped afterwards.
 
     Args:
-        q: [..., H, 1+N, d] queries with bias, class token first; the class token's row alone
+        q: [..., H, 1+N, d] queries with bias, class token first; its own query alone
             ([..., H, 1, d]) is enough.
         k: [..., Hkv, 1+N, d] keys.
         v: [..., Hkv, 1+N, d] values.
@@ -86,14 +95,14 @@ def text_terms(
     value_norm: ValueNorm = "mean",
     allowed: Tensor | None = None,
 ) -> FlowTerms:
-    """Terms of one text token that reads the visual tokens alone (the cut inside the decoder).
+    """Terms of one text token that looks at visual tokens alone (the cut inside the decoder).
 
     Both softmaxes run over the allowed keys only, both with ``scaling``.
 
     Args:
-        q_row: [..., H, 1, d] query of the reading token, rotary applied.
+        q_row: [..., H, 1, d] query of that token, rotary applied.
         k: [..., Hkv, L, d] keys, rotary applied.
-        v_row: [..., Hkv, 1, d] value of the reading token.
+        v_row: [..., Hkv, 1, d] value of that token.
         v: [..., Hkv, L, d] values.
         scaling: factor of both logits; None means 1/√d.
         semantic, value_norm: as in ``attn_terms``.
@@ -268,22 +277,14 @@ def prune_count(
     if remaining < 1:
         raise ValueError(f"remaining is {remaining}; it should be at least 1")
     if not isinstance(reduce, Tensor):
-        _check_choice("reduce", reduce, Reduce)
-    elif reduce.shape != attention.shape[:1]:
-        raise ValueError(
-            f"reduce has shape {tuple(reduce.shape)}; it should be [{attention.shape[0]}], a "
-            "number per row"
-        )
+        check_choice("reduce", reduce, Reduce)
     _check_target(target)
     alive = _masked(attention, valid)[1]
     excess = (alive - target).clamp(min=0)
     h = attention_entropy(attention, valid, renormalize, eps)
     count = (excess / remaining**0.5 * (1 - h * h)).round().long()
-    if isinstance(reduce, Tensor):
-        together = reduce[:, None] == reduce
-        count = count.expand(len(count), -1).masked_fill(~together, 0).amax(-1)
-    elif reduce == "batch" and count.numel():
-        count = count.amax().expand_as(count)
+    if isinstance(reduce, Tensor) or reduce == "batch":
+        count = largest_together(count, reduce if isinstance(reduce, Tensor) else None, "reduce")
     return torch.minimum(count.clamp(min=0), excess)
 
 
@@ -361,54 +362,6 @@ def encoder_keep(
     return FlowKeep(index.masked_fill(index == tokens, -1), counts)
 
 
-def llm_select(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: int,
-    n: int,
-    last: int,
-    target: int,
-    scaling: float | None = None,
-    renormalize: bool = True,
-) -> Tensor:
-    """Visual tokens that stay after a decoder layer, read by the last token of the prompt.
-
-    Args:
-        q: [..., H, L, d] queries, rotary applied.
-        k: [..., Hkv, L, d] keys, rotary applied.
-        v: [..., Hkv, L, d] values.
-        start: position of the first visual token.
-        n: number of visual tokens.
-        last: position of the reading token (last valid one of the sequence).
-        target: visual tokens to keep; all of them when there are no more than that.
-        scaling: factor of both logits; None means 1/√d.
-        renormalize: see ``flow_score``.
-
-    Returns:
-        LongTensor [..., min(n, target)], ascending, relative to ``start``.
-
-    Raises:
-        ValueError: the block or ``last`` lies outside the sequence, ``target`` < 1, shapes do not
-            match.
-
-    Source: FlowCut, arXiv 2505.19536, official code of the decoder stage.
-    """
-    length = k.shape[-2]
-    if start < 0 or n < 0 or start + n > length:
-        raise ValueError(
-            f"start is {start} and n is {n}; the block should lie inside the {length} positions"
-        )
-    if not 0 <= last < length:
-        raise ValueError(f"last is {last}; it should be a position in 0…{length - 1}")
-    _check_target(target)
-    block, row = slice(start, start + n), slice(last, last + 1)
-    if n <= target:
-        return torch.arange(n, device=k.device).expand(*k.shape[:-3], n)
-    terms = text_terms(q[..., row, :], k[..., block, :], v[..., row, :], v[..., block, :], scaling)
-    return keep_topk(flow_score(*terms, renormalize=renormalize), target)
-
-
 def _row_terms(
     q_row: Tensor,
     k: Tensor,
@@ -420,14 +373,12 @@ def _row_terms(
     value_norm: ValueNorm,
     allowed: Tensor | None,
 ) -> FlowTerms:
-    _check_choice("semantic", semantic, Semantic)
-    _check_choice("value_norm", value_norm, ValueNorm)
+    check_choice("semantic", semantic, Semantic)
+    check_choice("value_norm", value_norm, ValueNorm)
     if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v has shape {tuple(v.shape)}; it should be {(*k.shape[:-1], 'd')}")
-    if allowed is not None and allowed.shape != (*k.shape[:-3], k.shape[-2]):
-        raise ValueError(
-            f"allowed has shape {tuple(allowed.shape)}; it should be {(*k.shape[:-3], k.shape[-2])}"
-        )
+    if allowed is not None:
+        check_mask("allowed", allowed, (*k.shape[:-3], k.shape[-2]))
     rows = None if allowed is None else allowed[..., None, :]
     attention = attention_rows(q_row, k, scaling, rows).mean(-3).squeeze(-2)
     if semantic == "dot":
@@ -444,7 +395,7 @@ def _values(v: Tensor, value_norm: ValueNorm, allowed: Tensor | None) -> Tensor:
     if value_norm == "mean":
         value = v.mean(-3, dtype=torch.float32)
     else:
-        value = v.float().transpose(-3, -2).flatten(-2)
+        value = rearrange(v.float(), "... h n d -> ... n (h d)")
     return value if allowed is None else value.masked_fill(~allowed[..., None], 0.0)
 
 
@@ -453,11 +404,7 @@ def _masked(attention: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     if valid is None:
         count = torch.full(attention.shape[:-1], attention.shape[-1], device=attention.device)
         return attention.float(), count
-    if valid.dtype != torch.bool or valid.shape != attention.shape:
-        raise ValueError(
-            f"valid is {valid.dtype} {tuple(valid.shape)}; it should be torch.bool "
-            f"{tuple(attention.shape)}"
-        )
+    check_mask("valid", valid, attention.shape)
     return attention.float().masked_fill(~valid, 0.0), valid.sum(-1)
 
 
@@ -470,8 +417,3 @@ def _share(row: Tensor) -> Tensor:
 def _check_target(target: int | Tensor) -> None:
     if isinstance(target, int) and target < 1:
         raise ValueError(f"target is {target}; it should be at least 1")
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}; it should be one of {get_args(choices)}")

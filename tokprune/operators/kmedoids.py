@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from tokprune.operators.checks import check_choice, check_number, check_points
 from tokprune.operators.diversity import k_center_from_distance
+
+__all__ = ["Distance", "Medoids", "kmedoids", "pairwise"]
 
 Distance = Literal["euclidean", "cosine"]
 
@@ -20,13 +24,11 @@ _EQUAL_NORMS = 1e-4
 
 
 class Medoids(NamedTuple):
-    """Clusters of n points around k of them.
+    """Clusters of n points around k of them. Every medoid is in its own cluster."""
 
-    ``medoids`` [*, k] long: the points that stand for the clusters; ``assign`` [*, n] long: the
-    cluster of every point, an index into ``medoids``. Every medoid is in its own cluster.
-    """
-
+    #: [*, k] long: the points that stand for the clusters
     medoids: Tensor
+    #: [*, n] long: the cluster of every point, an index into ``medoids``
     assign: Tensor
 
 
@@ -68,36 +70,17 @@ def kmedoids(
     Source: Zhao et al. 2022, arXiv 2205.00823, section 3.2 (k-medoids++ with the KKZ start of
     Katsavounidis et al. 1994, as in the official code).
     """
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
+    check_points(x)
     lead, n = x.shape[:-2], x.shape[-2]
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; it should be between 1 and the number of points, {n}")
+    check_number("k", k, n, "points")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it should be at least 1")
-    points = x.reshape(-1, n, x.shape[-1]).float()
+    points = rearrange(x, "... n d -> (...) n d").float()
     if pre_norm:
         points = _unit(points)
     first = _longest(points, tolerance=_EQUAL_NORMS if pre_norm else 0.0)
     medoids, assign = _settle(pairwise(points, distance, p), first, k, iterations, sort)
     return Medoids(medoids.reshape(*lead, k), assign.reshape(*lead, n))
-
-
-def kkz(
-    x: Tensor, k: int, *, distance: Distance = "euclidean", p: float = 2.0, pre_norm: bool = False
-) -> Tensor:
-    """The start of :func:`kmedoids`: [*, k] long, in order of choice, all different.
-
-    Args, Raises and Source as :func:`kmedoids`.
-    """
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
-    points = x.reshape(-1, *x.shape[-2:]).float()
-    if pre_norm:
-        points = _unit(points)
-    first = _longest(points, tolerance=_EQUAL_NORMS if pre_norm else 0.0)
-    start = k_center_from_distance(pairwise(points, distance, p), k, first)
-    return start.reshape(*x.shape[:-2], k)
 
 
 def pairwise(x: Tensor, distance: Distance = "euclidean", p: float = 2.0) -> Tensor:
@@ -117,8 +100,7 @@ def pairwise(x: Tensor, distance: Distance = "euclidean", p: float = 2.0) -> Ten
     Raises:
         ValueError: unknown ``distance``, or ``p`` out of range.
     """
-    if distance not in get_args(Distance):
-        raise ValueError(f"distance={distance!r} is unknown; use one of {get_args(Distance)}")
+    check_choice("distance", distance, Distance)
     if not p > 0:
         raise ValueError(f"p is {p}; it should be positive")
     if distance == "euclidean" and p != 2:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from tokprune.operators.checks import check_choice
+
+__all__ = ["MergePlan", "proportional_bias"]
 
 MergeMode = Literal["mean", "sum", "amax", "prune"]
 
@@ -18,27 +22,23 @@ class MergePlan:
 
     Output rows are the kept tokens followed by the destinations; where ``distill`` is set, the
     first kept token and the first destination lead (class token, distillation token), then the
-    other kept tokens, then the other destinations.
-
-    A token in none of the lists is dropped (only :func:`kth_bipartite` drops any).
-
-    Attributes:
-        keep: [B, K] long, tokens passed on unchanged.
-        src: [B, r] long, tokens that join a destination.
-        dst: [B, M] long, tokens that receive others (or none).
-        slot: [B, r] long in 0 … M−1, the destination of each source.
-        tokens: T, the number of input tokens.
-        distill: output order, see above.
+    other kept tokens, then the other destinations. A token in none of the lists is dropped.
 
     Source: Bolya et al. 2023, arXiv 2210.09461, section 3; Tran et al. 2024, arXiv 2405.16148,
     section 3.2.
     """
 
+    #: [B, K] long, tokens passed on unchanged
     keep: Tensor
+    #: [B, r] long, tokens that join a destination
     src: Tensor
+    #: [B, M] long, tokens that receive others (or none)
     dst: Tensor
+    #: [B, r] long in 0 … M−1, the destination of each source
     slot: Tensor
+    #: T, the number of input tokens
     tokens: int
+    #: output order, see above
     distill: bool = False
 
     @property
@@ -60,8 +60,7 @@ class MergePlan:
         Raises:
             ValueError: unknown mode, or ``x`` does not fit the plan.
         """
-        if mode not in get_args(MergeMode):
-            raise ValueError(f"mode={mode!r} is unknown; use one of {get_args(MergeMode)}")
+        check_choice("mode", mode, MergeMode)
         self._check(x, "x", self.tokens)
         base = _rows(x, self.representatives())
         if mode == "prune":
@@ -165,27 +164,6 @@ class MergePlan:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; this plan needs [{batch}, {rows}, C]"
             )
-
-
-def compose_groups(first: Tensor, second: Tensor) -> Tensor:
-    """Follow tokens through two merges.
-
-    Args:
-        first: [B, T0] long, rows after the first merge (−1: dropped).
-        second: [B, T1] long, rows after the second merge of each row of the first.
-
-    Returns:
-        [B, T0] long: rows after both, −1 where either dropped the token.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0]:
-        raise ValueError(
-            f"first {tuple(first.shape)} and second {tuple(second.shape)} "
-            "must be [B, T0] and [B, T1] with the same B"
-        )
-    return second.gather(1, first.clamp_min(0)).masked_fill(first < 0, -1)
 
 
 def proportional_bias(size: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
-"""Trivial reducers of a grid: average pooling, evenly spaced and random positions."""
+"""Trivial reducers of a grid: average pooling and evenly spaced positions."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from tokprune.operators.checks import checked_grid
+
+__all__ = ["exact_scales", "grid_avg_pool", "grid_sample", "nested_scales", "share"]
 
 
 def exact_scales(height: int, width: int) -> list[int]:
@@ -77,24 +82,16 @@ def grid_avg_pool(
     """
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it should be [N, H·W, C]")
-    tokens = x.shape[1]
-    if grid is None:
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise ValueError(f"grid is None but {tokens} tokens are no square; give grid=(H, W)")
-        grid = (side, side)
-    height, width = grid
-    if _common(height, width) and height * width != tokens:
-        raise ValueError(f"grid is {grid}; its product should be the {tokens} tokens of x")
+    height, width = checked_grid(grid, x.shape[1])
     p = _window(height, width, scale, window, official_rounding)
     if p == 1:
         return x
     rows, columns = height // p, width // p
-    tiles = x.unflatten(1, (height, width))[:, : rows * p, : columns * p]
-    tiles = tiles.reshape(x.shape[0], rows, p, columns, p, x.shape[2])
+    image = rearrange(x, "n (h w) c -> n h w c", h=height)[:, : rows * p, : columns * p]
+    tiles = rearrange(image, "n (y p) (x q) c -> n y p x q c", p=p, q=p)
     # one axis after the other: a mean over both at once is many times slower on this view
     sums = tiles.sum(2, dtype=torch.float32).sum(3)
-    return (sums / (p * p)).to(x.dtype).flatten(1, 2)
+    return rearrange((sums / (p * p)).to(x.dtype), "n y x c -> n (y x) c")
 
 
 def grid_sample(
@@ -158,46 +155,6 @@ def share(total: int, sizes: list[int]) -> list[int]:
     for i in rest[: total - sum(shares)]:
         shares[i] += 1
     return shares
-
-
-def sequential_sample(n: int, keep: int, device: torch.device | str | None = None) -> Tensor:
-    """Evenly spaced positions of the flattened list: ⌊i·n/keep⌋.
-
-    Args:
-        n: number of tokens.
-        keep: number of positions, 0 ≤ keep ≤ n.
-        device: of the result.
-
-    Returns:
-        LongTensor [keep], ascending, distinct.
-
-    Raises:
-        ValueError: ``keep`` out of range.
-
-    Source: sequential sampling baseline of Matryoshka Multimodal Models, arXiv 2405.17430; the
-    offsets are ours.
-    """
-    _check_keep(keep, n)
-    return torch.arange(keep, device=device) * n // max(1, keep)
-
-
-def random_sample(n: int, keep: int, generator: torch.Generator | None = None) -> Tensor:
-    """A random subset of positions, every subset equally likely.
-
-    Args:
-        n: number of tokens.
-        keep: number of positions, 0 ≤ keep ≤ n.
-        generator: source of randomness; its device is that of the result.
-
-    Returns:
-        LongTensor [keep], ascending, distinct.
-
-    Raises:
-        ValueError: ``keep`` out of range.
-    """
-    _check_keep(keep, n)
-    device = None if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=device)[:keep].sort().values
 
 
 def _window(

@@ -6,15 +6,23 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from tokprune.operators.checks import check_choice, check_number
 from tokprune.operators.kmedoids import ITERATIONS, Distance, Medoids, kmedoids
+from tokprune.operators.rows import take_rows
 from tokprune.operators.spectral_clustering import (
     Graph,
     auto_neighbours,
     neighbourhood,
     spectral_clustering,
 )
+
+__all__ = [
+    "Aggregate", "Algorithm", "Clusterer", "Reduced", "cluster_means", "segment_bounds",
+    "segment_budgets", "segment_reduce", "sparse_positions",
+]  # fmt: skip
 
 Algorithm = Literal["kmedoids", "spectral", "pooling", "sparse_sampling"]
 Aggregate = Literal["mean"]
@@ -24,17 +32,14 @@ Aggregate = Literal["mean"]
 class Clusterer:
     """How the tokens of one segment become a few of them.
 
-    Args:
-        algorithm: ``kmedoids`` or ``spectral``; the baselines ``sparse_sampling`` (evenly spaced
-            tokens) and ``pooling`` (mean of the frames, place by place).
-        distance, p, pre_norm, iterations: see :func:`tokprune.operators.kmedoids`.
-        graph, sigma: see :func:`tokprune.operators.affinity`.
-        neighbours: of the "knn" graph; None: :func:`auto_neighbours`.
-        window: (cells, frames) within which tokens may be linked in the graph; None: no limit.
+    ``distance``, ``p``, ``pre_norm`` and ``iterations``: see :func:`tokprune.operators.kmedoids`;
+    ``graph`` and ``sigma``: see :func:`tokprune.operators.affinity`.
 
     Source: Zhao et al. 2022, arXiv 2205.00823.
     """
 
+    #: ``kmedoids`` or ``spectral``; the baselines ``sparse_sampling`` (evenly spaced tokens) and
+    #: ``pooling`` (mean of the frames, place by place)
     algorithm: Algorithm = "kmedoids"
     distance: Distance = "euclidean"
     p: float = 2.0
@@ -42,17 +47,15 @@ class Clusterer:
     iterations: int = ITERATIONS
     graph: Graph = "knn"
     sigma: float | None = 2.0
+    #: of the "knn" graph; None: :func:`auto_neighbours`
     neighbours: int | None = None
+    #: (cells, frames) within which tokens may be linked in the graph; None: no limit
     window: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name, value, kinds in (
-            ("algorithm", self.algorithm, get_args(Algorithm)),
-            ("distance", self.distance, get_args(Distance)),
-            ("graph", self.graph, get_args(Graph)),
-        ):
-            if value not in kinds:
-                raise ValueError(f"{name}={value!r} is unknown; use one of {kinds}")
+        check_choice("algorithm", self.algorithm, Algorithm)
+        check_choice("distance", self.distance, Distance)
+        check_choice("graph", self.graph, Graph)
         if not self.p > 0:
             raise ValueError(f"p={self.p!r} should be positive")
         if self.sigma is not None and not self.sigma > 0:
@@ -122,10 +125,7 @@ def segment_bounds(frames: int, segments: int) -> list[tuple[int, int]]:
 
     Source: Zhao et al. 2022, arXiv 2205.00823; the official code takes multiples only.
     """
-    if not 1 <= segments <= frames:
-        raise ValueError(
-            f"segments is {segments}; it should be between 1 and the number of frames, {frames}"
-        )
+    check_number("segments", segments, frames, "frames")
     each = frames // segments
     return [(s * each, (s + 1) * each if s < segments - 1 else frames) for s in range(segments)]
 
@@ -165,24 +165,21 @@ def sparse_positions(n: int, k: int) -> list[int]:
 
     Source: sparse sampling baseline of Zhao et al. 2022, official code of arXiv 2205.00823.
     """
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; it should be between 1 and the number of tokens, {n}")
+    check_number("k", k, n)
     step = n / k
     return [int(step / 2 + step * j) for j in range(k)]
 
 
 @dataclass(frozen=True, eq=False)
 class Reduced:
-    """Segments instead of frames.
+    """Segments instead of frames."""
 
-    ``hidden`` [B, S, c + k, d]: class token (mean of the segment's), then the kept tokens by
-    frame and place; ``medoids`` [B, S, k] long: frame · n + place inside the segment;
-    ``assign`` [B, T, n] long: cluster of every token inside its segment. The last two are None for
-    "pooling".
-    """
-
+    #: [B, S, c + k, d]: class token (mean of the segment's), then the kept tokens by frame and
+    #: place
     hidden: Tensor
+    #: [B, S, k] long: frame · n + place inside the segment; None for "pooling"
     medoids: Tensor | None
+    #: [B, T, n] long: cluster of every token inside its segment; None for "pooling"
     assign: Tensor | None
 
 
@@ -227,7 +224,7 @@ def segment_reduce(
         raise ValueError(
             f"aggregate={aggregate!r} needs clusters; algorithm={clusterer.algorithm!r} has none"
         )
-    batch, frames, n, c = x.shape[0], x.shape[1], x.shape[2] - int(class_token), int(class_token)
+    frames, n, c = x.shape[1], x.shape[2] - int(class_token), int(class_token)
     bounds = segment_bounds(frames, segments)
     limit = n if clusterer.algorithm == "pooling" else n * (bounds[0][1] - bounds[0][0])
     if not 1 <= k <= limit or (clusterer.algorithm == "pooling" and k != n):
@@ -238,17 +235,19 @@ def segment_reduce(
     hidden, medoids, assign = [], [], []
     for group in _alike(bounds):
         first, each = group[0][0], group[0][1] - group[0][0]
-        own = x[:, first : group[-1][1]].unflatten(1, (len(group), each))
+        own = rearrange(x[:, first : group[-1][1]], "b (s f) n d -> b s f n d", f=each)
         lead = own[..., :c, :].mean(2)
         if clusterer.algorithm == "pooling":
             hidden.append(own.mean(2))
             continue
-        tokens = own[..., c:, :].flatten(2, 3)
+        tokens = rearrange(own[..., c:, :], "b s f n d -> b s (f n) d")
         found = clusterer(tokens.detach(), k, each, grid)
-        kept = cluster_means(tokens, found) if aggregate == "mean" else _rows(tokens, found.medoids)
+        kept = take_rows(tokens, found.medoids)
+        if aggregate == "mean":
+            kept = cluster_means(tokens, found)
         hidden.append(torch.cat([lead, kept], dim=2))
         medoids.append(found.medoids)
-        assign.append(found.assign.reshape(batch, len(group) * each, n))
+        assign.append(rearrange(found.assign, "b s (f n) -> b (s f) n", f=each))
     return Reduced(
         torch.cat(hidden, dim=1),
         torch.cat(medoids, dim=1) if medoids else None,
@@ -261,10 +260,6 @@ def _alike(bounds: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     if bounds[-1][1] - bounds[-1][0] == bounds[0][1] - bounds[0][0]:
         return [bounds]
     return [bounds[:-1], bounds[-1:]]
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
 def cluster_means(x: Tensor, found: Medoids) -> Tensor:

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.operators.attention import masked_softmax
+from tokprune.operators.checks import check_mask
+from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
+
+__all__ = [
+    "Recycled", "attention_rank", "best_heads", "fixed_count", "rank_count", "rater_attention",
+    "recycle_counts", "recycle_merge", "rotary_weight", "text_raters", "text_relevance",
+    "vision_scores",
+]  # fmt: skip
 
 #: image tokens whose similarity to the text is held at once
 _CHUNK = 512
@@ -43,14 +52,13 @@ def text_relevance(
         )
     if text_valid is None:
         text_valid = torch.ones_like(text, dtype=torch.bool)
-    _same("text_valid", text_valid, text.shape)
-    words = embeds.gather(1, text[:, :, None].expand(-1, -1, embeds.shape[2])).float()
+    check_mask("text_valid", text_valid, text.shape)
+    words = take_rows(embeds, text).float()
     total = words.new_zeros(text.shape)
     hidden = ~text_valid[:, None]
     for part, real in zip(embeds.split(_CHUNK, 1), image.split(_CHUNK, 1)):
-        logits = (part.float() @ words.mT).masked_fill(hidden, -torch.inf)
-        share = logits.softmax(-1).masked_fill(hidden | ~real[:, :, None], 0.0)
-        total = total + share.sum(1)
+        share = masked_softmax(part.float() @ words.mT, hidden)
+        total = total + share.masked_fill(~real[:, :, None], 0.0).sum(1)
     return total / image.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -72,7 +80,7 @@ def text_raters(relevance: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     if valid is None:
         valid = torch.ones_like(relevance, dtype=torch.bool)
-    _same("valid", valid, relevance.shape)
+    check_mask("valid", valid, relevance.shape)
     mean = relevance.masked_fill(~valid, 0.0).sum(-1, keepdim=True)
     mean = mean / valid.sum(-1, keepdim=True).clamp(min=1)
     above = (relevance > mean) & valid
@@ -100,7 +108,7 @@ def rotary_weight(cos: Tensor, sin: Tensor, rows: Tensor, least: float = 1e-3) -
     """
     half = cos.shape[-1] // 2
     wave = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).float()
-    own = wave.gather(1, rows[:, :, None].expand(-1, -1, 2 * half))
+    own = take_rows(wave, rows)
     top = wave.square().sum(-1).amax(1)[:, None, None]
     scale = 2 * (2 * half) ** -0.5
     return torch.maximum(own @ wave.mT, least * top) * scale
@@ -122,7 +130,7 @@ def rater_attention(probs: Tensor, raters: Tensor, weight: Tensor | None = None)
 
     Source: SparseVLM, arXiv 2410.04417.
     """
-    _same("raters", raters, (probs.shape[0], probs.shape[2]))
+    check_mask("raters", raters, (probs.shape[0], probs.shape[2]))
     factor = raters[:, :, None].float()
     if weight is not None:
         if weight.shape != (probs.shape[0], *probs.shape[2:]):
@@ -152,7 +160,7 @@ def best_heads(total: Tensor, image: Tensor, heads: int) -> Tensor:
     """
     if heads < 1:
         raise ValueError(f"heads is {heads}; it should be at least 1")
-    _same("image", image, (total.shape[0], total.shape[2]))
+    check_mask("image", image, (total.shape[0], total.shape[2]))
     return rank(total.masked_fill(~image[:, None], 0.0).sum(-1))[:, :heads]
 
 
@@ -170,7 +178,7 @@ def vision_scores(total: Tensor, raters: Tensor, heads: Tensor | None = None) ->
     Source: SparseVLM, arXiv 2410.04417.
     """
     if heads is not None:
-        total = total.gather(1, heads[:, :, None].expand(-1, -1, total.shape[2]))
+        total = take_rows(total, heads)
     return total.mean(1) / raters.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -191,8 +199,8 @@ def attention_rank(probs: Tensor, raters: Tensor, image: Tensor) -> Tensor:
 
     Source: SparseVLM, arXiv 2410.04417, adaptive sparsification by rank.
     """
-    _same("raters", raters, (probs.shape[0], probs.shape[2]))
-    _same("image", image, (probs.shape[0], probs.shape[3]))
+    check_mask("raters", raters, (probs.shape[0], probs.shape[2]))
+    check_mask("image", image, (probs.shape[0], probs.shape[3]))
     block = probs.float().mean(1).masked_fill(~(raters[:, :, None] & image[:, None]), 0.0)
     size = torch.maximum(raters.sum(1), image.sum(1)).float()
     return torch.linalg.matrix_rank(
@@ -253,12 +261,13 @@ def recycle_counts(dropped: int, fraction: float = 0.3, cluster_size: int = 10) 
 
 @dataclass(frozen=True)
 class Recycled:
-    """``out`` [N, C, D] merged tokens, in the dtype of the input, 0 where there is none; ``centre``
-    [N, C]: the token at the centre of each cluster, −1 where there is none; ``cluster`` [N, M]:
-    cluster of each token, −1 for padding."""
+    """Clusters of dropped tokens."""
 
+    #: [N, C, D] merged tokens, in the dtype of the input, 0 where there is none
     out: Tensor
+    #: [N, C] long: the token at the centre of each cluster, −1 where there is none
     centre: Tensor
+    #: [N, M] long: cluster of each token, −1 for padding
     cluster: Tensor
 
 
@@ -295,7 +304,7 @@ def recycle_merge(
     n, m = x.shape[:2]
     if valid is None:
         valid = torch.ones(n, m, dtype=torch.bool, device=x.device)
-    _same("valid", valid, (n, m))
+    check_mask("valid", valid, (n, m))
     if clusters is None:
         clusters = torch.full((n,), most, device=x.device)
     vectors = x.float().masked_fill(~valid[:, :, None], 0.0)
@@ -303,7 +312,7 @@ def recycle_merge(
     score = _peaks(distance, clusters, most, valid)
     exists = torch.arange(most, device=x.device) < clusters[:, None]
     centre = rank(score)[:, :most]
-    to_centre = distance.gather(1, centre[:, :, None].expand(-1, -1, m))
+    to_centre = take_rows(distance, centre)
     cluster = to_centre.masked_fill(~exists[:, :, None], torch.inf).argmin(1)
     # A centre is its own cluster's, even where another centre is a copy of it.
     number = torch.arange(most, device=x.device).expand(n, most)
@@ -339,10 +348,3 @@ def _peaks(distance: Tensor, clusters: Tensor, most: int, valid: Tensor) -> Tens
     widest = distance.masked_fill(~pairs, 0.0).flatten(1).amax(1, keepdim=True)
     apart = torch.where(apart == torch.inf, widest, apart)
     return (density + apart.log()).masked_fill(~valid, -torch.inf)
-
-
-def _same(name: str, mask: Tensor, shape: tuple[int, ...] | torch.Size) -> None:
-    if tuple(mask.shape) != tuple(shape) or mask.dtype != torch.bool:
-        raise ValueError(
-            f"{name} is {mask.dtype} {tuple(mask.shape)}; it should be torch.bool {tuple(shape)}"
-        )

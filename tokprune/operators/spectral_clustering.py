@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from tokprune.operators.checks import (
+    check_choice,
+    check_mask,
+    check_number,
+    check_points,
+    check_square,
+)
 from tokprune.operators.kmedoids import ITERATIONS, Distance, Medoids, kmedoids, pairwise
+
+__all__ = [
+    "Graph", "affinity", "auto_neighbours", "neighbourhood", "spectral_clustering",
+    "spectral_embedding",
+]  # fmt: skip
 
 Graph = Literal["knn", "heat"]
 
@@ -79,21 +92,16 @@ def affinity(
 
     Source: Zhao et al. 2022, arXiv 2205.00823, section 3.3 and official code.
     """
-    if graph not in get_args(Graph):
-        raise ValueError(f"graph={graph!r} is unknown; use one of {get_args(Graph)}")
-    if x.dim() < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, n, d]")
+    check_choice("graph", graph, Graph)
+    check_points(x)
     n = x.shape[-2]
     if neighbours < 1:
         raise ValueError(f"neighbours is {neighbours}; it should be at least 1")
     if sigma is not None and not sigma > 0:
         raise ValueError(f"sigma is {sigma}; it should be positive, or None")
-    if near is not None and (near.shape != (n, n) or near.dtype != torch.bool):
-        raise ValueError(
-            f"near is {near.dtype} {tuple(near.shape)}; it should be torch.bool [{n}, {n}]"
-        )
-    points = x.reshape(-1, n, x.shape[-1]).float()
-    square = pairwise(points).square()
+    if near is not None:
+        check_mask("near", near, (n, n))
+    square = pairwise(rearrange(x, "... n d -> (...) n d").float()).square()
     width: float | Tensor = 0.0 if sigma is None else sigma**2
     if sigma is None:  # no spread at all: every token is every other's equal
         width = square.mean((1, 2), keepdim=True).clamp(min=torch.finfo(square.dtype).tiny) / 4
@@ -125,11 +133,8 @@ def spectral_embedding(weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Source: Ng et al. 2001; Zhao et al. 2022, arXiv 2205.00823, section 3.3.
     """
-    if weights.dim() < 2 or weights.shape[-1] != weights.shape[-2]:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; it should be [*, n, n]")
-    n = weights.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k is {k}; it should be between 1 and the number of points, {n}")
+    check_square("weights", weights)
+    check_number("k", k, weights.shape[-1], "points")
     wide = weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
     scale = wide.sum(-1).rsqrt()
     laplacian = -scale[..., :, None] * wide * scale[..., None, :]

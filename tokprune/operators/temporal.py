@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
+
+from tokprune.operators.topk import keep_topk
+
+__all__ = ["evs", "evs_count", "temporal_change"]
 
 
 def evs_count(keep: int | float, frames: int, tokens_per_frame: int) -> int:
@@ -80,5 +85,4 @@ def evs(x: Tensor, k: int) -> Tensor:
         raise ValueError(
             f"k is {k}; it should be between {n}, the first frame, and {frames * n}, the video"
         )
-    ranked = change.flatten(-2).sort(dim=-1, descending=True, stable=True).indices
-    return ranked[..., :k].sort(-1).values
+    return keep_topk(rearrange(change, "... t n -> ... (t n)"), k)

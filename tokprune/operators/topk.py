@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokprune.operators.checks import check_segment
+
+__all__ = ["keep_topk", "rank", "segment_topk"]
+
 
 def rank(score: Tensor) -> Tensor:
     """Positions by falling score; of equal scores the lower position comes first.
@@ -58,11 +62,7 @@ def segment_topk(score: Tensor, segment: Tensor, budget: Tensor) -> Tensor:
 
     Source: ours (several images per prompt, each with a budget of its own).
     """
-    if score.dim() != 2 or segment.shape != score.shape:
-        raise ValueError(
-            f"segment has shape {tuple(segment.shape)} and score {tuple(score.shape)}; both should "
-            "be [B, L]"
-        )
+    check_segment(segment, "score", score)
     if budget.dim() != 2 or budget.shape[0] != score.shape[0]:
         raise ValueError(
             f"budget has shape {tuple(budget.shape)}; it should be [{score.shape[0]}, S]"

@@ -8,7 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.operators.attention import attention_rows, mean_rows
+from tokprune.operators.attention import mean_rows
+from tokprune.operators.checks import check_choice, check_segment
+
+__all__ = ["image_share", "instruction_rows", "transition_score", "transition_weight"]
+
+Normalize = Literal["sample", "batch"]
+Direction = Literal["signed", "abs"]
 
 _EPS = 1e-8
 
@@ -17,8 +23,8 @@ def transition_weight(
     before: Tensor,
     after: Tensor,
     valid: Tensor | None = None,
-    normalize: Literal["sample", "batch"] = "sample",
-    direction: Literal["signed", "abs"] = "signed",
+    normalize: Normalize = "sample",
+    direction: Direction = "signed",
 ) -> Tensor:
     """Length ratio times softmax-normalised direction change of each token in one module.
 
@@ -49,10 +55,8 @@ def transition_weight(
         raise ValueError(
             f"valid has shape {tuple(valid.shape)}; it should be {tuple(before.shape[:-1])}"
         )
-    if normalize not in ("sample", "batch"):
-        raise ValueError(f"normalize is {normalize!r}; it should be 'sample' or 'batch'")
-    if direction not in ("signed", "abs"):
-        raise ValueError(f"direction is {direction!r}; it should be 'signed' or 'abs'")
+    check_choice("normalize", normalize, Normalize)
+    check_choice("direction", direction, Direction)
     before, after = before.float(), after.float()  # no copy when float32 already
     length_before = torch.linalg.vector_norm(before, dim=-1)
     length_after = torch.linalg.vector_norm(after, dim=-1)
@@ -91,11 +95,7 @@ def image_share(
     value = value.float()
     if segment is None:
         return value / (value.sum(-1, keepdim=True) + eps)
-    if value.dim() != 2 or segment.shape != value.shape:
-        raise ValueError(
-            f"segment has shape {tuple(segment.shape)} and value {tuple(value.shape)}; both should "
-            "be [B, L]"
-        )
+    check_segment(segment, "value", value)
     bins = segment + 1
     sums = value.new_zeros(value.shape[0], segments + 1).scatter_add_(1, bins, value)
     return (value / (sums.gather(1, bins) + eps)).masked_fill(segment < 0, 0.0)
@@ -124,46 +124,6 @@ def instruction_rows(
     return image_share(mean_rows(probs, row_valid), segment, segments)
 
 
-def instruction_attention(
-    q_text: Tensor, k: Tensor, start: int, n: int, scaling: float | None = None
-) -> Tensor:
-    """Instruction-guided attention of one image block followed by text to the end.
-
-    Row r stands at position start + n + r and sees the keys up to itself; softmax over all of
-    them, mean over heads and rows, image slice divided by its sum.
-
-    Args:
-        q_text: [..., H, R, h] queries of the R = L − (start + n) rows after the block, after
-            rotary embedding.
-        k: [..., Hkv, L, h] keys of the whole sequence, after rotary embedding.
-        start: position of the first image token.
-        n: number of image tokens.
-        scaling: factor of the logits; None means 1/√h.
-
-    Returns:
-        [..., n] float32; zeros when no text follows the block.
-
-    Raises:
-        ValueError: the block does not fit the sequence, or R is not the number of later rows.
-
-    Source: TransPrune, arXiv 2507.20630, instruction-guided attention.
-    """
-    length, rows = k.shape[-2], q_text.shape[-2]
-    if start < 0 or n < 0 or start + n > length:
-        raise ValueError(
-            f"start is {start} and n is {n}; the block should lie inside the {length} keys"
-        )
-    if rows != length - start - n:
-        raise ValueError(
-            f"q_text has {rows} rows; it should have {length - start - n}, one per position after "
-            "the image block"
-        )
-    position = torch.arange(length, device=k.device)
-    allowed = position <= position[start + n :, None]
-    probs = attention_rows(q_text, k, scaling, allowed)
-    return image_share(mean_rows(probs)[..., start : start + n])
-
-
 def transition_score(
     ttv: Sequence[Tensor],
     iga: Tensor | None,
@@ -178,7 +138,7 @@ def transition_score(
     Args:
         ttv: transition weights [..., L] of the accumulated layers, alive tokens only; may be
             empty, then the share is 0.
-        iga: [..., L] from ``instruction_attention`` or ``instruction_rows``; None counts as 0.
+        iga: [..., L] from ``instruction_rows``; None counts as 0.
         alpha: weight of the transitions, in [0, 1].
         segment, segments: as in ``image_share``; None means that all L entries are one image.
 

@@ -1,52 +1,51 @@
-"""Dominant tokens by class attention, the rest merged into a few by key similarity (VisionZip)."""
+"""Dominant tokens by [CLS] attention, the rest merged into a few by key similarity (VisionZip)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokprune.operators.checks import check_choice, check_number
+from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
+
+__all__ = ["Compressed", "Contextual", "Score", "token_scores"]
 
 Score = Literal["cls", "mean_received"]
 
 
 @dataclass(frozen=True, eq=False)
 class Contextual:
-    """The tokens that are not dominant, merged into C rows.
+    """The tokens that are not dominant, merged into C rows."""
 
-    Attributes:
-        out: [B, C, D] in the dtype of the hidden states.
-        target: [B, C] long, position of the token that stands for each row.
-        remaining: [B, M] long, ascending positions of the merged tokens, targets included.
-        joined: [B, M] long in 0…C−1, the row that each of them joins (−1 when C = 0).
-    """
-
+    #: [B, C, D] in the dtype of the hidden states
     out: Tensor
+    #: [B, C] long, position of the token that stands for each row
     target: Tensor
+    #: [B, M] long, ascending positions of the merged tokens, targets included
     remaining: Tensor
+    #: [B, M] long in 0…C−1, the row that each of them joins (−1 when C = 0)
     joined: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """Dominant tokens in positional order, then contextual ones.
+    """Dominant tokens in positional order, then contextual ones."""
 
-    Attributes:
-        out: [B, D_n+C, D] in the dtype of the hidden states.
-        indices: [B, D_n] long, dominant positions: class token first, then by falling score.
-        rows: [B, D_n+C] long, position that stands for each row.
-        group: [B, T] long, row that holds each token (−1: merged into none, when C = 0).
-        contextual: how the other tokens were merged.
-    """
-
+    #: [B, D_n+C, D] in the dtype of the hidden states
     out: Tensor
+    #: [B, D_n] long, dominant positions: class token first, then by falling score
     indices: Tensor
+    #: [B, D_n+C] long, position that stands for each row
     rows: Tensor
+    #: [B, T] long, row that holds each token (−1: merged into none, when C = 0)
     group: Tensor
+    #: how the other tokens were merged
     contextual: Contextual
 
 
@@ -54,10 +53,10 @@ def token_scores(attn: Tensor, score: Score = "cls") -> Tensor:
     """Attention that each token receives, summed over heads.
 
     Args:
-        attn: [B, H, T] row of the class token, or [B, H, T, T] the whole map; softmax
+        attn: [B, H, T] from the class token, or [B, H, T, T] the whole map; softmax
             probabilities of any float dtype.
-        score: "cls" reads the class token's row; "mean_received" the mean over all other rows
-            and needs the whole map (towers without a class token).
+        score: "cls" takes the [CLS] attention; "mean_received" the mean from all other tokens,
+            which needs the whole map (towers without a class token).
 
     Returns:
         [B, T] float32.
@@ -67,8 +66,7 @@ def token_scores(attn: Tensor, score: Score = "cls") -> Tensor:
 
     Source: VisionZip, arXiv 2412.04467, dominant token selection.
     """
-    if score not in get_args(Score):
-        raise ValueError(f"score is {score!r}; it should be one of {get_args(Score)}")
+    check_choice("score", score, Score)
     if attn.dim() == 3 and score == "cls":
         return attn.sum(1, dtype=torch.float32)
     if attn.dim() != 4 or attn.shape[-1] != attn.shape[-2]:
@@ -101,8 +99,7 @@ def dominant(attn: Tensor, count: int, score: Score = "cls", class_token: bool =
     Source: VisionZip, arXiv 2412.04467, dominant token selection.
     """
     scores = attn if attn.dim() == 2 else token_scores(attn, score)
-    if not 1 <= count <= scores.shape[-1]:
-        raise ValueError(f"count is {count}; it should be between 1 and {scores.shape[-1]} tokens")
+    check_number("count", count, scores.shape[-1])
     if not class_token:
         return rank(scores)[:, :count]
     best = rank(scores[:, 1:])[:, : count - 1] + 1
@@ -150,15 +147,16 @@ def contextual(hidden: Tensor, metric: Tensor, indices: Tensor, count: int) -> C
     target, follower = remaining[:, order[:count]], remaining[:, order[count:]]
 
     unit = normalize(metric.float(), dim=-1)
-    near = (_take(unit, follower) @ _take(unit, target).mT).argmax(-1)
+    near = (take_rows(unit, follower) @ take_rows(unit, target).mT).argmax(-1)
     first = torch.arange(batch, device=device)[:, None] * count
-    slot = (near + first).flatten()
+    slot = rearrange(near + first, "b m -> (b m)")
     total = torch.zeros(batch * count, width, dtype=torch.float32, device=device)
-    total.index_add_(0, slot, _take(hidden, follower).float().flatten(0, 1))
+    joining = take_rows(hidden, follower).float()
+    total.index_add_(0, slot, rearrange(joining, "b m d -> (b m) d"))
     number = torch.zeros(batch * count, dtype=torch.float32, device=device)
     number.index_add_(0, slot, torch.ones_like(slot, dtype=torch.float32))
-    mean = (total / number.clamp(min=1)[:, None]).view(batch, count, width)
-    out = (_take(hidden, target).float() + mean).to(hidden.dtype)
+    mean = rearrange(total / number.clamp(min=1)[:, None], "(b c) d -> b c d", c=count)
+    out = (take_rows(hidden, target).float() + mean).to(hidden.dtype)
 
     joined = torch.empty_like(remaining)
     joined[:, order[:count]] = torch.arange(count, device=device)
@@ -197,13 +195,9 @@ def compress(
     merged = contextual(hidden, metric, indices, contextual_count)
     kept = indices.sort(-1).values
     rows = torch.cat([kept, merged.target], dim=1)
-    out = torch.cat([_take(hidden, kept), merged.out], dim=1)
+    out = torch.cat([take_rows(hidden, kept), merged.out], dim=1)
     group = torch.full(hidden.shape[:2], -1, device=hidden.device)
     group = group.scatter(1, kept, torch.arange(dominant_count, device=kept.device).expand_as(kept))
     shifted = torch.where(merged.joined < 0, -1, merged.joined + dominant_count)
     group = group.scatter(1, merged.remaining, shifted)
     return Compressed(out, indices, rows, group, merged)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

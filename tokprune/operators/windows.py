@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from tokprune.operators.checks import check_choice, checked_grid
+from tokprune.operators.rows import largest_together, take_rows
 from tokprune.operators.topk import rank
+
+__all__ = ["WindowMerge", "spatial_merge", "spatial_merge_fixed", "window_similarity"]
+
+Share = Literal["batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,31 +24,28 @@ class WindowMerge:
 
     M is the largest number of rows without the class token, r the largest number of merged
     windows, c = 1 with a class token and 0 without.
-
-    Attributes:
-        out: [B, c+M, D] in the dtype of the input; padding rows are 0.
-        valid: [B, c+M] bool, real rows.
-        size: [B, c+M, 1] float32, grid tokens in each row (class token 1, padding 0).
-        r: [B] long, merged windows.
-        counts: real rows of ``out`` per sample, class token included, on the host.
-        dst: [B, r] long, grid index of the last (bottom-right) token of each merged window, by
-            falling similarity, which is output order; −1 where a sample merges fewer.
-        unmerged: [B, U] long, ascending grid indices of the untouched tokens, −1 as padding.
-        group: [B, N] long, row (class token not counted) that holds each grid token.
-        rows: [B, M] long, grid index that stands for each row: ``dst``, then ``unmerged``; −1 as
-            padding.
-        similarity: [B, W] float32, mean pairwise cosine of each window, in raster order.
     """
 
+    #: [B, c+M, D] in the dtype of the input; padding rows are 0
     out: Tensor
+    #: [B, c+M] bool, real rows
     valid: Tensor
+    #: [B, c+M, 1] float32, grid tokens in each row (class token 1, padding 0)
     size: Tensor
+    #: [B] long, merged windows
     r: Tensor
+    #: real rows of ``out`` per sample, class token included, on the host
     counts: list[int]
+    #: [B, r] long, grid index of the last (bottom-right) token of each merged window, by falling
+    #: similarity, which is output order; −1 where a sample merges fewer
     dst: Tensor
+    #: [B, U] long, ascending grid indices of the untouched tokens, −1 as padding
     unmerged: Tensor
+    #: [B, N] long, row (class token not counted) that holds each grid token
     group: Tensor
+    #: [B, M] long, grid index that stands for each row: ``dst``, then ``unmerged``; −1 as padding
     rows: Tensor
+    #: [B, W] float32, mean pairwise cosine of each window, in raster order
     similarity: Tensor
 
 
@@ -64,13 +67,13 @@ def window_similarity(x: Tensor, window: tuple[int, int], grid: tuple[int, int])
 
     Source: MustDrop, arXiv 2411.10803, local spatial merging.
     """
-    area = _check_window(x.shape[1], window, grid)
+    area = _area(window, checked_grid(grid, x.shape[1]))
     unit = x.float()
     unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp(min=1e-8)
     own = _tiled(unit.square().sum(-1, keepdim=True), window, grid).sum((2, 4, 5))
     # one axis after the other: a sum over both at once is many times slower on this view
     total = _tiled(unit, window, grid).sum(2).sum(3).square().sum(-1) - own
-    return total.flatten(1) / (area * (area - 1))
+    return rearrange(total, "b y x -> b (y x)") / (area * (area - 1))
 
 
 def spatial_merge(
@@ -78,7 +81,7 @@ def spatial_merge(
     threshold: float = 0.8,
     window: tuple[int, int] = (3, 3),
     class_token: bool = True,
-    share: Literal["batch"] | Tensor = "batch",
+    share: Share | Tensor = "batch",
     grid: tuple[int, int] | None = None,
 ) -> WindowMerge:
     """Replace the r most uniform windows of each sample by their mean.
@@ -108,18 +111,10 @@ def spatial_merge(
     cls, grid, area = _prepare(x, window, class_token, grid)
     similarity = window_similarity(x[:, cls:], window, grid)
     own = (similarity >= threshold).sum(-1)
-    if isinstance(share, Tensor):
-        if share.shape != own.shape:
-            raise ValueError(
-                f"share has shape {tuple(share.shape)}; it should be [{x.shape[0]}], an image "
-                "number per sample"
-            )
-        together = share[:, None] == share
-        r = own.expand(len(own), -1).masked_fill(~together, similarity.shape[1]).amin(-1)
-    elif share == "batch":
-        r = own.amin().expand_as(own) if len(own) else own
-    else:
-        raise ValueError(f"share is {share!r}; it should be 'batch' or a tensor of image numbers")
+    image = share if isinstance(share, Tensor) else None
+    if image is None:
+        check_choice("share", share, Share)
+    r = -largest_together(-own, image, "share")  # the least, that is
     return _merge(x, similarity, r, r.tolist(), window, grid, cls, area)
 
 
@@ -198,12 +193,11 @@ def _merge(
     size = torch.where(slot < r[:, None], float(area), 1.0).masked_fill(~real, 0.0)
 
     patches = x[:, cls:]
-    width = x.shape[-1]
-    out = patches.gather(1, table.clamp(min=0)[..., None].expand(-1, -1, width))
+    out = take_rows(patches, table.clamp(min=0))
     if most:
         sums = _tiled(patches, window, grid).sum(2, dtype=torch.float32).sum(3)
-        means = (sums / area).flatten(1, 2)
-        chosen = means.gather(1, order[:, :most, None].expand(-1, -1, width)).to(x.dtype)
+        means = rearrange(sums / area, "b y x d -> b (y x) d")
+        chosen = take_rows(means, order[:, :most]).to(x.dtype)
         own = slot[:most] < r[:, None]
         out[:, :most] = torch.where(own[..., None], chosen, out[:, :most])
     if most != least:
@@ -239,18 +233,12 @@ def _prepare(
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it should be [B, tokens, D]")
     cls = int(class_token)
-    tokens = x.shape[1] - cls
-    if grid is None:
-        side = math.isqrt(max(0, tokens))
-        if side * side != tokens:
-            raise ValueError(f"grid is None but {tokens} tokens are no square; give grid=(h, w)")
-        grid = (side, side)
-    return cls, grid, _check_window(tokens, window, grid)
+    grid = checked_grid(grid, x.shape[1] - cls)
+    return cls, grid, _area(window, grid)
 
 
-def _check_window(tokens: int, window: tuple[int, int], grid: tuple[int, int]) -> int:
-    if min(grid) < 1 or grid[0] * grid[1] != tokens:
-        raise ValueError(f"grid is {grid}; its product should be the {tokens} grid tokens")
+def _area(window: tuple[int, int], grid: tuple[int, int]) -> int:
+    """Tokens of a window, which is checked."""
     area = window[0] * window[1]
     if min(window) < 1 or area < 2 or grid[0] % window[0] or grid[1] % window[1]:
         raise ValueError(
@@ -261,5 +249,6 @@ def _check_window(tokens: int, window: tuple[int, int], grid: tuple[int, int]) -
 
 def _tiled(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """[B, h·w, D] as [B, h/a, a, w/b, b, D]."""
-    (a, b), (h, w) = window, grid
-    return x.reshape(x.shape[0], h // a, a, w // b, b, x.shape[-1])
+    return rearrange(
+        x, "n (y a x b) d -> n y a x b d", a=window[0], b=window[1], x=grid[1] // window[1]
+    )

@@ -24,11 +24,11 @@ class Numbers:
     prompt_tokens: int
 
 
-def pictures_of_rows(known: BoundModel, inputs: Mapping[str, Any]) -> list[list[ImageLayout]]:
-    """The pictures of every row of a batch in the order of the prompt, then its videos.
+def images_of_rows(known: BoundModel, inputs: Mapping[str, Any]) -> list[list[ImageLayout]]:
+    """The images of every row of a batch in the order of the prompt, then its videos.
 
     Args:
-        inputs: ``input_ids`` [B, L]; where there are pictures, their ``pixel_values`` in the order
+        inputs: ``input_ids`` [B, L]; where there are images, their ``pixel_values`` in the order
             of the placeholders, and what else the processor gives (``image_sizes``); where there
             are videos, their ``pixel_values_videos`` [videos, frames, 3, H, W].
     """
@@ -49,7 +49,7 @@ def pictures_of_rows(known: BoundModel, inputs: Mapping[str, Any]) -> list[list[
 
 
 def unpruned_numbers(known: BoundModel, inputs: Mapping[str, Any]) -> list[Numbers]:
-    """The model as it is, for every row of a batch (see :func:`pictures_of_rows`). Nothing runs."""
+    """The model as it is, for every row of a batch (see :func:`images_of_rows`). Nothing runs."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     visual = known.parts.visual(ids).sum(1).tolist()
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
@@ -62,7 +62,7 @@ def unpruned_numbers(known: BoundModel, inputs: Mapping[str, Any]) -> list[Numbe
             kv_bytes=length * known.shape.kv_numbers * size,
             prompt_tokens=length,
         )
-        for tokens, length, own in zip(visual, lengths, pictures_of_rows(known, inputs))
+        for tokens, length, own in zip(visual, lengths, images_of_rows(known, inputs))
     ]
 
 

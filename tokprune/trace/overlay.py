@@ -1,4 +1,4 @@
-"""A picture of which patches survived, stage by stage."""
+"""A drawing of which patches survived, stage by stage."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MOST_PANELS = 6
 
 @dataclass
 class _Board:
-    """A picture under a grid of cells; ``place`` maps patches to (row, column) of the grid."""
+    """An image under a grid of cells; ``place`` maps patches to (row, column) of the grid."""
 
-    picture: Image.Image
+    image: Image.Image
     cell: int
     shape: tuple[int, int]
     place: dict[Cell, tuple[int, int]]
@@ -45,24 +45,24 @@ def overlay(
 
     One panel per stage that changed something: dropped patches grey, survivors clear with an
     outline, merged tokens as patches of one colour. Tiled models get the base tile above the
-    stitched high-resolution picture, without the padding that the model's own packing removes. A
+    stitched high-resolution image, without the padding that the model's own packing removes. A
     video is a mosaic of its frames.
 
     Args:
         trace: of the patched model.
-        image: the prompt's picture, or the list of them in prompt order; for a video, the list of
+        image: the prompt's image, or the list of them in prompt order; for a video, the list of
             the frames that the model saw (``[frames]`` where it is all there is).
         path: where to save (the suffix says the format), or None.
         row: batch row of the prompt.
-        processor: the model's processor (or image processor), to show the part of the picture
+        processor: the model's processor (or image processor), to show the part of the image
             that the model saw: shortest-edge resize with centre crop, or padding to a square.
-            Without it the picture is squashed to a square, which is what the model saw only where
+            Without it the image is squashed to a square, which is what the model saw only where
             its processor does that (SigLIP; the base tile of LLaVA-NeXT always).
         size: length of a panel's longer side in pixels (rounded to whole cells).
 
     Raises:
         RuntimeError: no prefill with images was recorded.
-        ValueError: the number of pictures, or of a video's frames, is not that of the prompt, or
+        ValueError: the number of images, or of a video's frames, is not that of the prompt, or
             the prompt was given as embeddings, so that nobody knows the patches.
     """
     from PIL import Image
@@ -70,15 +70,15 @@ def overlay(
     from tokprune.trace.provenance import original_cells, stages_of
 
     prefill = trace._need()
-    pictures = [image] if isinstance(image, Image.Image) else list(image)
+    images = [image] if isinstance(image, Image.Image) else list(image)
     traced = prefill.visuals(row)
-    if len(pictures) != len(traced):
+    if len(images) != len(traced):
         raise ValueError(
-            f"image: {len(pictures)} picture(s) for batch row {row}, which has {len(traced)} "
-            "image(s); pass all of the prompt's pictures in order"
+            f"image: {len(images)} image(s) for batch row {row}, which has {len(traced)} "
+            "image(s); pass all of the prompt's images in order"
         )
     strips = []
-    for picture, parts in zip(pictures, traced):
+    for shown, parts in zip(images, traced):
         records = [part.record for part in parts if part.record is not None]
         if not records:
             raise ValueError(
@@ -86,11 +86,11 @@ def overlay(
                 "patches; run the model on input_ids and pixel_values to draw them"
             )
         if records[0].layout.video:
-            boards = _mosaic(picture, records, processor, size)
-        elif isinstance(picture, Image.Image):
-            boards = _boards(picture.convert("RGB"), records[0], processor, size)
+            boards = _mosaic(shown, records, processor, size)
+        elif isinstance(shown, Image.Image):
+            boards = _boards(shown.convert("RGB"), records[0], processor, size)
         else:
-            raise ValueError(f"image: {picture!r} stands for a still picture; it should be one")
+            raise ValueError(f"image: {shown!r} stands for a still image; it should be one")
         full = {cell for record in records for cell in original_cells(record)}
         stages = _worth_showing(stages_of(prefill, parts), full)
         what = "video" if records[0].layout.video else "image"
@@ -150,11 +150,11 @@ def _span(first: int, last: int) -> str:
 # ------------------------------------------------------------------------- geometry
 
 
-def _boards(picture: Image.Image, record: ImageRecord, processor: Any, size: int) -> list[_Board]:
-    """The base tile, and for tiled models the stitched high-resolution picture."""
+def _boards(image: Image.Image, record: ImageRecord, processor: Any, size: int) -> list[_Board]:
+    """The base tile, and for tiled models the stitched high-resolution image."""
     rows, cols = record.facts.grid if record.token_grid is None else record.token_grid.grids[0]
     cell = max(4, round(size / max(rows, cols)))
-    base = picture if record.facts.tiled else _as_seen(picture, processor)
+    base = image if record.facts.tiled else _as_seen(image, processor)
     place = {(0, r, c): (r, c) for r in range(rows) for c in range(cols)}
     boards = [_Board(_resize(base, cols * cell, rows * cell), cell, (rows, cols), place)]
     down, across = record.layout.tile_grid
@@ -162,13 +162,13 @@ def _boards(picture: Image.Image, record: ImageRecord, processor: Any, size: int
         shape = record.token_grid.grids[1]
         cell = max(4, round(size / max(shape)))
         place = {(1, r, c): (r, c) for r in range(shape[0]) for c in range(shape[1])}
-        whole = _resize(picture, shape[1] * cell, shape[0] * cell)
+        whole = _resize(image, shape[1] * cell, shape[0] * cell)
         boards.append(_Board(whole, cell, shape, place))
     elif down and across:
         shape = (down * rows, across * cols)
         cell = max(4, round(size / max(shape)))
-        stitched = _stitched(picture, record, shape, cell)
-        if stitched.place:  # the packing may leave nothing of a very long, thin picture
+        stitched = _stitched(image, record, shape, cell)
+        if stitched.place:  # the packing may leave nothing of a very long, thin image
             boards.append(_trimmed(stitched))
     return boards
 
@@ -180,7 +180,7 @@ def _mosaic(frames: Any, records: Sequence[ImageRecord], processor: Any, size: i
     number = sum(record.layout.frames for record in records)
     given = [] if isinstance(frames, Image.Image) else list(frames)
     if len(given) != number:
-        got = "a picture" if isinstance(frames, Image.Image) else f"{len(given)} frame(s)"
+        got = "an image" if isinstance(frames, Image.Image) else f"{len(given)} frame(s)"
         raise ValueError(
             f"image: {got} for a video of {number} frames; it should be the list of those that "
             "the model saw"
@@ -200,9 +200,7 @@ def _mosaic(frames: Any, records: Sequence[ImageRecord], processor: Any, size: i
     return [_Board(canvas, cell, shape, place)]
 
 
-def _stitched(
-    picture: Image.Image, record: ImageRecord, shape: tuple[int, int], cell: int
-) -> _Board:
+def _stitched(image: Image.Image, record: ImageRecord, shape: tuple[int, int], cell: int) -> _Board:
     """Fitted into the tiles with its aspect ratio, padding around it, as the processor does."""
     from PIL import Image
 
@@ -210,11 +208,11 @@ def _stitched(
 
     rows, cols = record.facts.grid
     width, height = shape[1] * cell, shape[0] * cell
-    scale = min(width / picture.width, height / picture.height)
+    scale = min(width / image.width, height / image.height)
     fitted = _resize(
-        picture,
-        min(width, math.ceil(picture.width * scale)),
-        min(height, math.ceil(picture.height * scale)),
+        image,
+        min(width, math.ceil(image.width * scale)),
+        min(height, math.ceil(image.height * scale)),
     )
     canvas = Image.new("RGB", (width, height), _PAPER)
     canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
@@ -232,34 +230,34 @@ def _trimmed(board: _Board) -> _Board:
     bottom, right = (max(at[i] for at in board.place.values()) + 1 for i in (0, 1))
     s = board.cell
     return _Board(
-        board.picture.crop((left * s, top * s, right * s, bottom * s)),
+        board.image.crop((left * s, top * s, right * s, bottom * s)),
         s,
         (bottom - top, right - left),
         {cell: (r - top, c - left) for cell, (r, c) in board.place.items()},
     )
 
 
-def _as_seen(picture: Image.Image, processor: Any) -> Image.Image:
-    """The part of the picture that the processor hands to the model."""
+def _as_seen(image: Image.Image, processor: Any) -> Image.Image:
+    """The part of the image that the processor hands to the model."""
     from PIL import Image
 
     settings = getattr(processor, "image_processor", processor)
     if settings is None:
-        return picture
+        return image
     if getattr(settings, "do_pad", None):
-        side = max(picture.size)
+        side = max(image.size)
         mean = getattr(settings, "image_mean", None) or (1.0, 1.0, 1.0)
         square = Image.new("RGB", (side, side), tuple(int(255 * v) for v in mean))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        picture = square
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
     edge, crop = _entry(settings, "size", "shortest_edge"), getattr(settings, "crop_size", None)
     if not getattr(settings, "do_center_crop", False) or edge is None or crop is None:
-        return picture
-    scale = min(picture.size) / edge  # original pixels per resized pixel
+        return image
+    scale = min(image.size) / edge  # original pixels per resized pixel
     width = _entry(settings, "crop_size", "width") * scale
     height = _entry(settings, "crop_size", "height") * scale
-    left, top = (picture.width - width) / 2, (picture.height - height) / 2
-    return picture.crop((round(left), round(top), round(left + width), round(top + height)))
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return image.crop((round(left), round(top), round(left + width), round(top + height)))
 
 
 def _entry(settings: Any, name: str, key: str) -> Any:
@@ -268,10 +266,10 @@ def _entry(settings: Any, name: str, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else getattr(value, key, None)
 
 
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     from PIL import Image
 
-    return picture.resize((max(width, 1), max(height, 1)), Image.Resampling.LANCZOS)
+    return image.resize((max(width, 1), max(height, 1)), Image.Resampling.LANCZOS)
 
 
 # -------------------------------------------------------------------------- drawing
@@ -301,16 +299,16 @@ def _draw(board: _Board, tokens: list[Token]) -> Image.Image:
             tint.putpixel((c, r), colour[number])
 
     def grown(mask: Image.Image) -> Image.Image:
-        return mask.resize(board.picture.size, Image.Resampling.NEAREST)
+        return mask.resize(board.image.size, Image.Resampling.NEAREST)
 
     grey = Image.blend(
-        ImageOps.grayscale(board.picture).convert("RGB"),
-        Image.new("RGB", board.picture.size, (225, 225, 225)),
+        ImageOps.grayscale(board.image).convert("RGB"),
+        Image.new("RGB", board.image.size, (225, 225, 225)),
         0.68,
     )
-    result = Image.composite(board.picture, grey, grown(alive))
+    result = Image.composite(board.image, grey, grown(alive))
     result = Image.composite(grown(tint), result, grown(tinted))
-    result = Image.composite(result, Image.new("RGB", board.picture.size, _PAPER), grown(inside))
+    result = Image.composite(result, Image.new("RGB", board.image.size, _PAPER), grown(inside))
     draw, s = ImageDraw.Draw(result), board.cell
     thick = 1 if s < 12 else 2
     # thin lines first, so that they do not cut the strong ones
@@ -351,10 +349,10 @@ def _colour(token: Token) -> tuple[int, int, int]:
 def _column(
     boards: list[_Board], tokens: list[Token] | None, caption: str, size: int
 ) -> Image.Image:
-    """The boards of one stage above its caption; tokens None: the plain picture."""
+    """The boards of one stage above its caption; tokens None: the plain image."""
     from PIL import Image, ImageDraw, ImageFont
 
-    drawn = [b.picture if tokens is None else _draw(b, tokens) for b in boards]
+    drawn = [b.image if tokens is None else _draw(b, tokens) for b in boards]
     font = ImageFont.load_default(max(11, size // 24))
     left, _, right, bottom = font.getbbox(caption)
     body = _join(drawn, size // 48, across=False)
@@ -386,7 +384,7 @@ def _join(parts: list[Image.Image], gap: int, across: bool) -> Image.Image:
     return result
 
 
-def _frame(picture: Image.Image, margin: int) -> Image.Image:
+def _frame(image: Image.Image, margin: int) -> Image.Image:
     from PIL import ImageOps
 
-    return ImageOps.expand(picture, margin, _PAPER)
+    return ImageOps.expand(image, margin, _PAPER)

@@ -8,11 +8,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from tokprune.engine.decoder import Drop
+    from tokprune.engine.drops import Drop
     from tokprune.engine.images import ImageRecord
     from tokprune.trace import ImageTrace, PrefillTrace
 
-#: (tile, row, col) of a patch; tile 0 is the base picture. In a video the tile is the number of the
+#: (tile, row, col) of a patch; tile 0 is the base image. In a video the tile is the number of the
 #: frame, on the grid of its pooled cells; the map that a model shrinks all crops to is tile 1
 Cell: TypeAlias = "tuple[int, int, int]"
 Kind: TypeAlias = 'Literal["patch", "newline", "class"]'

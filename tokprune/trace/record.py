@@ -19,7 +19,7 @@ from tokprune.engine.model import ModelFacts
 from tokprune.engine.widths import ModelShape
 
 if TYPE_CHECKING:
-    from tokprune.engine.decoder import Drop, PrefillPass
+    from tokprune.engine.drops import Drop
     from tokprune.engine.images import ImageRecord
     from tokprune.engine.recorder import PrefillRecord
     from tokprune.trace.provenance import Token
@@ -91,15 +91,15 @@ class PrefillTrace:
     @property
     def records(self) -> list[ImageRecord]:
         """The encoded images, each once."""
-        return list({id(i.record): i.record for i in self.images if i.record is not None}.values())
+        return list(dict.fromkeys(i.record for i in self.images if i.record is not None))
 
     def records_of(self, row: int) -> list[ImageRecord]:
         """The encoded images of a prompt, each once."""
         own = (image.record for image in self.images if image.row == row)
-        return list({id(record): record for record in own if record is not None}.values())
+        return list(dict.fromkeys(record for record in own if record is not None))
 
     def visuals(self, row: int) -> list[list[ImageTrace]]:
-        """Pictures and videos of a prompt, in order; a video may be in several parts."""
+        """Images and videos of a prompt, in order; a video may be in several parts."""
         found: list[list[ImageTrace]] = []
         for image in self.images:
             if image.row == row:
@@ -228,14 +228,15 @@ class Trace:
                     )
                 )
                 flat += 1
+        cache = prefill.cache
         layers = [
             LayerTrace(
                 v.column, prefill.positions[n], v.segment, v.counts, v.lengths,
-                prefill.cached(n, v.lengths), _entries(prefill, n), _next_position(prefill, n),
+                cache.lengths(n, v), cache.columns(n), cache.next_position(n, v),
             )
             for n, v in enumerate(prefill.sequences)
         ]  # fmt: skip
-        mask, past = prefill.attention_mask, prefill.past
+        mask, past = cache.attention_mask, cache.past
         self.last = PrefillTrace(
             facts=record.bound.facts,
             images=traces,
@@ -246,7 +247,7 @@ class Trace:
             shape=record.bound.shape,
             between_layers=frozenset().union(*(s.between_layers for s in record.plan.encoder)),
             past_mask=mask[:, :past] if past and mask is not None else None,
-            kv_itemsize=_itemsize(prefill),
+            kv_itemsize=cache.itemsize,
         )
         self.prefills += 1
         totals = [sum(sum(c) for c in layer.counts) for layer in layers]
@@ -317,27 +318,3 @@ def _numbers(tokens: ImageTokens) -> ImageTokens:
     """Tokens without the tensors that hold features."""
     empty = tokens.features.new_empty(tokens.count, 0)
     return replace(tokens, features=empty, raw=None, newline_feature=None)
-
-
-def _entries(prefill: PrefillPass, number: int) -> Tensor | None:
-    """Columns that a compressed cache layer holds (a reference, nothing is read)."""
-    if prefill.cache is None or len(prefill.cache.layers) <= number:
-        return None
-    return getattr(prefill.cache.layers[number], "columns", None)
-
-
-def _next_position(prefill: PrefillPass, number: int) -> Tensor:
-    """[B] rotary position of the next token in a layer."""
-    shift = None
-    if prefill.cache is not None and len(prefill.cache.layers) > number:
-        shift = getattr(prefill.cache.layers[number], "shift", None)
-    if shift is None:
-        return prefill.sequences[number].next_position
-    return prefill.native.next_position.to(shift.device) - shift
-
-
-def _itemsize(prefill: PrefillPass) -> int:
-    if prefill.cache is None or not prefill.cache.layers:
-        return 0
-    keys: Any = getattr(prefill.cache.layers[0], "keys", None)
-    return 0 if keys is None else keys.element_size()

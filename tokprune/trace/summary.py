@@ -108,7 +108,7 @@ def _decoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
     """Per decoder layer; ``columns`` and ``positions`` list the real tokens of each row."""
     kv, places, entries = prefill.kv_bytes(), {}, []
     for number, layer in enumerate(prefill.layers):
-        key = (id(layer.column), id(layer.position))
+        key = (layer.column, layer.position)  # tensors hash by identity
         if key not in places:
             pairs = zip(layer.column.tolist(), layer.position.tolist())
             kept = [[(c, p) for c, p in zip(cs, ps) if c >= 0] for cs, ps in pairs]

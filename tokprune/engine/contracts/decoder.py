@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tokprune.engine.contracts.attention import Attention
 from tokprune.engine.contracts.vision import Positions
+from tokprune.operators.topk import segment_topk
 
 
-@dataclass
+@dataclass(eq=False)
 class SequenceView:
     """The sequence as it is now, entering some decoder layer (prefill).
 
@@ -52,6 +53,14 @@ class SequenceView:
         """Largest number of images of one batch row."""
         return max((len(c) for c in self.counts), default=0)
 
+    def counts_after(self, keep: Callable[[int], int]) -> list[list[int]]:
+        """Visual tokens of every image after a step that leaves ``keep(n)`` of the n tokens that
+        entered the decoder, but never more than are alive; host."""
+        return [
+            [min(keep(entered), now) for entered, now in zip(*row)]
+            for row in zip(self.entering, self.counts)
+        ]
+
     def text_rows(self) -> tuple[Tensor, Tensor]:
         """Indices of the text after the last image, right-aligned: (index [B, R], real [B, R]).
 
@@ -88,6 +97,37 @@ class KeepDecision:
     group: Tensor | None = None
     order: Tensor | None = None
 
+    @classmethod
+    def best(
+        cls,
+        score: Tensor,
+        counts: list[list[int]],
+        sequence: SequenceView,
+        positions: Positions = "preserve",
+        together: bool = False,
+    ) -> KeepDecision:
+        """The visual tokens of the highest score; of equal scores the earlier token.
+
+        Args:
+            score: [B, L] of any float dtype; entries of text do not count.
+            counts: tokens to keep of every image of every row (host).
+            sequence: that the scores belong to.
+            positions: of the shortened sequence.
+            together: all images of a row share one ranking and the sum of their counts. What each
+                is left with is then known to the device alone, unless nothing or everything goes.
+        """
+        segment, wanted = sequence.segment, counts
+        if together:
+            segment, wanted = torch.where(sequence.visual, 0, -1), [[sum(row)] for row in counts]
+        width = max(map(len, wanted), default=0)
+        budget = torch.tensor([row + [0] * (width - len(row)) for row in wanted])
+        device = segment.device
+        mask = segment_topk(score.to(device), segment, budget.to(device, non_blocking=True))
+        shared = together and any(
+            len(row) > 1 and row != now for row, now in zip(counts, sequence.counts)
+        )
+        return cls(mask, None if shared else counts, positions)
+
 
 @dataclass
 class CachePolicy:
@@ -112,9 +152,21 @@ class ScoringLayer(ABC):
         """Softmax rows of the queries at ``rows`` [B, R] over all visible keys of ``hidden``
         [B, L, D], rotated at the current positions: float32 [B, H, R, L]."""
 
+    def attention(self, hidden: Tensor, sequence: SequenceView) -> Attention:
+        """The same as an :class:`Attention`, of which only ``rows`` can be asked."""
+        return _AttentionAhead(self, hidden, sequence)
+
     @abstractmethod
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The decoder's final norm, which it applies to its last layer, on ``hidden`` [B, L, D]."""
+
+
+class _AttentionAhead(Attention):
+    def __init__(self, layer: ScoringLayer, hidden: Tensor, sequence: SequenceView) -> None:
+        self.layer, self.hidden, self.sequence = layer, hidden, sequence
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.layer.probabilities(self.hidden, index, self.sequence)
 
 
 class DecoderRun:
@@ -149,7 +201,7 @@ class DecoderStage(ABC):
 
     taps: frozenset[int] = frozenset()
     transition_layers: frozenset[int] = frozenset()
-    prune_layers: frozenset[int] = frozenset()
+    prune_before: frozenset[int] = frozenset()
     has_cache_policy: bool = False
 
     @abstractmethod

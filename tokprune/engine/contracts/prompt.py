@@ -41,16 +41,16 @@ class ImageTokens:
     tag: Tensor | None = None
     raw: Tensor | None = None
     newline_feature: Tensor | None = None
-    #: (height, width) of the picture in pixels, where the family knows it (host)
+    #: (height, width) of the image in pixels, where the family knows it (host)
     size: tuple[int, int] | None = None
-    #: tiles across and down the stitched picture (host), base excluded; (0, 0) without tiling
+    #: tiles across and down the stitched image (host), base excluded; (0, 0) without tiling
     tile_grid: tuple[int, int] = (0, 0)
     #: frames of a video, or of the part of it that is compressed as one (host): its tiles, so
     #: that ``tile`` is a token's frame; 1 for a still
     frames: int = 1
     text: Tensor | None = None
     video: bool = False
-    #: grid of each tile (host) where they differ: a picture whose stitched crops the model shrinks
+    #: grid of each tile (host) where they differ: an image whose stitched crops the model shrinks
     #: has two "tiles", the base and the shrunk map
     grids: tuple[tuple[int, int], ...] | None = None
 
@@ -63,7 +63,7 @@ class ImageTokens:
         return (self.grid,) * self.tiles if self.grids is None else self.grids
 
     def windows(self) -> list[tuple[int, int, int, int]]:
-        """Of every tile the cells that show the picture and no padding: (top, bottom, left,
+        """Of every tile the cells that show the image and no padding: (top, bottom, left,
         right), half open; host."""
         if self.video or self.grids is not None:
             return [(0, height, 0, width) for height, width in self.tile_grids()]

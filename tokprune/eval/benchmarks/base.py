@@ -1,4 +1,4 @@
-"""The benchmark interface: items with pictures, a score per answer, tasks in groups."""
+"""The benchmark interface: items with images, a score per answer, tasks in groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Item:
     """One question.
 
     ``id``: unique in its benchmark and stable between runs; ``task``: question type;
-    ``image_id``: equal for questions about the same picture; ``answers``: all accepted;
+    ``image_id``: equal for questions about the same image; ``answers``: all accepted;
     ``meta``: anything else, in JSON types.
     """
 
@@ -29,7 +29,7 @@ class Item:
 
 
 class Benchmark(ABC):
-    """A set of questions about pictures, or about videos.
+    """A set of questions about images, or about videos.
 
     Attributes: ``name``; ``media`` ("image": :meth:`image` gives what an item shows; "video":
     :meth:`video` does); ``version`` (changes whenever an item or a score could); ``splits``
@@ -59,7 +59,7 @@ class Benchmark(ABC):
             ValueError: unknown split or task (names what there is), or ``limit`` below 1.
         """
 
-    def asked(
+    def selected(
         self, split: str | None, tasks: Sequence[str] | None, limit: int | None
     ) -> tuple[str, tuple[str, ...]]:
         """Split and tasks that arguments of :meth:`items` mean, for benchmarks that have splits.
@@ -82,13 +82,13 @@ class Benchmark(ABC):
 
     @abstractmethod
     def image(self, item: Item) -> Image.Image:
-        """The picture of an item, RGB. Made or read when asked; nothing is kept.
+        """The image of an item, RGB. Made or read when asked; nothing is kept.
 
         Raises:
             ValueError: the benchmark asks about videos (what this method itself says).
         """
         raise ValueError(
-            f"benchmark {self.name} asks about videos, and item {item.id!r} has no picture; "
+            f"benchmark {self.name} asks about videos, and item {item.id!r} has no image; "
             "video(item) gives its frames"
         )
 
@@ -96,20 +96,20 @@ class Benchmark(ABC):
         """The frames of an item's video in order, RGB and of one size. Nothing is kept.
 
         Raises:
-            ValueError: the benchmark asks about pictures.
+            ValueError: the benchmark asks about images.
         """
         raise ValueError(
-            f"benchmark {self.name} asks about pictures, and item {item.id!r} has no video; "
-            "image(item) gives its picture"
+            f"benchmark {self.name} asks about images, and item {item.id!r} has no video; "
+            "image(item) gives its image"
         )
 
     def score(self, item: Item, answer: str) -> float:
-        """1.0 for a right answer, 0.0 for a wrong one (fractions where a suite has them).
+        """1.0 for a correct answer, 0.0 for an incorrect one (fractions where a suite has them).
 
         Exact match after trimming, lower-casing and dropping a final full stop.
         """
-        given = normalise(answer)
-        return float(any(given == normalise(right) for right in item.answers))
+        text = normalise(answer)
+        return float(any(text == normalise(accepted) for accepted in item.answers))
 
 
 def normalise(answer: str) -> str:

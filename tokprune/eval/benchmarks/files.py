@@ -1,4 +1,4 @@
-"""A benchmark from a file: JSON lines or parquet, one question a line, about pictures or videos."""
+"""A benchmark from a file: JSON lines or parquet, one question a line, about images or videos."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 
 _TASK = "all"
 _FIELDS = ("id", "image", "frames", "question", "answer", "answers", "task", "image_id", "meta")
-#: a picture: its file, or the bytes of one
-_Picture: TypeAlias = "Path | bytes"
+#: an image: its file, or the bytes of one
+_Image: TypeAlias = "Path | bytes"
 
 
 class FileBenchmark(Benchmark):
     """Questions from a ``.jsonl`` or ``.parquet`` file.
 
     Fields: ``id`` (unique), ``image`` (path, relative to the file; in parquet also the bytes of a
-    picture file, or Hugging Face's ``{"bytes", "path"}``) or, for questions about videos,
-    ``frames`` (a list of such pictures in order, equally many in every line), ``question``,
-    ``answer`` or ``answers`` (text, or a list of all that are right), and optionally ``task``
-    ("all"), ``image_id`` (equal for questions about one picture or video; by default the path or a
+    image file, or Hugging Face's ``{"bytes", "path"}``) or, for questions about videos,
+    ``frames`` (a list of such images in order, equally many in every line), ``question``,
+    ``answer`` or ``answers`` (text, or a list of all that are correct), and optionally ``task``
+    ("all"), ``image_id`` (equal for questions about one image or video; by default the path or a
     hash of the bytes) and ``meta``.
     Other fields are ignored. All tasks are in the headline; there are no groups and one split.
 
-    ``version`` is a hash of the items and of the pictures' bytes.
+    ``version`` is a hash of the items and of the images' bytes.
 
     Args:
         path: the file.
 
     Raises:
         ValueError: not such a file; names line and field.
-        OSError: the file or a picture cannot be read.
+        OSError: the file or an image cannot be read.
     """
 
     splits = ("test",)
@@ -52,18 +52,18 @@ class FileBenchmark(Benchmark):
             raise FileNotFoundError(f"benchmark {self.path}: no such file")
         lines = _json_lines(self.path) if suffix == ".jsonl" else _parquet_rows(self.path)
         self._items: list[Item] = []
-        self._pictures: dict[str, list[_Picture]] = {}
-        hashes: dict[_Picture, str] = {}
+        self._images: dict[str, list[_Image]] = {}
+        hashes: dict[_Image, str] = {}
         version = hashlib.sha256()
         for where, entry in lines:
-            item, pictures = self._item(entry, where, hashes)
-            if item.id in self._pictures:
+            item, images = self._item(entry, where, hashes)
+            if item.id in self._images:
                 raise ValueError(f"{where}: field 'id': {item.id!r} is used twice")
             self._items.append(item)
-            self._pictures[item.id] = pictures
-            told = [item.id, item.task, item.image_id, item.question, item.answers]
-            told += [hashes[picture] for picture in pictures]
-            version.update(json.dumps(told).encode() + b"\n")
+            self._images[item.id] = images
+            content = [item.id, item.task, item.image_id, item.question, item.answers]
+            content += [hashes[image] for image in images]
+            version.update(json.dumps(content).encode() + b"\n")
         if not self._items:
             raise ValueError(f"benchmark {self.path}: holds no question")
         self.name = self.path.stem
@@ -94,40 +94,38 @@ class FileBenchmark(Benchmark):
     def image(self, item: Item) -> Image.Image:
         if self.media == "video":
             return super().image(item)
-        return self._open(item, self._pictures[item.id][0])
+        return self._open(item, self._images[item.id][0])
 
     def video(self, item: Item) -> list[Image.Image]:
         if self.media != "video":
             return super().video(item)
-        return [self._open(item, picture) for picture in self._pictures[item.id]]
+        return [self._open(item, image) for image in self._images[item.id]]
 
-    def _open(self, item: Item, picture: _Picture) -> Image.Image:
+    def _open(self, item: Item, image: _Image) -> Image.Image:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            source = io.BytesIO(picture) if isinstance(picture, bytes) else picture
+            source = io.BytesIO(image) if isinstance(image, bytes) else image
             with Image.open(source) as opened:
                 return opened.convert("RGB")
         except UnidentifiedImageError:
             raise ValueError(
-                f"benchmark {self.path}, item {item.id!r}: not a picture that Pillow can read"
+                f"benchmark {self.path}, item {item.id!r}: not an image that Pillow can read"
             ) from None
 
-    def _item(
-        self, entry: Any, where: str, hashes: dict[_Picture, str]
-    ) -> tuple[Item, list[_Picture]]:
-        """One question and its picture or frames; ``hashes`` gets the hashes of their bytes."""
+    def _item(self, entry: Any, where: str, hashes: dict[_Image, str]) -> tuple[Item, list[_Image]]:
+        """One question and its image or frames; ``hashes`` gets the hashes of their bytes."""
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: should be an object with fields {', '.join(_FIELDS[:5])}")
-        pictures = self._visual(entry, where)
-        for picture in pictures:
-            if picture not in hashes:
-                hashes[picture] = hashlib.sha256(
-                    picture if isinstance(picture, bytes) else picture.read_bytes()
+        images = self._visual(entry, where)
+        for image in images:
+            if image not in hashes:
+                hashes[image] = hashlib.sha256(
+                    image if isinstance(image, bytes) else image.read_bytes()
                 ).hexdigest()
         image_id = entry.get("image_id")
         if image_id is None:
-            names = [self._name(picture, hashes) for picture in pictures]
+            names = [self._name(image, hashes) for image in images]
             image_id = names[0]
             if self.media == "video":  # two videos may begin alike
                 image_id = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
@@ -139,57 +137,57 @@ class FileBenchmark(Benchmark):
             answers=_answers(entry, where),
             meta=_meta(entry, where),
         )
-        return item, pictures
+        return item, images
 
-    def _name(self, picture: _Picture, hashes: Mapping[_Picture, str]) -> str:
-        if isinstance(picture, bytes):
-            return hashes[picture][:16]
+    def _name(self, image: _Image, hashes: Mapping[_Image, str]) -> str:
+        if isinstance(image, bytes):
+            return hashes[image][:16]
         home = self.path.parent
-        return (picture.relative_to(home) if picture.is_relative_to(home) else picture).as_posix()
+        return (image.relative_to(home) if image.is_relative_to(home) else image).as_posix()
 
-    def _visual(self, entry: Mapping[str, Any], where: str) -> list[_Picture]:
-        """The picture, or the frames of the video, that a question is about.
+    def _visual(self, entry: Mapping[str, Any], where: str) -> list[_Image]:
+        """The image, or the frames of the video, that a question is about.
 
         The first line says which of the two the benchmark asks about, and how many frames.
         """
-        given = entry.get("frames")
-        if given is not None and entry.get("image") is not None:
+        frames = entry.get("frames")
+        if frames is not None and entry.get("image") is not None:
             raise ValueError(f"{where}: field 'image' or 'frames' should be given, both are there")
-        media: Literal["image", "video"] = "image" if given is None else "video"
+        media: Literal["image", "video"] = "image" if frames is None else "video"
         if not self._items:
             self.media = media
         elif media != self.media:
             wanted, other = ("frames", "image") if media == "image" else ("image", "frames")
             raise ValueError(f"{where}: field {other!r}: the lines before have {wanted!r}")
-        if given is None:
-            return [self._picture(entry.get("image"), "image", where)]
-        if not isinstance(given, (list, tuple)) or not given:
+        if frames is None:
+            return [self._image(entry.get("image"), "image", where)]
+        if not isinstance(frames, (list, tuple)) or not frames:
             raise ValueError(
-                f"{where}: field 'frames' should be a list of pictures, is {_short(given)}"
+                f"{where}: field 'frames' should be a list of images, is {_short(frames)}"
             )
-        if self._items and len(given) != (first := len(self._pictures[self._items[0].id])):
+        if self._items and len(frames) != (first := len(self._images[self._items[0].id])):
             raise ValueError(
-                f"{where}: field 'frames' has {len(given)} frames, and the first line {first}; "
+                f"{where}: field 'frames' has {len(frames)} frames, and the first line {first}; "
                 "every video should have equally many"
             )
         return [
-            self._picture(frame, f"frames[{number}]", where) for number, frame in enumerate(given)
+            self._image(frame, f"frames[{number}]", where) for number, frame in enumerate(frames)
         ]
 
-    def _picture(self, given: Any, name: str, where: str) -> _Picture:
-        if isinstance(given, dict):  # as Hugging Face datasets store pictures
-            given = given.get("bytes") or given.get("path")
-        if isinstance(given, bytes) and given:
-            return given
-        if not isinstance(given, str) or not given:
+    def _image(self, value: Any, name: str, where: str) -> _Image:
+        if isinstance(value, dict):  # as Hugging Face datasets store images
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes) and value:
+            return value
+        if not isinstance(value, str) or not value:
             raise ValueError(
-                f"{where}: field {name!r} should be the path of a picture"
+                f"{where}: field {name!r} should be the path of an image"
                 + ("" if self.path.suffix.lower() == ".jsonl" else " or its bytes")
-                + f", is {_short(given)}"
+                + f", is {_short(value)}"
             )
-        path = self.path.parent / given
+        path = self.path.parent / value
         if not path.is_file():
-            raise FileNotFoundError(f"{where}: field {name!r}: {given}: no such file")
+            raise FileNotFoundError(f"{where}: field {name!r}: {value}: no such file")
         return path
 
 
@@ -275,8 +273,8 @@ def _balanced(items: Sequence[Item], limit: int) -> list[Item]:
     chosen: set[str] = set()
     turn = 0
     while len(chosen) < min(limit, len(items)):
-        for own in waiting.values():
-            if turn < len(own) and len(chosen) < limit:
-                chosen.add(own[turn].id)
+        for of_task in waiting.values():
+            if turn < len(of_task) and len(chosen) < limit:
+                chosen.add(of_task[turn].id)
         turn += 1
     return [item for item in items if item.id in chosen]

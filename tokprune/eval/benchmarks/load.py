@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from tokprune.errors import did_you_mean
 from tokprune.eval.benchmarks.base import Benchmark
 
 
@@ -33,8 +33,7 @@ def load_benchmark(name: str | Path) -> Benchmark:
         from tokprune.eval.benchmarks.mini_video import MiniVideoBenchmark
 
         return MiniVideoBenchmark()
-    near = difflib.get_close_matches(str(name), available_benchmarks(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, available_benchmarks())
     raise ValueError(
         f"benchmark {str(name)!r} is unknown; known: {', '.join(available_benchmarks())}, or a "
         f".jsonl or .parquet file.{hint}"

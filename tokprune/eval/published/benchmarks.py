@@ -156,7 +156,7 @@ _KNOWN = (
     Benchmark("flickr30k", "Flickr30k captions", {"test": "flickr30k_test"},
               metrics=_captions("flickr")),
     Benchmark("nocaps", "NoCaps", {"val": "nocaps_val"}, metrics=_captions("nocaps")),
-    # video: the models that tokprune supports take pictures
+    # video: the models that tokprune supports take images
     *(Benchmark(name, label) for name, label in (
         ("videomme", "VideoMME"), ("egoschema", "EgoSchema"), ("mlvu", "MLVU"),
         ("longvideobench", "LongVideoBench"), ("activitynetqa", "ActivityNet-QA"),
@@ -197,8 +197,8 @@ def find_benchmark(task: str) -> tuple[Benchmark, str | None] | None:
     if name in BENCHMARKS:
         return BENCHMARKS[name], None
     for benchmark in _KNOWN:
-        for split, own in benchmark.tasks.items():
-            if own == name:
+        for split, task in benchmark.tasks.items():
+            if task == name:
                 return benchmark, split if len(benchmark.tasks) > 1 else None
     plain = _plain(name)
     if plain in _ALIASES:

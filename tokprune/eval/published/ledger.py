@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tokprune.errors import did_you_mean
 from tokprune.eval.published.benchmarks import BENCHMARKS
 from tokprune.eval.published.models import MODELS
+from tokprune.eval.sweep.schema import check_object
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "figures"
@@ -52,13 +54,16 @@ class Paper:
 
 @dataclass(frozen=True)
 class Budget:
-    """``asked``: as printed; ``tokens``: visual tokens per image, counted as ``kind`` says;
-    ``mean``: over the decoder's layers, where known; ``unpruned``: tokens without compression."""
+    """How many tokens a figure stands for."""
 
-    asked: str
+    #: as the paper has it
+    printed: str
+    #: visual tokens per image, counted as ``kind`` says
     tokens: float | None = None
+    #: without compression
     unpruned: float | None = None
     kind: str | None = None
+    #: over the decoder's layers, where known
     mean: float | None = None
 
     @property
@@ -101,7 +106,7 @@ class Row:
         """What no two rows share."""
         return (
             self.paper.key, self.table, self.method, self.label, self.model, self.benchmark,
-            self.split, self.metric, self.unit, self.budget.asked,
+            self.split, self.metric, self.unit, self.budget.printed,
         )  # fmt: skip
 
     @property
@@ -111,9 +116,9 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields in JSON types, with the paper's key, title and arXiv id."""
-        told = asdict(self)
-        told["paper"] = {n: told["paper"][n] for n in ("key", "title", "arxiv")}
-        return told
+        row = asdict(self)
+        row["paper"] = {n: row["paper"][n] for n in ("key", "title", "arxiv")}
+        return row
 
 
 _TEXT = str
@@ -126,7 +131,7 @@ PAPER: dict[str, Any] = {
     "venue": _TEXT_OR_NONE, "code": _TEXT_OR_NONE,
 }  # fmt: skip
 BUDGET: dict[str, Any] = {
-    "asked": _TEXT, "tokens": _NUMBER_OR_NONE, "unpruned": _NUMBER_OR_NONE,
+    "printed": _TEXT, "tokens": _NUMBER_OR_NONE, "unpruned": _NUMBER_OR_NONE,
     "kind": _TEXT_OR_NONE, "mean": _NUMBER_OR_NONE,
 }  # fmt: skip
 ROW: dict[str, Any] = {
@@ -155,10 +160,7 @@ def load_paper(key: str, folder: str | Path = FOLDER) -> list[Row]:
     """
     known = papers(folder)
     if key not in known:
-        import difflib
-
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(key, known)
         raise ValueError(f"paper {key!r} is not in the ledger; it has {', '.join(known)}.{hint}")
     path = Path(folder) / f"{key}.json"
     try:
@@ -184,7 +186,7 @@ def read_paper(content: Any, where: str) -> list[Row]:
     Raises:
         ValueError: names row and field, and says what would be right.
     """
-    _object(content, {"schema": int, "paper": dict, "tables": dict, "rows": list}, where)
+    check_object(content, {"schema": int, "paper": dict, "tables": dict, "rows": list}, where)
     _unknown(content, ("schema", "paper", "tables", "rows"), where)
     if content["schema"] != SCHEMA:
         raise ValueError(
@@ -192,7 +194,7 @@ def read_paper(content: Any, where: str) -> list[Row]:
             f"schema {SCHEMA}"
         )
     about = content["paper"]
-    _object(about, PAPER, f"{where}, paper")
+    check_object(about, PAPER, f"{where}, paper")
     _unknown(about, PAPER, f"{where}, paper")
     if where.removesuffix(".json") != about["key"]:
         raise ValueError(f"{where}, paper: field 'key' should be the file's name, is "
@@ -230,8 +232,8 @@ def _beside(row: Row) -> tuple[Any, ...]:
 
 
 def _row(entry: Any, paper: Paper, where: str) -> Row:
-    _object(entry, ROW, where)
-    _object({**dict.fromkeys(_OPTIONAL), **entry}, _OPTIONAL, where)
+    check_object(entry, ROW, where)
+    check_object({**dict.fromkeys(_OPTIONAL), **entry}, _OPTIONAL, where)
     _unknown(entry, {**ROW, **_OPTIONAL}, where)
     for name, kind in ROW.items():
         if (kind is _TEXT or kind == _TEXT_OR_NONE) and entry[name] == "":
@@ -262,29 +264,27 @@ def _value(entry: Mapping[str, Any], where: str) -> None:
 
 
 def _budget(entry: Mapping[str, Any], where: str) -> Budget:
-    given, where = entry["budget"], f"{where}, budget"
-    _object(given, BUDGET, where)
-    _unknown(given, BUDGET, where)
-    if given["kind"] is not None:
-        _choice(given, "kind", KINDS, where)
+    # ledgers of the release before say "asked"
+    budget = {"printed" if name == "asked" else name: v for name, v in entry["budget"].items()}
+    where = f"{where}, budget"
+    check_object(budget, BUDGET, where)
+    _unknown(budget, BUDGET, where)
+    if budget["kind"] is not None:
+        _choice(budget, "kind", KINDS, where)
     for name in ("tokens", "unpruned", "mean"):
-        if given[name] is not None and not given[name] > 0:
-            raise ValueError(f"{where}: field {name!r} should be above 0, is {given[name]!r}")
+        if budget[name] is not None and not budget[name] > 0:
+            raise ValueError(f"{where}: field {name!r} should be above 0, is {budget[name]!r}")
     for name in ("tokens", "mean"):
-        if given[name] is not None and given[name] > (given["unpruned"] or math.inf):
+        if budget[name] is not None and budget[name] > (budget["unpruned"] or math.inf):
             raise ValueError(
-                f"{where}: field {name!r} is {given[name]!r}, more than the "
-                f"{given['unpruned']!r} tokens without compression"
+                f"{where}: field {name!r} is {budget[name]!r}, more than the "
+                f"{budget['unpruned']!r} tokens without compression"
             )
-    if entry["method"] == "none" and given["tokens"] != given["unpruned"]:
-        raise ValueError(f"{where}: the unpruned model has all its tokens, not {given['tokens']!r}")
-    return Budget(**given)
-
-
-def _object(value: Any, fields: Mapping[str, Any], where: str) -> None:
-    from tokprune.eval.sweep.schema import check_object
-
-    check_object(value, fields, where)
+    if entry["method"] == "none" and budget["tokens"] != budget["unpruned"]:
+        raise ValueError(
+            f"{where}: the unpruned model has all its tokens, not {budget['tokens']!r}"
+        )
+    return Budget(**budget)
 
 
 def _unknown(value: Mapping[str, Any], fields: Iterable[str], where: str) -> None:

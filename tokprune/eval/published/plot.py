@@ -11,12 +11,12 @@ from tokprune.eval.report.analysis import Analysis
 from tokprune.eval.report.palette import COLOURS, MARKERS, UNPRUNED, Look
 from tokprune.eval.report.plots import (
     Plot,
-    arm_handle,
-    arm_looks,
     axis_ticks,
     figure_of,
     legend_style,
     svg_text,
+    variant_handle,
+    variant_looks,
 )
 
 
@@ -33,19 +33,19 @@ class Mark:
 
 
 def published_plot(analysis: Analysis, marks: Sequence[Mark]) -> Plot | None:
-    """Accuracy against tokens, one panel a task that has published points: our arms as lines, the
-    points of papers as hollow markers, one shape a paper, in the colour of their method. None
+    """Accuracy against tokens, one panel a task that has published points: our variants as lines,
+    the points of papers as hollow markers, one shape a paper, in the colour of their method. None
     without points."""
     tasks = [t for t in analysis.data.tasks if any(m.task == t for m in marks)]
     if not tasks:
         return None
-    look = arm_looks(analysis)
+    look = variant_looks(analysis)
     papers = sorted({mark.paper for mark in marks})
     shape = {paper: MARKERS[n % len(MARKERS)] for n, paper in enumerate(papers)}
     colour = _colours(marks, look)
 
     def draw(narrow: bool) -> str:
-        handles = [arm_handle(arm, look[arm]) for arm in analysis.series()]
+        handles = [variant_handle(variant, look[variant]) for variant in analysis.series()]
         handles += _published_handles(marks, shape, colour)
         across = 1 if narrow else min(3, len(tasks))
         down = math.ceil(len(tasks) / across)
@@ -73,8 +73,8 @@ def published_plot(analysis: Analysis, marks: Sequence[Mark]) -> Plot | None:
         "published",
         draw(False),
         draw(True),
-        f"Accuracy against tokens on {', '.join(tasks)}: our arms as lines, {len(marks)} published "
-        f"points of {', '.join(papers)} as hollow markers; every value is in the table.",
+        f"Accuracy against tokens on {', '.join(tasks)}: our variants as lines, {len(marks)} "
+        f"published points of {', '.join(papers)} as hollow markers; every value is in the table.",
     )
 
 
@@ -89,16 +89,16 @@ def _panel(
     xs = [mark.tokens for mark in here]
     if not math.isnan(base.tasks[task].accuracy):
         area.axhline(100 * base.tasks[task].accuracy, color=UNPRUNED, lw=1.0)
-    for arm, results in analysis.series().items():
+    for variant, results in analysis.series().items():
         known = [
             (r.cost("tokens"), 100 * r.tasks[task].accuracy) for r in results
             if r.cost("tokens") > 0 and not math.isnan(r.tasks[task].accuracy)
         ]  # fmt: skip
-        own = look[arm]
+        style = look[variant]
         xs += [x for x, _ in known]
         if known:
-            area.plot(*zip(*known), color=own.colour, ls=own.line, lw=1.2, marker=own.marker, ms=4,
-                      zorder=3)  # fmt: skip
+            area.plot(*zip(*known), color=style.colour, ls=style.line, lw=1.2, marker=style.marker,
+                      ms=4, zorder=3)  # fmt: skip
     for mark in here:
         area.plot(
             [mark.tokens], [100 * mark.accuracy], ls="", marker=shape[mark.paper], ms=7.5,
@@ -118,15 +118,15 @@ def _panel(
 
 
 def _colours(marks: Sequence[Mark], look: Mapping[str, Look]) -> dict[str, str]:
-    """The colour of each published method: that of its first arm, or one that no arm has."""
-    used = {own.colour for own in look.values()}
+    """The colour of each published method: that of its first variant, or one that none has."""
+    used = {style.colour for style in look.values()}
     spare = [colour for colour in COLOURS if colour not in used and colour != UNPRUNED] or COLOURS
     found = {"none": UNPRUNED}
     absent = 0
     for method in sorted({mark.method for mark in marks} - {"none"}):
-        own = [arm for arm in look if arm.partition("+")[0] == method]
-        found[method] = look[own[0]].colour if own else spare[absent % len(spare)]
-        absent += not own
+        variants = [variant for variant in look if variant.partition("+")[0] == method]
+        found[method] = look[variants[0]].colour if variants else spare[absent % len(spare)]
+        absent += not variants
     return found
 
 

@@ -6,9 +6,9 @@ The package needs the extra ``tokprune[sweep]``; importing it checks that.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from tokprune.eval.report.extra import check_extra
+from tokprune.eval.extra import check_extra
 
-check_extra()
+check_extra("reports")
 
 from tokprune.eval.report.analysis import Analysis, Result, analyse
 from tokprune.eval.report.build import Report, build_report

@@ -92,21 +92,23 @@ class Analysis:
         budget = self.at if budget is None else budget
         here = [
             r for r in self.results
-            if r.point.arm != "none" and math.isclose(r.point.budget, budget, rel_tol=1e-6)
+            if r.point.variant != "none" and math.isclose(r.point.budget, budget, rel_tol=1e-6)
         ]  # fmt: skip
-        return sorted(here, key=lambda r: (-_order(r.accuracy), r.point.arm))
+        return sorted(here, key=lambda r: (-_order(r.accuracy), r.point.variant))
 
     def series(self) -> dict[str, list[Result]]:
-        """Results of each arm from the smallest budget up, methods before controls."""
+        """Results of each variant from the smallest budget up, methods before controls."""
         found: dict[str, list[Result]] = {}
-        for r in sorted(self.results, key=lambda r: (r.point.control, r.point.arm, r.point.budget)):
-            if r.point.arm != "none":
-                found.setdefault(r.point.arm, []).append(r)
+        for r in sorted(
+            self.results, key=lambda r: (r.point.control, r.point.variant, r.point.budget)
+        ):
+            if r.point.variant != "none":
+                found.setdefault(r.point.variant, []).append(r)
         return found
 
     @property
     def budgets(self) -> list[float]:
-        return sorted({r.point.budget for r in self.results if r.point.arm != "none"})
+        return sorted({r.point.budget for r in self.results if r.point.variant != "none"})
 
 
 def analyse(data: RunData, at: float | None = None, draws: int = 4000, seed: int = 0) -> Analysis:
@@ -201,9 +203,9 @@ def _results(data: RunData, resampler: Resampler, points: Sequence[Point]) -> li
     headline = [data.tasks.index(t) for t in data.headline]
     _, samples = resampler.task_means(score, data.headline)
     accuracy, spread = macro(means[headline]), macro_samples(samples)
-    own, theirs = _common(points, bases)
-    gap, gap_spread = _gaps(data, resampler, theirs - own)
-    own_means, base_means = _means(data, own, data.tasks)[0], _means(data, theirs, data.tasks)[0]
+    mine, theirs = _common(points, bases)
+    gap, gap_spread = _gaps(data, resampler, theirs - mine)
+    own_means, base_means = _means(data, mine, data.tasks)[0], _means(data, theirs, data.tasks)[0]
     counted = data.in_tasks(data.headline)
     expected = _expected(data)
     results = []
@@ -215,7 +217,7 @@ def _results(data: RunData, resampler: Resampler, points: Sequence[Point]) -> li
             rows = [data.headline.index(t) for t in tasks]
             value = float(macro(means[[data.tasks.index(t) for t in tasks]])[n])
             groups[name] = (value, interval(macro_samples(samples[:, rows])[:, n], value))
-        mine = flips(base.first[counted], point.first[counted]) if compared else None
+        changed = flips(base.first[counted], point.first[counted]) if compared else None
         results.append(
             Result(
                 point=point,
@@ -225,8 +227,8 @@ def _results(data: RunData, resampler: Resampler, points: Sequence[Point]) -> li
                 interval=interval(spread[:, n], float(accuracy[n])),
                 drop=float(gap[n]) if compared else 0.0,
                 drop_interval=interval(gap_spread[:, n], float(gap[n])) if compared else (0.0, 0.0),
-                flips=mine,
-                p=mine.p if mine is not None else math.nan,
+                flips=changed,
+                p=changed.p if changed is not None else math.nan,
                 loyalty=loyalty(point, counted),
                 tasks={
                     task: _task(data, point, task, means[t, n], counts[t, n], own_means[t, n],
@@ -262,7 +264,7 @@ def loyalty(point: Point, counted: NDArray[np.bool_]) -> float:
     if base is None:
         return 1.0
     both = counted & ~np.isnan(point.first) & ~np.isnan(base.first)
-    answered = point.given & base.given
+    answered = point.answered & base.answered
     same = agreement(point.answer, base.answer, both & answered)
     return math.nan if not both.any() else (
         0.0 if math.isnan(same) else same * int((both & answered).sum()) / int(both.sum())

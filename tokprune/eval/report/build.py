@@ -19,7 +19,7 @@ from tokprune.eval.report.groups import (
     read_groups,
     write_groups,
 )
-from tokprune.eval.report.oracle_variants import ArmOracle, oracles
+from tokprune.eval.report.oracle_variants import VariantOracle, oracles
 
 if TYPE_CHECKING:
     from tokprune.eval.benchmarks.base import Benchmark
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """What was made: the files, and the numbers behind them."""
+    """The files, and the numbers behind them."""
 
     html: Path
     markdown: Path
@@ -35,7 +35,7 @@ class Report:
     differences: Differences
     contest: Contest | None
     groups: list[GroupTable]
-    oracles: list[ArmOracle]
+    oracles: list[VariantOracle]
 
 
 def build_report(
@@ -60,7 +60,7 @@ def build_report(
             visual tokens; default 11 %.
         further: make sections of the page from the numbers of the run, for example
             :func:`tokprune.eval.published.section.published_section`.
-        benchmark: for the pictures of the gallery; default: by the name in run.json.
+        benchmark: for the images of the gallery; default: by the name in run.json.
         draws, seed: of the bootstrap.
 
     Raises:
@@ -71,8 +71,8 @@ def build_report(
     """
     data = load_run(folder)
     analysis = analyse(data, at=at, draws=draws, seed=seed)
-    own = make_groups(analysis)
-    groups, whose = own, f"this run's model ({data.run['model']['name']})"
+    groups_here = make_groups(analysis)
+    groups, whose = groups_here, f"this run's model ({data.run['model']['name']})"
     if groups_from is not None:
         groups = read_groups(groups_from)
         check_groups(groups, analysis, groups_from)
@@ -92,7 +92,7 @@ def build_report(
     pages = document(analysis, found, against, tables, whose, gallery, notes, others, best)
     target = Path(out) if out is not None else Path(folder) / "report"
     target.mkdir(parents=True, exist_ok=True)
-    write_groups(own, target / "groups")
+    write_groups(groups_here, target / "groups")
     markdown = write_markdown(pages, target)
     html = write_html(pages, target / "report.html")
     return Report(html, markdown, analysis, found, against, tables, best)
@@ -108,15 +108,15 @@ def _gallery(
         from tokprune.eval.benchmarks import load_benchmark
 
         # a benchmark in a file is known by the path that the sweep was given
-        asked: Any = data.run["settings"].get("benchmark")
+        source: Any = data.run["settings"].get("benchmark")
         try:
-            benchmark = load_benchmark(asked if isinstance(asked, str) else name)
+            benchmark = load_benchmark(source if isinstance(source, str) else name)
         except (ValueError, OSError, ImportError) as error:
             return None, [f"benchmark {name!r} cannot be loaded, so there is no gallery ({error})"]
     if benchmark.version != data.run["benchmark"]["version"]:
         return None, [
             f"benchmark {name!r} is version {benchmark.version!r} by now, the run is of "
-            f"{data.run['benchmark']['version']!r}: its pictures may differ, so there is no gallery"
+            f"{data.run['benchmark']['version']!r}: its images may differ, so there is no gallery"
         ]
     from tokprune.eval.report.gallery import make_gallery
 

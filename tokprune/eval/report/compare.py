@@ -16,7 +16,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods on one task: ``better`` has more right answers, ``p`` is McNemar's, adjusted
+    """Two methods on one task: ``better`` has more correct answers, ``p`` is McNemar's, adjusted
     for all pairs and tasks together (Holm)."""
 
     task: str
@@ -35,7 +35,7 @@ class Differences:
     """Pairs of methods at one budget."""
 
     budget: float
-    arms: tuple[str, ...]
+    variants: tuple[str, ...]
     pairs: tuple[Pair, ...]
 
     def tasks(self) -> dict[str, list[Pair]]:
@@ -69,9 +69,9 @@ def differences(analysis: Analysis) -> Differences:
     adjusted = holm(mcnemar(np.array(lost, int), np.array(gained, int)))
     return Differences(
         analysis.at,
-        tuple(r.point.arm for r in here),
+        tuple(r.point.variant for r in here),
         tuple(
-            Pair(task, a.point.arm, b.point.arm, gap, float(p))
+            Pair(task, a.point.variant, b.point.variant, gap, float(p))
             for (task, a, b, gap), p in zip(found, adjusted)
         ),
     )
@@ -79,25 +79,24 @@ def differences(analysis: Analysis) -> Differences:
 
 @dataclass(frozen=True)
 class Contest:
-    """Best method against a control at one budget.
-
-    ``gap``: difference of macro accuracies; ``interval``: its 95 % interval; ``corrected``: the
-    same widened for choosing the best of ``among`` methods on these very items (Bonferroni).
-    """
+    """Best method against a control at one budget."""
 
     best: Result
     control: Result
+    #: difference of macro accuracies, and its 95 % interval
     gap: float
     interval: Interval
+    #: the interval widened for choosing the best of ``among`` methods on these items (Bonferroni)
     corrected: Interval
     among: int
 
 
-def contest(analysis: Analysis, control: str = "random") -> Contest | None:
-    """None where the budget has no finished method, or the control was not run there."""
+def contest(analysis: Analysis) -> Contest | None:
+    """The best method against the control that draws at random; None where the budget has no
+    finished method, or no such control."""
     here = analysis.at_budget()
     methods = [r for r in here if not r.point.control and r.complete]
-    against = [r for r in here if r.point.arm == control]
+    against = [r for r in here if r.point.control and "seed" in r.point.options]
     if not methods or not against:
         return None
     best = methods[0]

@@ -25,7 +25,7 @@ MEASURED = (
 
 
 class RunFolderError(ValueError):
-    """A run folder cannot be read, or holds too little for what was asked."""
+    """A run folder cannot be read, or holds too little for what is wanted."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Item:
 
 @dataclass
 class Point:
-    """One arm at one budget: a point in a plot. Several cells where several seeds were run.
+    """One variant at one budget: a point in a plot. Several trials where several seeds were run.
 
     ``score`` [items]: mean over the seeds, NaN where one of them has no answer; ``first`` [items]:
-    score of the first seed, for counts of right and wrong; ``answer`` [items]: answers of the
+    score of the first seed, for counts of correct and incorrect; ``answer`` [items]: answers of the
     first seed in the form in which they are compared, "" where missing; ``spent`` [items]: visual
     tokens of the first seed, mean over decoder layers, NaN where unknown; ``failed``: failed items
     over all seeds; ``measured``: means of :data:`MEASURED`; ``latency``: entry of latency.json;
     ``base``: the unpruned point that this one is compared with (None for that itself).
     """
 
-    arm: str
+    variant: str
     method: str | None
     options: Mapping[str, Any]
     text: str
@@ -60,14 +60,14 @@ class Point:
     budget: float
     dtype: str
     batch_size: int
-    cells: tuple[str, ...]
+    trials: tuple[str, ...]
     seeds: tuple[int, ...]
     by_seed: Floats = field(repr=False)
     score: Floats = field(repr=False)
     first: Floats = field(repr=False)
     answer: NDArray[np.object_] = field(repr=False)
     shown: NDArray[np.object_] = field(repr=False)
-    given: NDArray[np.bool_] = field(repr=False)
+    answered: NDArray[np.bool_] = field(repr=False)
     spent: Floats = field(repr=False)
     failed: int
     measured: Mapping[str, float]
@@ -76,10 +76,10 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Arm and budget in words."""
-        if self.arm == "none":
+        """Variant and budget in words."""
+        if self.variant == "none":
             return "unpruned"
-        return self.arm if self.arm == "blind" else f"{self.arm} @ {self.budget:g}"
+        return self.variant if self.variant == "blind" else f"{self.variant} @ {self.budget:g}"
 
     @property
     def missing(self) -> int:
@@ -91,7 +91,7 @@ class Point:
         """Whether the budget holds pixels down rather than tokens (down-sampling in a tower of
         fixed resolution)."""
         tokens, full = self.measured["tokens_mean"], self.measured["tokens_in"]
-        return self.arm == "downsample" and not tokens < 0.99 * full
+        return self.variant == "downsample" and not tokens < 0.99 * full
 
     @property
     def tokens(self) -> float:
@@ -110,9 +110,9 @@ class RunData:
     """Everything the report needs from a run folder.
 
     ``points``: what was compared, controls and the unpruned model among them; ``noise``: the
-    unpruned model at other batch sizes and dtypes; ``blind``: no picture; ``unreachable``: cells
-    as run.json has them; ``errors``: failed items as (arm and budget, item, error); ``metrics``:
-    the harness's own, {cell: {task: {metric: value}}}.
+    unpruned model at other batch sizes and dtypes; ``blind``: no image; ``unreachable``: trials
+    as run.json has them; ``errors``: failed items as (variant and budget, item, error);
+    ``metrics``: the harness's own, {trial: {task: {metric: value}}}.
     """
 
     folder: Path
@@ -131,11 +131,11 @@ class RunData:
     @property
     def unpruned(self) -> Point:
         """The unpruned model in the run's own dtype and batch size."""
-        return next(p for p in self.points if p.arm == "none")
+        return next(p for p in self.points if p.variant == "none")
 
     @property
     def media(self) -> str:
-        """What was asked about: "image" or "video"."""
+        """What the questions are about: "image" or "video"."""
         return str(self.run["benchmark"].get("media", "image"))
 
     @property
@@ -178,25 +178,25 @@ def load_run(folder: str | Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        RunFolderError: no run folder, corrupt files, no answers, or no unpruned cell; says which
+        RunFolderError: no run folder, corrupt files, no answers, or no unpruned trial; says which
             file and line.
     """
     run, notes = _read(folder)
-    path, cells = run.folder, run.info["cells"]
+    path, trials = run.folder, run.info["trials"]
     if not run.rows:
         stale = f" ({run.stale} rows are of older code or options)" if run.stale else ""
         raise RunFolderError(f"{path}: no answers yet{stale}; run or resume the sweep first")
-    rows = {(row["cell"], row["item"]): row for row in run.rows}
+    rows = {(row["trial"], row["item"]): row for row in run.rows}
     items = _items(run.rows)
-    made = [_point(group, rows, items, run.latency) for group in _seeds(cells, rows)]
-    points = [p for p in made if not p.noise and p.arm != "blind"]
-    plain = [p for p in points if p.arm == "none"]
+    every = [_point(group, rows, items, run.latency) for group in _seeds(trials, rows)]
+    points = [p for p in every if not p.noise and p.variant != "blind"]
+    plain = [p for p in points if p.variant == "none"]
     if not plain:
         raise RunFolderError(
-            f"{path}: no answers of the unpruned model (arm 'none'), which every comparison needs; "
-            "run the sweep with its controls"
+            f"{path}: no answers of the unpruned model (variant 'none'), which every comparison "
+            "needs; run the sweep with its controls"
         )
-    for point in made:
+    for point in every:
         fits = [p for p in plain if (p.dtype, p.batch_size) == (point.dtype, point.batch_size)]
         base = plain[0] if point.noise or not fits else fits[0]
         point.base = None if base is point else base
@@ -205,10 +205,10 @@ def load_run(folder: str | Path) -> RunData:
         run=run.info,
         items=items,
         points=points,
-        noise=[p for p in made if p.noise],
-        blind=[p for p in made if p.arm == "blind"],
-        unreachable=[c for c in cells if c["status"] == "unreachable"],
-        errors=_errors(cells, rows),
+        noise=[p for p in every if p.noise],
+        blind=[p for p in every if p.variant == "blind"],
+        unreachable=[c for c in trials if c["status"] == "unreachable"],
+        errors=_errors(trials, rows),
         latency=run.latency,
         overlays=_overlays(run, notes),
         notes=notes,
@@ -265,38 +265,40 @@ def _items(rows: Sequence[Mapping[str, Any]]) -> list[Item]:
 
 
 def _seeds(
-    cells: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Any]
+    trials: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Any]
 ) -> list[list[Mapping[str, Any]]]:
-    """Cells that have answers, those that differ only in their seed together."""
-    answered = {cell for cell, _ in rows}
+    """Trials that have answers, those that differ only in their seed together."""
+    answered = {trial for trial, _ in rows}
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        if cell["cell"] in answered:
-            # keep is calibrated per cell, so two seeds may differ in it
-            # options are left out: a seed is one, and so is keep, which is calibrated per cell
-            key = tuple(cell[k] for k in ("arm", "budget", "dtype", "batch_size", "noise", "match"))
-            found.setdefault(key, []).append(cell)
+    for trial in trials:
+        if trial["trial"] in answered:
+            # keep is calibrated per trial, so two seeds may differ in it
+            # options are left out: a seed is one, and so is keep, which is calibrated per trial
+            key = tuple(
+                trial[k] for k in ("variant", "budget", "dtype", "batch_size", "noise", "match")
+            )
+            found.setdefault(key, []).append(trial)
     return [sorted(group, key=lambda c: c["seed"]) for group in found.values()]
 
 
 def _point(
-    cells: Sequence[Mapping[str, Any]],
+    trials: Sequence[Mapping[str, Any]],
     rows: Mapping[tuple[str, str], Mapping[str, Any]],
     items: Sequence[Item],
     latency: Mapping[str, Any] | None,
 ) -> Point:
     from tokprune.eval.benchmarks.base import normalise
 
-    by_seed = np.full((len(items), len(cells)), np.nan)
+    by_seed = np.full((len(items), len(trials)), np.nan)
     shown = np.full(len(items), "", dtype=object)
-    given = np.zeros(len(items), dtype=bool)
+    answered = np.zeros(len(items), dtype=bool)
     spent = np.full(len(items), np.nan)
     sums = dict.fromkeys(MEASURED, 0.0)
     n = dict.fromkeys(MEASURED, 0)
     failed = 0
-    for s, cell in enumerate(cells):
+    for s, trial in enumerate(trials):
         for i, item in enumerate(items):
-            row = rows.get((cell["cell"], item.id))
+            row = rows.get((trial["trial"], item.id))
             if row is None:
                 continue
             by_seed[i, s] = row["score"]
@@ -304,7 +306,7 @@ def _point(
             failed += bad
             if s == 0:
                 shown[i] = row["answer"]
-                given[i] = not bad
+                answered[i] = not bad
                 if not bad and row["tokens_mean"] is not None:
                     spent[i] = row["tokens_mean"]
             for name in MEASURED:
@@ -312,40 +314,40 @@ def _point(
                 if isinstance(value, (int, float)) and not bad:
                     sums[name] += value
                     n[name] += 1
-    cell = cells[0]
-    timed = (latency or {}).get("cells", {})
+    trial = trials[0]
+    timed = (latency or {}).get("trials", {})
     return Point(
-        arm=cell["arm"],
-        method=cell["method"],
-        options=cell["options"],
-        text=cell["repr"],
-        control=cell["control"],
-        noise=cell["noise"],
-        budget=float(cell["budget"]),
-        dtype=cell["dtype"],
-        batch_size=cell["batch_size"],
-        cells=tuple(c["cell"] for c in cells),
-        seeds=tuple(c["seed"] for c in cells),
+        variant=trial["variant"],
+        method=trial["method"],
+        options=trial["options"],
+        text=trial["repr"],
+        control=trial["control"],
+        noise=trial["noise"],
+        budget=float(trial["budget"]),
+        dtype=trial["dtype"],
+        batch_size=trial["batch_size"],
+        trials=tuple(c["trial"] for c in trials),
+        seeds=tuple(c["seed"] for c in trials),
         by_seed=by_seed,
         score=by_seed.mean(1),
         first=by_seed[:, 0],
         answer=np.array([normalise(str(a)) for a in shown], dtype=object),
         shown=shown,
-        given=given,
+        answered=answered,
         spent=spent,
         failed=failed,
         measured={k: sums[k] / n[k] if n[k] else math.nan for k in MEASURED},
-        latency=next((timed[c["cell"]] for c in cells if c["cell"] in timed), None),
+        latency=next((timed[c["trial"]] for c in trials if c["trial"] in timed), None),
     )
 
 
 def _errors(
-    cells: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Mapping[str, Any]]
+    trials: Sequence[Mapping[str, Any]], rows: Mapping[tuple[str, str], Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
-    name = {c["cell"]: f"{c['arm']} @ {c['budget']:g}" for c in cells}
+    name = {c["trial"]: f"{c['variant']} @ {c['budget']:g}" for c in trials}
     found = [
-        (name[cell], item, str(row.get("error") or "unknown"))
-        for (cell, item), row in rows.items()
+        (name[trial], item, str(row.get("error") or "unknown"))
+        for (trial, item), row in rows.items()
         if row["status"] != "ok"
     ]
     return sorted(found)

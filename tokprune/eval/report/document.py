@@ -49,13 +49,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Card:
-    """An arm's answer to a question, on the picture as the arm saw it. ``picture``: data URI."""
+    """A variant's answer to a question, on the image as the variant saw it. ``image``: data URI."""
 
-    arm: str
+    variant: str
     detail: str
     answer: str
-    right: bool
-    picture: str
+    correct: bool
+    image: str
 
 
 @dataclass(frozen=True)

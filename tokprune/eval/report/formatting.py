@@ -41,7 +41,7 @@ def probability(p: float) -> str:
 
 
 def changes(counted: Flips | None) -> tuple[str, str]:
-    """Flips right → wrong and wrong → right."""
+    """Flips correct → incorrect and incorrect → correct."""
     return (NOTHING, NOTHING) if counted is None else (str(counted.lost), str(counted.gained))
 
 

@@ -1,4 +1,4 @@
-"""What each arm kept of a few pictures, and what it answered."""
+"""What each variant kept of a few images, and what it answered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokprune.eval.report.analysis import Analysis, Result
 from tokprune.eval.report.data import Point
 from tokprune.eval.report.document import Card, Exhibit, Gallery
-from tokprune.eval.report.statistics import RIGHT
+from tokprune.eval.report.statistics import CORRECT
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from tokprune.eval.benchmarks.base import Benchmark
 
 _KEPT = (255, 140, 0)
-_SIDE = 264  # pixels of a picture in the page, about
+_SIDE = 264  # pixels of an image in the page, about
 
 
 def make_gallery(
     analysis: Analysis, benchmark: Benchmark, most: int = 6
 ) -> tuple[Gallery | None, list[str]]:
-    """Exhibits for the items that have overlays, at the analysis' budget (or the arm's nearest).
+    """Exhibits for the items that have overlays, at the analysis' budget or its nearest.
 
     Returns:
         The gallery, or None without any record that can be drawn; and notes on what was left out.
@@ -40,7 +40,7 @@ def make_gallery(
     if not at:
         return None, ["the run holds no overlays, so there is no gallery"]
     questions = {item.id: item for item in benchmark.items(data.run["benchmark"].get("split"))}
-    owner = {cell: r for r in analysis.results for cell in r.point.cells}
+    owner = {trial: r for r in analysis.results for trial in r.point.trials}
     exhibits, notes = [], []
     for item in list(at)[:most]:
         if item not in questions:
@@ -60,9 +60,11 @@ def make_gallery(
                 continue
             cards.append(_card(r.point, number[item], drawn, len(record["kept"])))
         if cards:
-            own = data.items[number[item]]
+            question = data.items[number[item]]
             unpruned = _card(data.unpruned, number[item], fitted(seen), data.tokens)
-            exhibits.append(Exhibit(own.question, own.task, own.answers, unpruned, tuple(cards)))
+            exhibits.append(
+                Exhibit(question.question, question.task, question.answers, unpruned, tuple(cards))
+            )
     if not exhibits:
         return None, [*notes, "no overlay could be drawn, so there is no gallery"]
     return Gallery(tuple(exhibits)), notes
@@ -71,41 +73,43 @@ def make_gallery(
 def _chosen(
     records: Sequence[Mapping[str, Any]], owner: Mapping[str, Result], analysis: Analysis
 ) -> list[tuple[Mapping[str, Any], Result]]:
-    """One record per arm: the one nearest to the budget; methods first, then controls."""
+    """One record per variant: the one nearest to the budget; methods first, then controls."""
     best: dict[str, tuple[Mapping[str, Any], Result]] = {}
     for record in records:
-        r = owner.get(record["cell"])
-        if r is None or r.point.arm == "none":
+        r = owner.get(record["trial"])
+        if r is None or r.point.variant == "none":
             continue
-        known = best.get(r.point.arm)
+        known = best.get(r.point.variant)
         if known is None or _distance(r, analysis) < _distance(known[1], analysis):
-            best[r.point.arm] = (record, r)
-    return sorted(best.values(), key=lambda pair: (pair[1].point.control, pair[1].point.arm))
+            best[r.point.variant] = (record, r)
+    return sorted(best.values(), key=lambda pair: (pair[1].point.control, pair[1].point.variant))
 
 
 def _distance(r: Result, analysis: Analysis) -> float:
     return abs(math.log(max(r.point.budget, 1) / max(analysis.at, 1)))
 
 
-def _card(point: Point, n: int, picture: Image.Image, kept: int) -> Card:
+def _card(point: Point, n: int, image: Image.Image, kept: int) -> Card:
     return Card(
-        arm="unpruned" if point.arm == "none" else point.arm,
-        detail=f"{kept} tokens" if point.arm == "none" else f"budget {point.budget:g}, {kept} kept",
-        answer=str(point.shown[n]) or ("failed" if not point.given[n] else "(empty)"),
-        right=bool(point.first[n] >= RIGHT),
-        picture=data_uri(picture),
+        variant="unpruned" if point.variant == "none" else point.variant,
+        detail=f"{kept} tokens"
+        if point.variant == "none"
+        else f"budget {point.budget:g}, {kept} kept",
+        answer=str(point.shown[n]) or ("failed" if not point.answered[n] else "(empty)"),
+        correct=bool(point.first[n] >= CORRECT),
+        image=data_uri(image),
     )
 
 
-# ---------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------- images
 
 
-def draw(picture: Image.Image, record: Mapping[str, Any], tokens: int) -> Image.Image | None:
-    """The picture with dropped patches greyed out and kept ones clear, outlined against dropped
+def draw(image: Image.Image, record: Mapping[str, Any], tokens: int) -> Image.Image | None:
+    """The image with dropped patches greyed out and kept ones clear, outlined against dropped
     ones; patches that were merged into one token share a tint.
 
     Args:
-        picture: as the model saw it; of a video, its frames side by side.
+        image: as the model saw it; of a video, its frames side by side.
         record: of the overlays folder.
         tokens: visual tokens of an unpruned image: the base grid is the square of that size.
 
@@ -123,7 +127,7 @@ def draw(picture: Image.Image, record: Mapping[str, Any], tokens: int) -> Image.
     if any(not (0 <= r < rows and 0 <= c < columns) for _, r, c in base):
         return None
     cell = max(4, round(_SIDE / max(rows, columns)))
-    board = picture.resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
+    board = image.resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
     owner: dict[tuple[int, int], int] = {}
     merged: set[int] = set()
     for n, r, c in base:
@@ -174,7 +178,7 @@ def _hue(row: int, column: int) -> tuple[int, int, int]:
 
 
 def _shown(benchmark: Benchmark, item: Any) -> Image.Image:
-    """The picture of an item, or its frames side by side, as the model sees them."""
+    """The image of an item, or its frames side by side, as the model sees them."""
     if benchmark.media != "video":
         return _square(benchmark.image(item).convert("RGB"))
     from PIL import Image
@@ -193,7 +197,7 @@ def _across(frames: int) -> int:
 
 
 def on_mosaic(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record of a video, whose tiles are its frames, as one of the picture that shows them side
+    """The record of a video, whose tiles are its frames, as one of the image that shows them side
     by side; any other as it is."""
     frames = record.get("frames")
     if not frames:
@@ -210,30 +214,30 @@ def on_mosaic(record: Mapping[str, Any]) -> Mapping[str, Any]:
         "kept": [place(patch) for patch in record["kept"]],
     }
     if "sources" in record:
-        placed["sources"] = [[place(patch) for patch in own] for own in record["sources"]]
+        placed["sources"] = [[place(patch) for patch in patches] for patches in record["sources"]]
     return placed
 
 
-def _square(picture: Image.Image) -> Image.Image:
+def _square(image: Image.Image) -> Image.Image:
     """The central square, which is what CLIP's processor hands to the model."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
-def fitted(picture: Image.Image) -> Image.Image:
+def fitted(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    size = _SIDE, round(_SIDE * picture.height / picture.width)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    size = _SIDE, round(_SIDE * image.height / image.width)
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def data_uri(picture: Image.Image) -> str:
+def data_uri(image: Image.Image) -> str:
     """The smaller of PNG and JPEG."""
     forms = []
     for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85, "subsampling": 0})):
         target = io.BytesIO()
-        picture.save(target, kind, **options)
+        image.save(target, kind, **options)
         forms.append((len(target.getvalue()), kind, target.getvalue()))
     _, kind, data = min(forms)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,10 +1,10 @@
-"""The down-sampling control: which questions need more than a smaller picture?
+"""The down-sampling control: which questions need more than a smaller image?
 
-After VTC-Bench (arXiv 2510.07143). Of the questions that the unpruned model answers right, group
-A (hard) are those that it answers wrong on the shrunken picture, group B (easy) those that it
-still answers right. A method's accuracy inside A says what it keeps that shrinking loses. By
-definition the unpruned model scores 100 % and down-sampling 0 % in A, so A ranks methods against
-each other only.
+After VTC-Bench (arXiv 2510.07143). Of the questions that the unpruned model answers correctly,
+group A (hard) are those that it answers incorrectly on the shrunken image, group B (easy) those
+that it still answers correctly. A method's accuracy inside A says what it keeps that shrinking
+loses. By definition the unpruned model scores 100 % and down-sampling 0 % in A, so A ranks methods
+against each other only.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 
 from tokprune.eval.report.analysis import Analysis, Interval, Result
 from tokprune.eval.report.data import RunFolderError
-from tokprune.eval.report.statistics import RIGHT, Flips, flips, holm, wilson
+from tokprune.eval.report.statistics import CORRECT, Flips, flips, holm, wilson
 
-RULE = "unpruned model right; A (hard): wrong on the down-sampled picture; B (easy): right on it"
+RULE = (
+    "unpruned model correct; A (hard): incorrect on the down-sampled image; B (easy): correct on it"
+)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Lists of items for one budget. ``missing``: the unpruned model is right, but there is no
-    answer on the down-sampled picture; ``fraction``: budget ÷ visual tokens; ``model``: name and
+    """Lists of items for one budget. ``missing``: the unpruned model is correct, but there is no
+    answer on the down-sampled image; ``fraction``: budget ÷ visual tokens; ``model``: name and
     hash of the model whose answers made the groups."""
 
     budget: float
@@ -59,16 +61,16 @@ class Share:
     """Right answers of a method inside a group: ``n`` answered, ``missing`` unanswered."""
 
     n: int
-    right: int
+    correct: int
     missing: int
 
     @property
     def accuracy(self) -> float:
-        return self.right / self.n if self.n else math.nan
+        return self.correct / self.n if self.n else math.nan
 
     @property
     def interval(self) -> Interval:
-        return wilson(self.right, self.n) if self.n else (math.nan, math.nan)
+        return wilson(self.correct, self.n) if self.n else (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,14 @@ def make_groups(analysis: Analysis) -> list[Groups]:
     found = []
     for result in analysis.series().get("downsample", []):
         shrunk = result.point.first
-        right = base >= RIGHT  # NaN is not
+        correct = base >= CORRECT  # NaN is not
         found.append(
             Groups(
                 budget=result.point.budget,
                 fraction=result.point.budget / data.tokens,
-                hard=tuple(ids[right & (shrunk < RIGHT)]),
-                easy=tuple(ids[right & (shrunk >= RIGHT)]),
-                missing=tuple(ids[right & np.isnan(shrunk)]),
+                hard=tuple(ids[correct & (shrunk < CORRECT)]),
+                easy=tuple(ids[correct & (shrunk >= CORRECT)]),
+                missing=tuple(ids[correct & np.isnan(shrunk)]),
                 model={k: data.run["model"].get(k) for k in ("name", "hash")},
                 benchmark={k: data.run["benchmark"].get(k) for k in ("name", "version", "split")},
             )
@@ -139,7 +141,7 @@ def read_groups(folder: str | Path) -> list[Groups]:
     if not files:
         raise RunFolderError(
             f"{path}: no group files (groups/budget-*.json) in it; run 'tokprune report' on a run "
-            "with the arm 'downsample' first"
+            "with the variant 'downsample' first"
         )
     return sorted((_read(file) for file in files), key=lambda g: g.budget)
 
@@ -187,7 +189,7 @@ def check_groups(groups: Sequence[Groups], analysis: Analysis, folder: str | Pat
 
 
 def group_tables(analysis: Analysis, groups: Sequence[Groups]) -> list[GroupTable]:
-    """Accuracy of every arm except down-sampling itself inside both groups, per budget.
+    """Accuracy of every variant except down-sampling itself inside both groups, per budget.
 
     Another model's groups are matched by the fraction of visual tokens.
     """
@@ -204,7 +206,7 @@ def group_tables(analysis: Analysis, groups: Sequence[Groups]) -> list[GroupTabl
             )
             for r in _results_at(analysis, g)
         ]
-        rows.sort(key=lambda row: (-_known(row.hard.accuracy), row.result.point.arm))
+        rows.sort(key=lambda row: (-_known(row.hard.accuracy), row.result.point.variant))
         tables.append(GroupTable(g, _tested(rows, hard)))
     return tables
 
@@ -212,7 +214,7 @@ def group_tables(analysis: Analysis, groups: Sequence[Groups]) -> list[GroupTabl
 def _results_at(analysis: Analysis, groups: Groups) -> list[Result]:
     return [
         r for r in analysis.results
-        if r.point.arm not in ("none", "downsample")
+        if r.point.variant not in ("none", "downsample")
         and math.isclose(r.point.budget / analysis.data.tokens, groups.fraction, rel_tol=0.02)
     ]  # fmt: skip
 
@@ -241,7 +243,7 @@ def _share(result: Result, where: NDArray[np.bool_], unknown: int) -> Share:
     answered = ~np.isnan(score)
     return Share(
         int(answered.sum()),
-        int((score[answered] >= RIGHT).sum()),
+        int((score[answered] >= CORRECT).sum()),
         int((~answered).sum()) + unknown,
     )
 

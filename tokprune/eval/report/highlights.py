@@ -9,17 +9,17 @@ from tokprune.eval.report.analysis import Analysis, Result, difference
 from tokprune.eval.report.compare import Contest, Differences
 from tokprune.eval.report.formatting import between, listed, percent, signed, with_interval
 from tokprune.eval.report.oracle_section import sentence
-from tokprune.eval.report.oracle_variants import ArmOracle
+from tokprune.eval.report.oracle_variants import VariantOracle
 
 #: an unpruned model below this has not learned a task
 LEARNED = 0.8
 
 
-def findings(
+def highlights(
     analysis: Analysis,
     found: Differences,
     against: Contest | None,
-    oracles: Sequence[ArmOracle] = (),
+    oracles: Sequence[VariantOracle] = (),
 ) -> list[str]:
     """The main results, most important first."""
     base, data = analysis.unpruned, analysis.data
@@ -48,10 +48,10 @@ def findings(
             f"{cheapest.cost('flops') / base.cost('flops'):.0%} of the FLOPs."
         )
     else:
-        lines.append("No arm stays within 2 points of the unpruned model.")
-    told = sentence(oracles)
-    if told is not None:
-        lines.append(told)
+        lines.append("No variant stays within 2 points of the unpruned model.")
+    line = sentence(oracles)
+    if line is not None:
+        lines.append(line)
     gap = analysis.noise_gap
     if gap is not None and gap > 0:
         lines.append(
@@ -66,9 +66,9 @@ def findings(
 def versus_random(against: Contest) -> str:
     """The best method against the random control, in words."""
     text = (
-        f"{against.best.point.arm} {percent(against.best.accuracy)} %, random "
-        f"{percent(against.control.accuracy)} %, difference {signed(against.gap)} points "
-        f"{between(against.interval, sign=True)}"
+        f"{against.best.point.variant} {percent(against.best.accuracy)} %, "
+        f"{against.control.point.variant} {percent(against.control.accuracy)} %, "
+        f"difference {signed(against.gap)} points {between(against.interval, sign=True)}"
     )
     if against.among > 1:
         text += (
@@ -89,9 +89,9 @@ def within(analysis: Analysis, drop: float) -> Result | None:
 
 
 def _shrinking(analysis: Analysis, share: str) -> list[str]:
-    """How methods do against a smaller picture."""
+    """How methods do against a smaller image."""
     here = analysis.at_budget()
-    shrunk = next((r for r in here if r.point.arm == "downsample"), None)
+    shrunk = next((r for r in here if r.point.variant == "downsample"), None)
     methods = [r for r in here if not r.point.control]
     if shrunk is None or not methods:
         return []
@@ -99,11 +99,11 @@ def _shrinking(analysis: Analysis, share: str) -> list[str]:
     for r in methods:
         _, bounds = difference(analysis, r, shrunk)
         if bounds[0] > 0:
-            better.append(r.point.arm)
+            better.append(r.point.variant)
         elif bounds[1] < 0:
-            worse.append(r.point.arm)
+            worse.append(r.point.variant)
     return [
-        f"Against the picture down-sampled to {share}, {percent(shrunk.accuracy)} %: "
+        f"Against the image down-sampled to {share}, {percent(shrunk.accuracy)} %: "
         f"{len(better)} of {len(methods)} methods are clearly better"
         + (f" ({listed(better)})" if better else "")
         + f", {len(worse)} clearly worse"
@@ -117,7 +117,7 @@ def warnings(analysis: Analysis) -> list[str]:
     if not data.run["finished"]:
         lines.append("The sweep has not finished: these are results so far.")
     if data.errors:
-        lines.append(f"{len(data.errors)} questions failed; they count as wrong.")
+        lines.append(f"{len(data.errors)} questions failed; they count as incorrect.")
     short = [r for r in analysis.results if r.missing]
     if short:
         lines.append(f"{len(short)} points lack answers; see the end of the page.")

@@ -50,7 +50,7 @@ def _block(block: Block, plots: Path) -> list[str]:
 
 
 def _gallery(gallery: Gallery) -> list[str]:
-    lines = ["The pictures are in report.html."]
+    lines = ["The images are in report.html."]
     for exhibit in gallery.exhibits:
         lines += ["", *_exhibit(exhibit)]
     return lines
@@ -58,9 +58,9 @@ def _gallery(gallery: Gallery) -> list[str]:
 
 def _exhibit(exhibit: Exhibit) -> list[str]:
     cards = [*([exhibit.unpruned] if exhibit.unpruned else []), *exhibit.cards]
-    rows = [[c.arm, c.detail, c.answer, "right" if c.right else "wrong"] for c in cards]
-    table = Table(("arm", "tokens", "answer", ""), rows, words=frozenset(range(4)))
-    return [f"**{_plain(exhibit.question)}** ({exhibit.task}; right: "
+    rows = [[c.variant, c.detail, c.answer, "correct" if c.correct else "incorrect"] for c in cards]
+    table = Table(("variant", "tokens", "answer", ""), rows, words=frozenset(range(4)))
+    return [f"**{_plain(exhibit.question)}** ({exhibit.task}; correct: "
             f"{_plain(' or '.join(exhibit.answers))})", "", *_table(table)]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The oracle over budgets: for each question the fewest tokens that still answer it right.
+"""The oracle over budgets: for each question the fewest tokens that still answer it correctly.
 
 The analysis is that of Matryoshka multimodal models (M3, arXiv 2405.17430) for nested scales, here
 for the budgets of any method. The oracle has seen the answers, so it is a bound on what choosing a
@@ -23,7 +23,7 @@ class Choices:
 
     ``score`` [items]: the best score, NaN where no budget has an answer; ``column`` [items]: the
     budget taken, -1 where none has an answer; ``tokens`` [items]: its tokens; ``never`` [items]
-    bool: answered, but right (above 0) at no budget.
+    bool: answered, but correct (above 0) at no budget.
     """
 
     score: Floats
@@ -38,7 +38,8 @@ class Oracle:
 
     ``n``: questions with an answer; ``accuracy``: mean of their best scores; ``tokens``: mean of
     the tokens taken; ``counts`` [budgets]: questions for which this is the smallest budget that
-    answers right; ``never``: questions that no budget answers right. NaN where nothing is counted.
+    answers correctly; ``never``: questions that no budget answers correctly. NaN where nothing is
+    counted.
     """
 
     n: int
@@ -49,26 +50,26 @@ class Oracle:
 
 
 def choose(correct: ArrayLike, tokens: ArrayLike) -> Choices:
-    """Take for each question the fewest tokens among the budgets that answer it right.
+    """Take for each question the fewest tokens among the budgets that answer it correctly.
 
     Args:
-        correct: [items, budgets] right (1) or wrong (0), or scores in 0…1: then the fewest tokens
-            that reach the question's best score. NaN = no answer: it cannot be taken.
+        correct: [items, budgets] correct (1) or incorrect (0), or scores in 0…1: then the fewest
+            tokens that reach the question's best score. NaN = no answer: it cannot be taken.
         tokens: [budgets], or [items, budgets] as measured for each question. Where two budgets
             cost the same, the first is taken.
 
-    A question that no budget answers right is counted at the fewest tokens.
+    A question that no budget answers correctly is counted at the fewest tokens.
 
     Raises:
         ValueError: no matrix, no budget, a score outside 0…1, or tokens that do not fit, are
             negative or not finite where there is an answer.
     """
     score, cost = _checked(correct, tokens)
-    given = ~np.isnan(score)
-    any_given = given.any(1)
-    best = np.where(given, score, -1.0).max(1, initial=-1.0)
-    # a score of 0 is the best of a question that is never right: all of its budgets compete
-    column = np.where(given & (score == best[:, None]), cost, np.inf).argmin(1)
+    answered = ~np.isnan(score)
+    any_given = answered.any(1)
+    best = np.where(answered, score, -1.0).max(1, initial=-1.0)
+    # a score of 0 is the best of a question that is never correct: all of its budgets compete
+    column = np.where(answered & (score == best[:, None]), cost, np.inf).argmin(1)
     return Choices(
         score=np.where(any_given, best, np.nan),
         column=np.where(any_given, column, -1),
@@ -82,7 +83,7 @@ def oracle(correct: ArrayLike, tokens: ArrayLike, exclude: bool = False) -> Orac
 
     Args:
         correct, tokens: as for :func:`choose`.
-        exclude: leave questions that no budget answers right out of the mean of tokens, instead
+        exclude: leave questions that no budget answers correctly out of the mean of tokens, instead
             of counting them at the fewest tokens. (The paper does not say what its figures do;
             they are too low for counting them at all tokens.)
 
@@ -92,12 +93,12 @@ def oracle(correct: ArrayLike, tokens: ArrayLike, exclude: bool = False) -> Orac
     taken = choose(correct, tokens)
     answered = taken.column >= 0
     counted = answered & ~taken.never if exclude else answered
-    right = taken.column[answered & ~taken.never]
+    solved = taken.column[answered & ~taken.never]
     return Oracle(
         n=int(answered.sum()),
         accuracy=float(taken.score[answered].mean()) if answered.any() else float("nan"),
         tokens=float(taken.tokens[counted].mean()) if counted.any() else float("nan"),
-        counts=tuple(np.bincount(right, minlength=np.shape(correct)[1]).tolist()),
+        counts=tuple(np.bincount(solved, minlength=np.shape(correct)[1]).tolist()),
         never=int(taken.never.sum()),
     )
 
@@ -105,13 +106,13 @@ def oracle(correct: ArrayLike, tokens: ArrayLike, exclude: bool = False) -> Orac
 def chance(
     correct: ArrayLike, tokens: ArrayLike, strata: ArrayLike | None = None
 ) -> tuple[float, float]:
-    """What the oracle would show if budgets were right on questions drawn at random.
+    """What the oracle would show if budgets were correct on questions drawn at random.
 
     Within each stratum the scores of each budget are handed out anew to the questions, at random
     and independently of the other budgets: every budget keeps its accuracy, but no question has a
-    budget of its own. With the unpruned model's right and wrong answers as strata, every budget
-    also keeps how many answers it loses and gains against that model. The oracle takes the best of
-    several tries after seeing the answers, so it gains on the best fixed budget even then.
+    budget of its own. With the unpruned model's correct and incorrect answers as strata, every
+    budget also keeps how many answers it loses and gains against that model. The oracle takes the
+    best of several tries after seeing the answers, so it gains on the best fixed budget even then.
 
     Args:
         correct, tokens: as for :func:`choose`.
@@ -140,12 +141,12 @@ def chance(
 
 def _independent(score: Floats, cost: Floats) -> tuple[float, float]:
     """Expected best score and its tokens if columns [items, budgets] are shuffled on their own."""
-    given = ~np.isnan(score)
-    means = [float(c[g].mean()) if g.any() else np.inf for c, g in zip(cost.T, given.T)]
-    order = [int(j) for j in np.argsort(means, kind="stable") if given[:, j].any()]
-    values = np.unique(np.append(score[given], 0.0))
+    answered = ~np.isnan(score)
+    means = [float(c[g].mean()) if g.any() else np.inf for c, g in zip(cost.T, answered.T)]
+    order = [int(j) for j in np.argsort(means, kind="stable") if answered[:, j].any()]
+    values = np.unique(np.append(score[answered], 0.0))
     # [budgets, values]: chance of exactly this score, and of at most this, cheapest budget first
-    exactly = np.array([[(score[given[:, j], j] == v).mean() for v in values] for j in order])
+    exactly = np.array([[(score[answered[:, j], j] == v).mean() for v in values] for j in order])
     most = exactly.cumsum(1)
     accuracy = mean = 0.0
     for j, column in enumerate(order):

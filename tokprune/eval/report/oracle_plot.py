@@ -1,4 +1,4 @@
-"""How many questions need how many tokens: a bar per arm."""
+"""How many questions need how many tokens: a bar per variant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokprune.eval.report.analysis import Analysis
-from tokprune.eval.report.oracle_variants import ArmOracle
+from tokprune.eval.report.oracle_variants import VariantOracle
 from tokprune.eval.report.palette import UNPRUNED
 from tokprune.eval.report.plots import Plot, figure_of, legend_style, svg_text
 
@@ -14,9 +14,9 @@ from tokprune.eval.report.plots import Plot, figure_of, legend_style, svg_text
 _LABELLED = {False: 0.045, True: 0.09}
 
 
-def oracle_plot(analysis: Analysis, found: Sequence[ArmOracle]) -> Plot | None:
-    """Stacked bars: share of the questions by the smallest budget that answers them right, and a
-    tick at the accuracy of the best fixed budget. None without oracles."""
+def oracle_plot(analysis: Analysis, found: Sequence[VariantOracle]) -> Plot | None:
+    """Stacked bars: share of the questions by the smallest budget that answers them correctly, and
+    a tick at the accuracy of the best fixed budget. None without oracles."""
     if not found:
         return None
     full = analysis.unpruned.point.budget
@@ -39,8 +39,8 @@ def oracle_plot(analysis: Analysis, found: Sequence[ArmOracle]) -> Plot | None:
             (left / width, below / height, (width - left - right) / width,
              (height - below - 0.1) / height)
         )  # fmt: skip
-        for n, own in enumerate(found):
-            _bar(area, n, own, full, colours, bar / row, narrow)
+        for n, oracle in enumerate(found):
+            _bar(area, n, oracle, full, colours, bar / row, narrow)
         area.set_ylim(len(found) - (0.5 if not narrow else 0.45), -0.5 - (0.25 if narrow else 0))
         area.set_xlim(0, 100)
         area.set_xlabel("share of the questions, %")
@@ -61,8 +61,8 @@ def oracle_plot(analysis: Analysis, found: Sequence[ArmOracle]) -> Plot | None:
         "oracle",
         draw(False),
         draw(True),
-        "Share of the questions by the smallest budget that still answers them right, one bar for "
-        f"each of {', '.join(o.name for o in found)}; every oracle's accuracy is in the table.",
+        "Share of the questions by the smallest budget that still answers them correctly, one bar "
+        f"for each of {', '.join(o.name for o in found)}; every oracle's accuracy is in the table.",
     )
 
 
@@ -85,24 +85,24 @@ _NEVER: dict[str, Any] = {
 
 
 def _bar(
-    area: Any, at: int, own: ArmOracle, full: float, colours: dict[float, Any], size: float,
+    area: Any, at: int, oracle: VariantOracle, full: float, colours: dict[float, Any], size: float,
     narrow: bool,
 ) -> None:  # fmt: skip
     start = 0.0
-    for budget, share in own.shares:
+    for budget, share in oracle.shares:
         look = _PLAIN if budget == full else {**_PLAIN, "facecolor": colours[budget]}
         area.barh(at, 100 * share, size, left=100 * start, **look)
         # neither in too little room nor under the tick
-        if share >= _LABELLED[narrow] and abs(start + share / 2 - own.best.accuracy) > 0.02:
+        if share >= _LABELLED[narrow] and abs(start + share / 2 - oracle.best.accuracy) > 0.02:
             area.text(100 * (start + share / 2), at, f"{100 * share:.0f}", ha="center",
                       va="center", fontsize=9, color=_ink(look["facecolor"]))  # fmt: skip
         start += share
-    if own.never > 0:
-        area.barh(at, 100 * own.never, size, left=100 * start, **_NEVER)
-    area.plot([100 * own.best.accuracy] * 2, [at - 0.62 * size, at + 0.62 * size], color=UNPRUNED,
-              lw=2, solid_capstyle="butt", zorder=4, clip_on=False)  # fmt: skip
+    if oracle.never > 0:
+        area.barh(at, 100 * oracle.never, size, left=100 * start, **_NEVER)
+    area.plot([100 * oracle.best.accuracy] * 2, [at - 0.62 * size, at + 0.62 * size],
+              color=UNPRUNED, lw=2, solid_capstyle="butt", zorder=4, clip_on=False)  # fmt: skip
     if narrow:
-        area.text(0, at - 0.55 * size, own.name, ha="left", va="bottom", fontsize=9.5)
+        area.text(0, at - 0.55 * size, oracle.name, ha="left", va="bottom", fontsize=9.5)
 
 
 def _ink(colour: Any) -> str:
@@ -122,6 +122,6 @@ def _handles(colours: dict[float, Any]) -> list[Any]:
     return [
         *handles,
         Patch(facecolor=_PLAIN["facecolor"], label="unpruned only"),
-        Patch(**_NEVER, label="never right"),
+        Patch(**_NEVER, label="never correct"),
         Line2D([], [], color=UNPRUNED, lw=2, label="best fixed budget"),
     ]

@@ -16,31 +16,38 @@ from tokprune.eval.report.formatting import (
     with_interval,
 )
 from tokprune.eval.report.oracle_plot import oracle_plot
-from tokprune.eval.report.oracle_variants import TOGETHER, ArmOracle, Fixed, most_accurate, together
+from tokprune.eval.report.oracle_variants import (
+    TOGETHER,
+    Fixed,
+    VariantOracle,
+    most_accurate,
+    together,
+)
 from tokprune.eval.report.plots import styled
 
 _ABOUT = (
-    "The oracle takes for each question the fewest tokens that still answer it right: of one arm's "
-    "own budgets and the unpruned model, or of all methods' together. It has seen the answers, so "
-    "it bounds what choosing a budget per question could reach; it is no method.",
+    "The oracle takes for each question the fewest tokens that still answer it correctly: of one "
+    "variant's own budgets and the unpruned model, or of all methods' together. It has "
+    "seen the answers, so it bounds what choosing a budget per question could reach.",
     "Taking the best of several tries gains even where no question needs a budget of its own. "
     "Chance tells how much: every budget keeps, per task, its accuracy on the questions that the "
-    "unpruned model gets right and on those that it gets wrong, but which of them these are is "
-    "drawn at random, independently of the other budgets. An oracle no more accurate than chance "
-    "gains no more than as many independent tries; one that takes more tokens than chance has "
+    "unpruned model answers correctly and on those that it answers incorrectly, but which of "
+    "them these are is drawn at random, independently of the other budgets. An oracle no more "
+    "accurate than chance gains no more than as many independent tries; one that takes more tokens "
+    "than chance has "
     "budgets that fail on the same questions.",
 )
 
 
-def oracle_section(analysis: Analysis, found: Sequence[ArmOracle]) -> Section | None:
+def oracle_section(analysis: Analysis, found: Sequence[VariantOracle]) -> Section | None:
     """None without oracles."""
     plot = styled(oracle_plot, analysis, found)
     if plot is None:
         return None
     caption = (
-        "Questions by the smallest budget that still answers them right, macro average over the "
-        "headline tasks. Coloured altogether: accuracy of the oracle; black tick: accuracy of the "
-        "best fixed budget."
+        "Questions by the smallest budget that still answers them correctly, macro average over "
+        "the headline tasks. Coloured altogether: accuracy of the oracle; black tick: accuracy of "
+        "the best fixed budget."
     )
     blocks: list[Block] = [
         *map(Text, _ABOUT),
@@ -49,20 +56,22 @@ def oracle_section(analysis: Analysis, found: Sequence[ArmOracle]) -> Section | 
         by_task(analysis, found),
     ]
     return Section(
-        "oracle", "Oracle: the smallest budget that still answers right", blocks, "Oracle"
+        "oracle", "Oracle: the smallest budget that still answers correctly", blocks, "Oracle"
     )
 
 
-def sentence(found: Sequence[ArmOracle]) -> str | None:
-    """The oracle among the findings; None without a method's."""
-    own = most_accurate(found)
-    if own is None:
+def sentence(found: Sequence[VariantOracle]) -> str | None:
+    """The oracle among the highlights; None without a method's."""
+    oracle = most_accurate(found)
+    if oracle is None:
         return None
     text = (
-        f"Oracle (per question the smallest budget that still answers right, known only "
-        f"afterwards): {own.arm} {percent(own.accuracy)} % on {number(own.tokens)} tokens, "
-        f"{signed(own.gap)} points {between(own.gap_interval, sign=True)} on its best fixed budget "
-        f"({_fixed(own.best)} tokens); as many independent tries would give {percent(own.chance)} %"
+        f"Oracle (per question the smallest budget that still answers correctly, known only "
+        f"afterwards): {oracle.variant} {percent(oracle.accuracy)} % on "
+        f"{number(oracle.tokens)} tokens, {signed(oracle.gap)} points "
+        f"{between(oracle.gap_interval, sign=True)} on its best fixed budget "
+        f"({_fixed(oracle.best)} tokens); as many independent tries would give "
+        f"{percent(oracle.chance)} %"
     )
     every = together(found)
     if every is not None:
@@ -73,16 +82,16 @@ def sentence(found: Sequence[ArmOracle]) -> str | None:
     return text + "."
 
 
-def table(found: Sequence[ArmOracle]) -> Table:
-    """Oracle, chance and fixed budgets of each arm."""
+def table(found: Sequence[VariantOracle]) -> Table:
+    """Oracle, chance and fixed budgets of each variant."""
     return Table(
-        header=("arm (budgets)", "oracle accuracy, % [95 %]", "oracle tokens [95 %]",
+        header=("variant (budgets)", "oracle accuracy, % [95 %]", "oracle tokens [95 %]",
                 "chance: % at tokens", "best fixed budget: % at tokens",
                 "oracle − best fixed, points [95 %]", "fixed, not clearly below unpruned: % at "
-                "tokens", "fixed, as accurate: tokens", "never right, %"),
+                "tokens", "fixed, as accurate: tokens", "never correct, %"),
         rows=[
             [
-                f"{o.name} ({len(o.cells)})",
+                f"{o.name} ({len(o.trials)})",
                 with_interval(o.accuracy, o.interval),
                 f"{_with_range(o)} ({significant(o.solved_tokens)})",
                 f"{percent(o.chance)} at {significant(o.chance_tokens)}",
@@ -96,24 +105,24 @@ def table(found: Sequence[ArmOracle]) -> Table:
         ],
         title="Oracle and fixed budgets",
         note="Macro averages over the headline tasks, tokens as measured for each question (mean "
-        "over decoder layers). In parentheses after an arm: its budgets, the unpruned model "
-        "included. Oracle tokens: questions that no budget answers right count at the fewest "
+        "over decoder layers). In parentheses after a variant: its budgets, the unpruned model "
+        "included. Oracle tokens: questions that no budget answers correctly count at the fewest "
         "tokens; in parentheses without them. "
         "Scores between 0 and 1: the fewest tokens that reach the question's best score. Not "
         "clearly below unpruned: fewest tokens whose 95 % interval of the drop holds 0, which few "
         "questions make easy. Intervals take the best fixed budget as given. Failed questions are "
         "wrong; points with missing answers do not compete; of several seeds the first counts. "
-        "The picture down-sampled or left out is no budget of the oracle. "
-        "† control, in no other arm's oracle.",
-        strong=frozenset(n for n, o in enumerate(found) if o.arm == TOGETHER),
+        "The image down-sampled or left out is no budget of the oracle. "
+        "† control, in no other variant's oracle.",
+        strong=frozenset(n for n, o in enumerate(found) if o.variant == TOGETHER),
     )  # fmt: skip
 
 
-def by_task(analysis: Analysis, found: Sequence[ArmOracle]) -> Table:
+def by_task(analysis: Analysis, found: Sequence[VariantOracle]) -> Table:
     """Accuracy and tokens of each oracle per task."""
     tasks, headline = analysis.data.tasks, set(analysis.data.headline)
     return Table(
-        header=("arm", *(t if t in headline else f"{t} *" for t in tasks)),
+        header=("variant", *(t if t in headline else f"{t} *" for t in tasks)),
         rows=[
             [o.name, *(f"{percent(o.tasks[t].accuracy)} ({significant(o.tasks[t].tokens)})"
                          for t in tasks)]
@@ -126,10 +135,10 @@ def by_task(analysis: Analysis, found: Sequence[ArmOracle]) -> Table:
     )  # fmt: skip
 
 
-def _fixed(own: Fixed) -> str:
-    return f"{percent(own.accuracy)} at {number(own.tokens)}"
+def _fixed(oracle: Fixed) -> str:
+    return f"{percent(oracle.accuracy)} at {number(oracle.tokens)}"
 
 
-def _with_range(own: ArmOracle) -> str:
-    low, high = own.tokens_interval
-    return f"{significant(own.tokens)} [{significant(low)}, {significant(high)}]"
+def _with_range(oracle: VariantOracle) -> str:
+    low, high = oracle.tokens_interval
+    return f"{significant(oracle.tokens)} [{significant(low)}, {significant(high)}]"

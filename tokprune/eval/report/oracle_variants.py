@@ -1,4 +1,4 @@
-"""The oracle of a run: of each arm over its budgets, and of all methods together."""
+"""The oracle of a run: of each variant over its budgets, and of all methods together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from tokprune.eval.report.analysis import Analysis, Interval, Result
 from tokprune.eval.report.oracle import Choices, Oracle, chance, choose, oracle
 from tokprune.eval.report.resampling import interval, macro, macro_samples
-from tokprune.eval.report.statistics import RIGHT
-from tokprune.eval.sweep.reduced_input import SMALLER
+from tokprune.eval.report.statistics import CORRECT
+from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS
 
 Floats = NDArray[np.float64]
 
@@ -31,21 +31,21 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class ArmOracle:
-    """The oracle of one arm, over its own budgets and the unpruned model.
+class VariantOracle:
+    """The oracle of one variant, over its own budgets and the unpruned model.
 
     Attributes:
-        arm: its name, or :data:`TOGETHER`.
-        control: whether the arm is a control.
-        cells: the budgets it may take, fewest tokens first.
+        variant: its name, or :data:`TOGETHER`.
+        control: whether the variant is a control.
+        trials: the budgets it may take, fewest tokens first.
         accuracy, interval: macro average over the headline tasks, with its 95 % interval.
-        tokens, tokens_interval: mean of the tokens taken; questions never right count at the
+        tokens, tokens_interval: mean of the tokens taken; questions never correct count at the
             fewest.
-        solved_tokens: the same without questions that are never right.
+        solved_tokens: the same without questions that are never correct.
         shares: budget asked for, and share of the questions for which it is the smallest that
-            answers right.
-        never: share of the questions that no budget answers right.
-        chance, chance_tokens: accuracy and tokens if budgets were right on questions drawn at
+            answers correctly.
+        never: share of the questions that no budget answers correctly.
+        chance, chance_tokens: accuracy and tokens if budgets were correct on questions drawn at
             random (:func:`tokprune.eval.report.oracle.chance`).
         best: the most accurate fixed budget (the one of fewer tokens of equals).
         gap, gap_interval: oracle minus ``best``, paired.
@@ -55,9 +55,9 @@ class ArmOracle:
         tasks: the oracle of each task.
     """
 
-    arm: str
+    variant: str
     control: bool
-    cells: tuple[Fixed, ...]
+    trials: tuple[Fixed, ...]
     accuracy: float
     interval: Interval
     tokens: float
@@ -76,17 +76,17 @@ class ArmOracle:
 
     @property
     def name(self) -> str:
-        """The arm as tables and plots call it: controls are marked."""
-        return f"{self.arm} †" if self.control else self.arm
+        """The variant as tables and plots call it: controls are marked."""
+        return f"{self.variant} †" if self.control else self.variant
 
 
-def oracles(analysis: Analysis) -> list[ArmOracle]:
-    """The oracle of every arm that has a budget of its own, controls last; then, where there are
-    two methods or more, of all methods together (:data:`TOGETHER`).
+def oracles(analysis: Analysis) -> list[VariantOracle]:
+    """The oracle of every variant that has a budget of its own, controls last; then, where there
+    are two methods or more, of all methods together (:data:`TOGETHER`).
 
-    Points that lack answers do not compete (as on the frontier); failed questions are wrong; of
-    several seeds the first counts, so that no cell has more than one try. Controls stand alone:
-    they are not in :data:`TOGETHER`. ``downsample``, ``frames`` and ``blind`` see another picture
+    Points that lack answers do not compete (as on the frontier); failed questions are incorrect; of
+    several seeds the first counts, so that no trial has more than one try. Controls stand alone:
+    they are not in :data:`TOGETHER`. ``downsample``, ``frames`` and ``blind`` see another image
     or video and are left out.
 
     Returns:
@@ -95,68 +95,70 @@ def oracles(analysis: Analysis) -> list[ArmOracle]:
     base = analysis.unpruned
     if len(analysis.budgets) < 2 or not base.complete:
         return []
-    arms: dict[str, list[Result]] = {}
-    for arm, results in analysis.series().items():
+    variants: dict[str, list[Result]] = {}
+    for variant, results in analysis.series().items():
         fair = [r for r in results if r.complete and r.point.base is base.point]
-        if fair and arm not in SMALLER:
-            arms[arm] = fair
-    methods = [r for results in arms.values() for r in results if not r.point.control]
+        if fair and variant not in REDUCED_INPUTS:
+            variants[variant] = fair
+    methods = [r for results in variants.values() for r in results if not r.point.control]
     found = [
-        _oracle(analysis, arm, [base, *results], results[0].point.control)
-        for arm, results in arms.items()
+        _oracle(analysis, variant, [base, *results], results[0].point.control)
+        for variant, results in variants.items()
     ]
-    if len({r.point.arm for r in methods}) > 1:
+    if len({r.point.variant for r in methods}) > 1:
         found.append(_oracle(analysis, TOGETHER, [base, *methods], control=False))
     return found
 
 
-def most_accurate(found: Sequence[ArmOracle]) -> ArmOracle | None:
+def most_accurate(found: Sequence[VariantOracle]) -> VariantOracle | None:
     """The single method whose oracle is the most accurate (the one of fewer tokens of equals)."""
-    methods = [o for o in found if not o.control and o.arm != TOGETHER]
-    return min(methods, key=lambda o: (-o.accuracy, o.tokens, o.arm), default=None)
+    methods = [o for o in found if not o.control and o.variant != TOGETHER]
+    return min(methods, key=lambda o: (-o.accuracy, o.tokens, o.variant), default=None)
 
 
-def together(found: Sequence[ArmOracle]) -> ArmOracle | None:
+def together(found: Sequence[VariantOracle]) -> VariantOracle | None:
     """The oracle over all methods."""
-    return next((o for o in found if o.arm == TOGETHER), None)
+    return next((o for o in found if o.variant == TOGETHER), None)
 
 
 # ------------------------------------------------------------------------------ parts
 
 
-def _oracle(analysis: Analysis, arm: str, results: list[Result], control: bool) -> ArmOracle:
+def _oracle(
+    analysis: Analysis, variant: str, results: list[Result], control: bool
+) -> VariantOracle:
     data, resampler = analysis.data, analysis.resampler
     base = analysis.unpruned.point
     score = np.stack([r.point.first for r in results], 1)
     cost = np.stack([_tokens(r) for r in results], 1)
     taken = choose(score, cost)
-    right = taken.column.copy()
-    right[taken.never] = -1
-    picked = right[:, None] == np.arange(len(results))
+    column = taken.column.copy()
+    column[taken.never] = -1
+    picked = column[:, None] == np.arange(len(results))
 
-    cells = [
+    trials = [
         Fixed(r, float(a), float(t))
         for r, a, t in zip(results, _macro(analysis, score), _macro(analysis, cost), strict=True)
     ]
-    best = min(range(len(cells)), key=lambda n: (-round(cells[n].accuracy, 12), cells[n].tokens))
+    best = min(range(len(trials)), key=lambda n: (-round(trials[n].accuracy, 12), trials[n].tokens))
     means, samples = resampler.task_means(
         np.column_stack([taken.score, taken.tokens, taken.score - score[:, best]]), data.headline
     )
     spread = macro_samples(samples)
     accuracy, tokens, gap = (float(v) for v in macro(means))
     never, *smallest = (float(v) for v in _macro(analysis, np.column_stack([taken.never, picked])))
-    enough = [c for c in cells if c.result.drop_interval[0] <= 0]
-    equal = [c for c in cells if c.accuracy >= accuracy - 1e-12]
+    enough = [c for c in trials if c.result.drop_interval[0] <= 0]
+    equal = [c for c in trials if c.accuracy >= accuracy - 1e-12]
     budgets = sorted({r.point.budget for r in results})
     by_chance = [
-        chance(score[rows], cost[rows], base.first[rows] >= RIGHT)
+        chance(score[rows], cost[rows], base.first[rows] >= CORRECT)
         for rows in (data.in_tasks([task]) for task in data.headline)
     ]
     lucky = np.array(by_chance).mean(0)
-    return ArmOracle(
-        arm=arm,
+    return VariantOracle(
+        variant=variant,
         control=control,
-        cells=tuple(sorted(cells, key=lambda c: c.tokens)),
+        trials=tuple(sorted(trials, key=lambda c: c.tokens)),
         accuracy=accuracy,
         interval=interval(spread[:, 0], accuracy),
         tokens=tokens,
@@ -169,7 +171,7 @@ def _oracle(analysis: Analysis, arm: str, results: list[Result], control: bool) 
         never=never,
         chance=float(lucky[0]),
         chance_tokens=float(lucky[1]),
-        best=cells[best],
+        best=trials[best],
         gap=gap,
         gap_interval=interval(spread[:, 2], gap),
         enough=min(enough, key=lambda c: c.tokens),  # the unpruned model is always in it
@@ -195,7 +197,7 @@ def _tokens(result: Result) -> Floats:
 
 
 def _solved(analysis: Analysis, taken: Choices) -> float:
-    """Macro mean of tokens over questions that are right at some budget; tasks without any are
+    """Macro mean of tokens over questions that are correct at some budget; tasks without any are
     left out."""
     tokens = np.where(taken.never, np.nan, taken.tokens)[:, None]
     means, _ = analysis.resampler.task_means(tokens, analysis.data.headline)

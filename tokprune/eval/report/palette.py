@@ -1,4 +1,4 @@
-"""A look for every arm: colour, marker and line together, so that none depends on colour alone."""
+"""A look for every variant: colour, marker and line together, none by colour alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Look:
-    """How an arm is drawn. ``filled``: methods are, controls are hollow and grey."""
+    """How a variant is drawn."""
 
     colour: str
     marker: str
     line: str | tuple[int, tuple[int, ...]]
+    #: methods are, controls are hollow and grey
     filled: bool
 
 
@@ -24,34 +25,27 @@ COLOURS = (
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "<", ">", "*", "d", "8", "H", "o")
 _LINES = ("-", "-", "-", "-", "-", "-", "-", "-", "--", "--", "--", "--", "--", "--", "--", "-.")
-#: controls are always drawn alike, whichever were run
-CONTROLS = {
-    "random": Look("#555555", "x", ":", False),
-    "grid": Look("#555555", "+", "--", False),
-    "pool": Look("#555555", "s", "-.", False),
+#: controls that show the model less
+_REDUCED = {
     "downsample": Look("#555555", "D", (0, (1, 1)), False),
     "frames": Look("#555555", "v", (0, (4, 1, 1, 1)), False),
 }
+#: other controls, in the order of their names
+_CONTROLS = (("+", "--"), ("s", "-."), ("x", ":"), ("1", ":"), ("2", "--"), ("3", "-."))
 UNPRUNED = "#111111"
 
 
-def looks(arms: Iterable[str], controls: Iterable[str]) -> dict[str, Look]:
-    """A look per arm; methods get theirs in the order of their names.
+def looks(variants: Iterable[str], controls: Iterable[str]) -> dict[str, Look]:
+    """A look per variant; methods get theirs in the order of their names.
 
     Up to 16 methods differ in both colour and marker; beyond, combinations go on being distinct.
     """
-    grey = set(controls)
     found: dict[str, Look] = {}
-    number = spare = 0
-    for arm in sorted(arms):
-        if arm in grey:
-            if arm in CONTROLS:
-                found[arm] = CONTROLS[arm]
-            else:
-                found[arm] = Look("#777777", ("1", "2", "3", "4", "|", "_")[spare % 6], ":", False)
-                spare += 1
-            continue
+    grey = set(controls)
+    for number, variant in enumerate(sorted(grey - set(_REDUCED))):
+        marker, line = _CONTROLS[number % len(_CONTROLS)]
+        found[variant] = Look("#555555", marker, line, False)
+    for number, variant in enumerate(sorted(set(variants) - grey)):
         turn, n = divmod(number, len(COLOURS))
-        found[arm] = Look(COLOURS[n], MARKERS[(n + 5 * turn) % len(MARKERS)], _LINES[n], True)
-        number += 1
-    return found
+        found[variant] = Look(COLOURS[n], MARKERS[(n + 5 * turn) % len(MARKERS)], _LINES[n], True)
+    return found | {name: look for name, look in _REDUCED.items() if name in grey}

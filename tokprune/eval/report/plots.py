@@ -31,7 +31,7 @@ _STYLE: dict[str, Any] = {
 }
 
 
-#: characters of an arm's name that fit the title of a panel, and a line of the legend
+#: characters of a variant's name that fit the title of a panel, and a line of the legend
 _TITLE, _LEGEND = 19, 20
 
 
@@ -69,15 +69,17 @@ class Plot:
 
 
 def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
-    """Accuracy against a cost, every arm, the unpruned model and the frontier; None where fewer
+    """Accuracy against a cost, every variant, the unpruned model and the frontier; None where fewer
     than two points have that cost."""
     series = _series(analysis, axis)
     if sum(map(len, series.values())) < 2:
         return None
-    look = arm_looks(analysis)
+    look = variant_looks(analysis)
 
     def draw(narrow: bool) -> str:
-        handles = [arm_handle(arm, look[arm]) for arm in _ranked(series)] + _extra_handles(analysis)
+        handles = [
+            variant_handle(variant, look[variant]) for variant in _ranked(series)
+        ] + _extra_handles(analysis)
         if narrow:
             legend = 0.15 + 0.225 * math.ceil(len(handles) / 2)
             height = 4.1 + legend
@@ -87,8 +89,8 @@ def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
             figure = figure_of(9, 5.2)
             area = figure.add_axes((0.075, 0.115, 0.67, 0.865))
         _background(area, analysis, axis)
-        for arm, results in series.items():
-            _line(area, results, axis, look[arm])
+        for variant, results in series.items():
+            _line(area, results, axis, look[variant])
         _scales(area, analysis, axis, series)
         _error_size(area, series)
         if narrow:
@@ -105,20 +107,20 @@ def pareto(analysis: Analysis, axis: Axis) -> Plot | None:
         f"accuracy-vs-{axis.kind}",
         draw(False),
         draw(True),
-        f"Macro accuracy against {axis.label}, {len(series)} arms; unpruned "
+        f"Macro accuracy against {axis.label}, {len(series)} variants; unpruned "
         f"{100 * analysis.unpruned.accuracy:.1f} %, highest {best.point.name} "
         f"{100 * best.accuracy:.1f} %.",
     )
 
 
 def panels(analysis: Analysis) -> Plot | None:
-    """Accuracy against tokens, one panel per arm before all others in grey, with its 95 %
+    """Accuracy against tokens, one panel per variant before all others in grey, with its 95 %
     interval."""
     axis = AXES[0].about(analysis.data.media)
     series = _series(analysis, axis)
     if not series:
         return None
-    look = arm_looks(analysis)
+    look = variant_looks(analysis)
 
     def draw(narrow: bool) -> str:
         across = 2 if narrow else min(5, max(3, math.ceil(math.sqrt(1.5 * len(series)))))
@@ -133,17 +135,17 @@ def panels(analysis: Analysis) -> Plot | None:
         used = list(zip(grid.flat, series))
         for area in grid.flat[len(series) :]:
             area.set_visible(False)
-        for area, arm in used:
+        for area, variant in used:
             for other, results in series.items():
-                if other != arm:
+                if other != variant:
                     area.plot(*_xy(results, axis), color="#d5d5d5", lw=0.9, zorder=1)
             area.axhline(100 * analysis.unpruned.accuracy, color=UNPRUNED, lw=0.8, zorder=2)
-            x, _ = _xy(series[arm], axis)
-            bounds = 100 * np.array([r.interval for r in series[arm]])
-            area.fill_between(x, *bounds.T, color=look[arm].colour, alpha=0.18, lw=0)
-            _line(area, series[arm], axis, look[arm], size=5)
-            size_ = 10 * min(1, _TITLE / len(arm))
-            area.set_title(arm, fontsize=size_, loc="left", pad=3)
+            x, _ = _xy(series[variant], axis)
+            bounds = 100 * np.array([r.interval for r in series[variant]])
+            area.fill_between(x, *bounds.T, color=look[variant].colour, alpha=0.18, lw=0)
+            _line(area, series[variant], axis, look[variant], size=5)
+            size_ = 10 * min(1, _TITLE / len(variant))
+            area.set_title(variant, fontsize=size_, loc="left", pad=3)
             _scales(area, analysis, axis, series, small=True, labels=False)
         for n, (area, _) in enumerate(used):
             if n + across >= len(used):  # the lowest panel of its column
@@ -153,16 +155,16 @@ def panels(analysis: Analysis) -> Plot | None:
         return svg_text(figure, f"panels-{'narrow' if narrow else 'wide'}")
 
     return Plot(
-        "accuracy-per-arm",
+        "accuracy-per-variant",
         draw(False),
         draw(True),
         "Accuracy against tokens, one panel for each of "
-        f"{', '.join(series)}, with 95 % intervals and the other arms in grey.",
+        f"{', '.join(series)}, with 95 % intervals and the other variants in grey.",
     )
 
 
 def retention(analysis: Analysis, results: Sequence[Result]) -> Plot | None:
-    """Heat map of accuracy ÷ unpruned accuracy: arms by tasks at one budget, best arm on top."""
+    """Heat map of accuracy ÷ unpruned accuracy: variants by tasks at one budget, best on top."""
     tasks = analysis.data.tasks
     if not results or not tasks:
         return None
@@ -170,7 +172,7 @@ def retention(analysis: Analysis, results: Sequence[Result]) -> Plot | None:
 
     def draw(narrow: bool) -> str:
         table = values.T if narrow else values
-        names = [r.point.arm for r in results]
+        names = [r.point.variant for r in results]
         rows, columns = (list(tasks), names) if narrow else (names, list(tasks))
         cell = (0.42, 0.34) if narrow else (0.78, 0.34)
         left = 0.2 + 0.085 * max(map(len, rows))
@@ -191,7 +193,7 @@ def retention(analysis: Analysis, results: Sequence[Result]) -> Plot | None:
         "retention",
         draw(False),
         draw(True),
-        f"Retention of {len(results)} arms on {len(tasks)} tasks; every value is in the table "
+        f"Retention of {len(results)} variants on {len(tasks)} tasks; every value is in the table "
         "of tasks.",
     )
 
@@ -231,22 +233,24 @@ def _heat(
 
 
 def _series(analysis: Analysis, axis: Axis) -> dict[str, list[Result]]:
-    """Points per arm that have this cost. A nominal budget is no cost in FLOPs or time."""
+    """Points per variant that have this cost. A nominal budget is no cost in FLOPs or time."""
     found = {}
-    for arm, results in analysis.series().items():
+    for variant, results in analysis.series().items():
         known = [
             r for r in results
             if not math.isnan(r.cost(axis.kind)) and r.cost(axis.kind) > 0
             and not math.isnan(r.accuracy) and (axis.kind == "tokens" or not r.point.nominal)
         ]  # fmt: skip
         if known:
-            found[arm] = known  # by budget, so that a noisy cost does not tie knots
+            found[variant] = known  # by budget, so that a noisy cost does not tie knots
     return found
 
 
-def arm_looks(analysis: Analysis) -> Mapping[str, Look]:
-    arms = analysis.series()
-    return looks(arms, [arm for arm, results in arms.items() if results[0].point.control])
+def variant_looks(analysis: Analysis) -> Mapping[str, Look]:
+    variants = analysis.series()
+    return looks(
+        variants, [variant for variant, results in variants.items() if results[0].point.control]
+    )
 
 
 def _xy(results: Sequence[Result], axis: Axis) -> tuple[list[float], list[float]]:
@@ -345,23 +349,25 @@ def _error_size(area: Any, series: Mapping[str, list[Result]]) -> None:
 
 
 def _ranked(series: Mapping[str, list[Result]]) -> list[str]:
-    """Arms as the legend lists them: methods, then controls, each by how far they are above the
-    mean of all arms at their budgets."""
+    """Variants as the legend lists them: methods, then controls, each by how far they are above the
+    mean of all variants at their budgets."""
     at: dict[float, list[float]] = {}
     for results in series.values():
         for r in results:
             at.setdefault(r.point.budget, []).append(r.accuracy)
     lead = {
-        arm: np.mean([r.accuracy - np.mean(at[r.point.budget]) for r in results])
-        for arm, results in series.items()
+        variant: np.mean([r.accuracy - np.mean(at[r.point.budget]) for r in results])
+        for variant, results in series.items()
     }
-    return sorted(series, key=lambda arm: (series[arm][0].point.control, -lead[arm], arm))
+    return sorted(
+        series, key=lambda variant: (series[variant][0].point.control, -lead[variant], variant)
+    )
 
 
-def arm_handle(arm: str, look: Look) -> Any:
+def variant_handle(variant: str, look: Look) -> Any:
     from matplotlib.lines import Line2D
 
-    label = arm if len(arm) <= _LEGEND else arm.replace("+", "\n+", 1)
+    label = variant if len(variant) <= _LEGEND else variant.replace("+", "\n+", 1)
     return Line2D(
         [], [], color=look.colour, ls=look.line, lw=1.5, marker=look.marker, ms=6.5, label=label,
         mfc=look.colour if look.filled else "white",
@@ -375,7 +381,7 @@ def _extra_handles(analysis: Analysis) -> list[Any]:
     handles = [Line2D([], [], color=UNPRUNED, lw=1.1, label="unpruned")]
     if analysis.blind:
         handles.append(
-            Line2D([], [], color="#777777", lw=1.1, ls=(0, (6, 3)), label="blind (no picture)")
+            Line2D([], [], color="#777777", lw=1.1, ls=(0, (6, 3)), label="blind (no image)")
         )
     handles.append(Line2D([], [], color=_FRONTIER, lw=7, label="frontier"))
     return handles
@@ -418,13 +424,13 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     return re.sub(r'href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', text)
 
 
-def styled(draw: Callable[..., Plot | None], *given: Any) -> Plot | None:
-    """``draw(*given)`` with the look of the report; matplotlib's own settings stay as they were."""
+def styled(draw: Callable[..., Plot | None], *arguments: Any) -> Plot | None:
+    """``draw(*arguments)`` with the look of the report; matplotlib's settings stay as they were."""
     import matplotlib
 
     style: Any = {**_STYLE, "svg.hashsalt": "tokprune"}
     with matplotlib.rc_context(style):
-        return draw(*given)
+        return draw(*arguments)
 
 
 def _known(value: float) -> float:

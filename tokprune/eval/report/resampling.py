@@ -1,7 +1,7 @@
-"""Cluster bootstrap of accuracies: pictures are drawn, not questions.
+"""Cluster bootstrap of accuracies: images are drawn, not questions.
 
-Questions about one picture share its difficulties, so they are no independent draws. One set of
-resamples serves every arm, which makes differences between arms paired.
+Questions about one image share its difficulties, so they are no independent draws. One set of
+resamples serves every variant, which makes differences between variants paired.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-#: a stratum needs as many pictures to be drawn from on its own
+#: a stratum needs as many images to be drawn from on its own
 _SMALLEST_STRATUM = 20
 _CHUNK = 500
 
@@ -21,12 +21,12 @@ _CHUNK = 500
 class Resampler:
     """Fixed resamples of a set of questions.
 
-    Pictures are drawn with replacement within strata: pictures that carry questions of the same
-    tasks. Where each picture has questions of one task, this is the bootstrap stratified over
-    tasks; strata of fewer than 20 pictures are joined.
+    Images are drawn with replacement within strata: images that carry questions of the same
+    tasks. Where each image has questions of one task, this is the bootstrap stratified over
+    tasks; strata of fewer than 20 images are joined.
 
     Args:
-        images: [items] picture of each question.
+        images: [items] image of each question.
         tasks: [items] task of each question.
         draws: number of resamples.
         seed: of the generator; the same questions in the same order give the same resamples.
@@ -53,26 +53,26 @@ class Resampler:
         """Mean score per task, as measured and resampled.
 
         Args:
-            score: [items, arms], NaN = no answer.
+            score: [items, variants], NaN = no answer.
             names: tasks to report.
             chunk: resamples at a time; bounds the memory.
 
         Returns:
-            [tasks, arms] and [draws, tasks, arms]; NaN where a task has no answer.
+            [tasks, variants] and [draws, tasks, variants]; NaN where a task has no answer.
         """
         score = np.asarray(score, float)
-        arms = score.shape[1]
-        means = np.full((len(names), arms), np.nan)
-        samples = np.full((self.draws, len(names), arms), np.nan)
+        variants = score.shape[1]
+        means = np.full((len(names), variants), np.nan)
+        samples = np.full((self.draws, len(names), variants), np.nan)
         for t, name in enumerate(names):
             rows = np.flatnonzero(self.tasks == name)
             if not len(rows):
                 continue
             used, local = np.unique(self.group[rows], return_inverse=True)
-            given = ~np.isnan(score[rows])
-            sums, counts = np.zeros((len(used), arms)), np.zeros((len(used), arms))
-            np.add.at(sums, local, np.where(given, score[rows], 0.0))
-            np.add.at(counts, local, given)
+            answered = ~np.isnan(score[rows])
+            sums, counts = np.zeros((len(used), variants)), np.zeros((len(used), variants))
+            np.add.at(sums, local, np.where(answered, score[rows], 0.0))
+            np.add.at(counts, local, answered)
             means[t] = _ratio(sums.sum(0), counts.sum(0))
             same = bool((counts == counts[:, :1]).all())
             for start in range(0, self.draws, chunk):
@@ -83,18 +83,18 @@ class Resampler:
 
 
 def macro(means: Floats) -> Floats:
-    """Mean over the tasks of [tasks, arms] → [arms], NaN where an arm lacks a task altogether."""
+    """Mean over the tasks of [tasks, variants] → [variants], NaN where one lacks a task."""
     return means.mean(0) if means.shape[0] else np.full(means.shape[1:], np.nan)
 
 
 def macro_samples(samples: Floats) -> Floats:
-    """The same for resamples: [draws, tasks, arms] → [draws, arms].
+    """The same for resamples: [draws, tasks, variants] → [draws, variants].
 
     A resample can miss a small task; its macro average is that of the others.
     """
-    given = ~np.isnan(samples)
-    lacking = ~given.any(0)  # no answer in any resample: the arm lacks the task
-    total, n = np.where(given, samples, 0.0).sum(1), given.sum(1)
+    answered = ~np.isnan(samples)
+    lacking = ~answered.any(0)  # no answer in any resample: the variant lacks the task
+    total, n = np.where(answered, samples, 0.0).sum(1), answered.sum(1)
     mean = _ratio(total, n)
     mean[:, lacking.any(0)] = np.nan
     return mean
@@ -102,10 +102,10 @@ def macro_samples(samples: Floats) -> Floats:
 
 def interval(samples: Floats, estimate: float, level: float = 0.95) -> tuple[float, float]:
     """Percentile interval of [draws] resamples, widened to hold the estimate itself."""
-    given = samples[~np.isnan(samples)]
-    if np.isnan(estimate) or not len(given):
+    answered = samples[~np.isnan(samples)]
+    if np.isnan(estimate) or not len(answered):
         return float("nan"), float("nan")
-    low, high = np.quantile(given, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(answered, [(1 - level) / 2, (1 + level) / 2])
     return min(float(low), estimate), max(float(high), estimate)
 
 
@@ -115,7 +115,7 @@ def _ratio(total: Floats, n: Floats) -> Floats:
 
 
 def _strata(group: NDArray[np.int64], tasks: NDArray[np.object_], groups: int) -> list[list[int]]:
-    """Pictures with the same set of tasks, small sets joined."""
+    """Images with the same set of tasks, small sets joined."""
     carried: list[set[str]] = [set() for _ in range(groups)]
     for g, task in zip(group.tolist(), tasks.tolist()):
         carried[g].add(task)
@@ -126,14 +126,14 @@ def _strata(group: NDArray[np.int64], tasks: NDArray[np.object_], groups: int) -
     small = [members for _, members in sorted(sets.items()) if len(members) < _SMALLEST_STRATUM]
     rest = [g for members in small for g in members]
     if rest and large and len(rest) < _SMALLEST_STRATUM:
-        # a handful of pictures alone would hardly vary
+        # a handful of images alone would hardly vary
         large[0] = large[0] + rest
         rest = []
     return large + ([rest] if rest else [])
 
 
 def _draw(strata: list[list[int]], draws: int, seed: int) -> NDArray[np.uint16]:
-    """[draws, pictures]: how often each picture is drawn."""
+    """[draws, images]: how often each image is drawn."""
     rng = np.random.default_rng(seed)
     weights = np.zeros((draws, sum(map(len, strata))), dtype=np.uint16)
     for members in strata:

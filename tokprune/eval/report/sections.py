@@ -20,13 +20,13 @@ from tokprune.eval.report.document import (
 )
 from tokprune.eval.report.formatting import number, percent
 from tokprune.eval.report.groups import GroupTable
-from tokprune.eval.report.highlights import findings, versus_random, warnings
+from tokprune.eval.report.highlights import highlights, versus_random, warnings
 from tokprune.eval.report.oracle_section import oracle_section
-from tokprune.eval.report.oracle_variants import ArmOracle
+from tokprune.eval.report.oracle_variants import VariantOracle
 
 _WHERE = {
     "tokens": "Accuracy against visual tokens. Hollow grey markers are controls; a down-sampled "
-    "picture that saves no tokens stands at its nominal budget.",
+    "image that saves no tokens stands at its nominal budget.",
     "flops": "Accuracy against the FLOPs of one prefill, encoder included (2 × "
     "multiply-accumulates; what a method spends on its scores is not in them).",
     "latency": "Accuracy against the measured time of one answer, what the method itself costs "
@@ -43,7 +43,7 @@ def document(
     gallery: Gallery | None,
     notes: Sequence[str],
     further: Sequence[Section] = (),
-    oracles: Sequence[ArmOracle] = (),
+    oracles: Sequence[VariantOracle] = (),
 ) -> Document:
     """Everything that goes into the page.
 
@@ -51,7 +51,7 @@ def document(
         groups_of: whose answers made the groups, in words.
         notes: on parts that were left out.
         further: sections to stand between the run's tasks and its differences.
-        oracles: of the run's arms.
+        oracles: of the run's variants.
     """
     run, data = analysis.data.run, analysis.data
     model, benchmark = run["model"], run["benchmark"]
@@ -78,8 +78,8 @@ def document(
             ("benchmark", f"{benchmark['name']} {benchmark['version'][:12]}"
              + (f", {benchmark['split']}" if benchmark["split"] else "")),
             ("questions", f"{len(data.items)} on {len({i.image for i in data.items})} "
-             + ("videos" if data.media == "video" else "pictures")),
-            ("points", f"{len(data.points)}, {len(analysis.series())} arms"),
+             + ("videos" if data.media == "video" else "images")),
+            ("points", f"{len(data.points)}, {len(analysis.series())} variants"),
             ("updated", run["updated"][:16].replace("T", " ") + " UTC"),
         ),
         sections=tuple(s for s in sections if s is not None),
@@ -87,9 +87,12 @@ def document(
 
 
 def _summary(
-    analysis: Analysis, found: Differences, against: Contest | None, oracles: Sequence[ArmOracle]
+    analysis: Analysis,
+    found: Differences,
+    against: Contest | None,
+    oracles: Sequence[VariantOracle],
 ) -> Section:
-    blocks: list[Block] = [Bullets(tuple(findings(analysis, found, against, oracles)))]
+    blocks: list[Block] = [Bullets(tuple(highlights(analysis, found, against, oracles)))]
     blocks += [Text(line, warning=True) for line in warnings(analysis)]
     return Section("summary", "Summary", blocks)
 
@@ -107,7 +110,7 @@ def _plots(analysis: Analysis) -> Section:
         blocks.append(
             Figure(
                 plot,
-                "One arm at a time with its 95 % interval, the others in grey; black: unpruned.",
+                "One variant with its 95 % interval, the others in grey; black: unpruned.",
             )
         )
     return Section("plots", "Accuracy against cost", blocks, "Plots")
@@ -165,11 +168,11 @@ def _differences(analysis: Analysis, found: Differences, against: Contest | None
 def _groups(groups: Sequence[GroupTable], model: str) -> Section:
     blocks: list[Block] = [
         Text(
-            "Of the questions that the unpruned model answers right, A (hard) are those that it "
-            "gets wrong on a picture shrunk to the same budget, B (easy) those that it still gets "
-            "right. A shows what a method keeps that shrinking loses. It ranks methods against "
-            "each other only: by definition down-sampling scores 0 % there and the unpruned model "
-            "100 %. The lists are in groups/ beside this page."
+            "Of the questions that the unpruned model answers correctly, A (hard) are those that "
+            "it answers incorrectly on an image shrunk to the same budget, B (easy) those that it "
+            "still answers correctly. A shows what a method keeps that shrinking loses. It ranks "
+            "methods against each other only: by definition down-sampling scores 0 % there and the "
+            "unpruned model 100 %. The lists are in groups/ beside this page."
         )
     ]
     if groups:
@@ -187,8 +190,7 @@ def _noise(analysis: Analysis) -> Section:
                 "The unpruned model against itself: what changes with batch size and dtype alone, "
                 "through rounding."
                 + (
-                    f" A gap between arms no larger than {percent(analysis.noise_gap, 2)} points "
-                    "is noise."
+                    f" Up to {percent(analysis.noise_gap, 2)} points between variants are noise."
                     if analysis.noise_gap
                     else " Accuracy does not."
                 )
@@ -199,7 +201,7 @@ def _noise(analysis: Analysis) -> Section:
         blocks.append(Text("The noise floor was not measured in this run."))
     for r in analysis.blind:
         blocks.append(
-            Text(f"Blind baseline (the questions without the picture): {percent(r.accuracy)} %.")
+            Text(f"Blind baseline (the questions without the image): {percent(r.accuracy)} %.")
         )
     seeds = tables.seeds_table(analysis)
     if seeds is not None:
@@ -214,7 +216,7 @@ def _gallery(gallery: Gallery | None, notes: Sequence[str], analysis: Analysis) 
             Text(
                 "Patches alive in the last decoder layer that holds any: kept ones are clear with "
                 "an orange outline, dropped ones grey; patches merged into one token share a tint. "
-                f"Budget nearest to {analysis.at:g}. Pictures are cropped to their central square."
+                f"Budget nearest to {analysis.at:g}. Images are cropped to their central square."
             ),
             gallery,
         ]
@@ -223,14 +225,16 @@ def _gallery(gallery: Gallery | None, notes: Sequence[str], analysis: Analysis) 
 
 
 def _exceptions(analysis: Analysis) -> Section:
-    made = (
+    found = (
         tables.unreachable_table(analysis),
         tables.failed_table(analysis),
         tables.missing_table(analysis),
     )
-    blocks: list[Block] = [table for table in made if table is not None]
+    blocks: list[Block] = [table for table in found if table is not None]
     if not blocks:
-        blocks.append(Text("Every arm reached every budget, no question failed, none is missing."))
+        blocks.append(
+            Text("Every variant reached every budget, no question failed, none is missing.")
+        )
     return Section("exceptions", "Unreachable, failed, missing", blocks, "Exceptions")
 
 
@@ -245,7 +249,7 @@ def _environment(analysis: Analysis) -> Section:
         ("benchmark", f"{benchmark['name']} {benchmark['version']}"),
         ("run dtype", analysis.data.unpruned.dtype),
         ("batch size", analysis.data.unpruned.batch_size),
-        ("bootstrap", f"{number(analysis.resampler.draws)} resamples of pictures"),
+        ("bootstrap", f"{number(analysis.resampler.draws)} resamples of images"),
     ]
     blocks: list[Block] = [
         Code(run["command"]),

@@ -1,4 +1,4 @@
-"""Intervals and tests for answers that are right or wrong, vectorised over tables of them.
+"""Intervals and tests for answers that are correct or incorrect, vectorised over tables of them.
 
 Everything takes plain arrays, so it can be used without a run folder.
 """
@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-#: a score from here on counts as a right answer where right and wrong are counted
-RIGHT = 0.5
+#: a score from here on counts as a correct answer where correct and incorrect are counted
+CORRECT = 0.5
 
 
-def wilson(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a share (Wilson 1927; Newcombe 1998, method 3).
 
     Args:
-        right: number of right answers; fractions are allowed where scores are fractional, then
+        correct: number of correct answers; fractions are allowed where scores are fractional, then
             the interval is at least as wide as it need be (no variable in [0, 1] varies more than
-            a right-or-wrong one with the same mean).
+            a correct-or-incorrect one with the same mean).
         n: number of questions.
         level: of confidence.
 
@@ -30,29 +30,29 @@ def wilson(right: float, n: int, level: float = 0.95) -> tuple[float, float]:
         Lower and upper bound in [0, 1]; (0, 1) for no questions at all.
 
     Raises:
-        ValueError: ``right`` outside [0, n], or ``level`` outside (0, 1).
+        ValueError: ``correct`` outside [0, n], or ``level`` outside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level!r} should be between 0 and 1, for example 0.95")
     if n == 0:
         return 0.0, 1.0
-    if not 0 <= right <= n:
-        raise ValueError(f"right={right!r} should be between 0 and n={n}")
+    if not 0 <= correct <= n:
+        raise ValueError(f"correct={correct!r} should be between 0 and n={n}")
     z = float(stats.norm.ppf(0.5 + level / 2))
-    share = right / n
+    share = correct / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # the formula is exact at the ends, floating point is not
-    low = 0.0 if right == 0 else min(max(0.0, float(middle - half)), share)
-    high = 1.0 if right == n else max(min(1.0, float(middle + half)), share)
+    low = 0.0 if correct == 0 else min(max(0.0, float(middle - half)), share)
+    high = 1.0 if correct == n else max(min(1.0, float(middle + half)), share)
     return low, high
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Paired answers of two arms to the same ``n`` questions.
+    """Paired answers of two variants to the same ``n`` questions.
 
-    ``lost``: right in the first, wrong in the second; ``gained``: the other way round.
+    ``lost``: correct in the first, incorrect in the second; ``gained``: the other way round.
     """
 
     n: int
@@ -66,15 +66,15 @@ class Flips:
 
 
 def flips(first: ArrayLike, second: ArrayLike) -> Flips:
-    """Count the flips between two arms.
+    """Count the flips between two variants.
 
     Args:
-        first, second: [items] scores; NaN where an arm has no answer. Items that either lacks
+        first, second: [items] scores; NaN where a variant has no answer. Items that either lacks
             are left out.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
     both = ~np.isnan(a) & ~np.isnan(b)
-    a_right, b_right = a[both] >= RIGHT, b[both] >= RIGHT
+    a_right, b_right = a[both] >= CORRECT, b[both] >= CORRECT
     return Flips(int(both.sum()), int((a_right & ~b_right).sum()), int((~a_right & b_right).sum()))
 
 

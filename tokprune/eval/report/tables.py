@@ -30,15 +30,15 @@ _MARK = " †"
 _MARKED = "† control."
 
 
-def _arm(result: Result) -> str:
-    if result.point.arm == "none":
+def _variant(result: Result) -> str:
+    if result.point.variant == "none":
         return "unpruned"
-    return result.point.arm + (_MARK if result.point.control else "")
+    return result.point.variant + (_MARK if result.point.control else "")
 
 
 def _budget(result: Result) -> str:
     """The budget, in parentheses where it is nominal."""
-    if result.point.arm == "blind":
+    if result.point.variant == "blind":
         return NOTHING
     text = number(result.point.budget)
     return f"({text})" if result.point.nominal else text
@@ -50,9 +50,9 @@ def tokens(result: Result) -> str:
 
 
 def _everyone(analysis: Analysis) -> list[Result]:
-    arms = [r for results in analysis.series().values() for r in results]
-    plain = [r for r in analysis.results if r.point.arm == "none"]
-    return [*plain, *analysis.blind, *arms]
+    variants = [r for results in analysis.series().values() for r in results]
+    plain = [r for r in analysis.results if r.point.variant == "none"]
+    return [*plain, *analysis.blind, *variants]
 
 
 def results_table(analysis: Analysis) -> Table:
@@ -63,7 +63,7 @@ def results_table(analysis: Analysis) -> Table:
         compared = r.flips is not None
         small = compared and analysis.noise_gap is not None and abs(r.drop) <= analysis.noise_gap
         rows.append([
-            _arm(r),
+            _variant(r),
             _budget(r),
             tokens(r),
             number(r.point.measured["tokens_last"]),
@@ -81,9 +81,9 @@ def results_table(analysis: Analysis) -> Table:
         if r.on:
             strong.add(n)
     return Table(
-        header=("arm", "budget", "tokens, mean", "tokens, last", "FLOPs ×10⁹", "time, ms",
-                "accuracy, % [95 %]", "change, points [95 %]", "right → wrong", "wrong → right",
-                "p (Holm)", "loyalty, %", "on the frontier of", "answers"),
+        header=("variant", "budget", "tokens, mean", "tokens, last", "FLOPs ×10⁹", "time, ms",
+                "accuracy, % [95 %]", "change, points [95 %]", "correct → incorrect",
+                "incorrect → correct", "p (Holm)", "loyalty, %", "on the frontier of", "answers"),
         rows=rows,
         title="All points",
         note="Accuracy: macro average over the headline tasks. Tokens: per "
@@ -107,10 +107,10 @@ def frontier_table(analysis: Analysis) -> Table:
     """Points on a frontier, from the cheapest up."""
     on = sorted((r for r in analysis.results if r.on), key=lambda r: (r.point.tokens, -r.accuracy))
     return Table(
-        header=("arm", "budget", "tokens, mean", "FLOPs ×10⁹", "time, ms", "accuracy, % [95 %]",
+        header=("variant", "budget", "tokens, mean", "FLOPs ×10⁹", "time, ms", "accuracy, % [95 %]",
                 "frontier of"),
         rows=[
-            [_arm(r), number(r.point.budget), number(r.point.tokens),
+            [_variant(r), number(r.point.budget), number(r.point.tokens),
              significant(r.cost("flops") / 1e9), milliseconds(r.cost("latency")),
              with_interval(r.accuracy, r.interval), ", ".join(_COSTS[k] for k in r.on)]
             for r in on
@@ -131,8 +131,10 @@ def task_table(
     tasks = analysis.data.tasks
     headline = set(analysis.data.headline)
     return Table(
-        header=("arm", *(t if t in headline else f"{t} *" for t in tasks)),
-        rows=[[_arm(r), *(_task_cell(r, t) for t in tasks)] for r in [analysis.unpruned, *results]],
+        header=("variant", *(t if t in headline else f"{t} *" for t in tasks)),
+        rows=[
+            [_variant(r), *(_task_cell(r, t) for t in tasks)] for r in [analysis.unpruned, *results]
+        ],
         title=title,
         note="Accuracy in % with its 95 % Wilson interval; in parentheses the share of the "
         "unpruned accuracy that is retained."
@@ -142,27 +144,27 @@ def task_table(
 
 
 def _task_cell(r: Result, task: str) -> str:
-    own = r.tasks[task]
-    text = with_interval(own.accuracy, own.interval)
-    return text if r.flips is None or math.isnan(own.retention) else (
-        f"{text} ({percent(own.retention, 0)} %)"
+    result = r.tasks[task]
+    text = with_interval(result.accuracy, result.interval)
+    return text if r.flips is None or math.isnan(result.retention) else (
+        f"{text} ({percent(result.retention, 0)} %)"
     )  # fmt: skip
 
 
 def harness_metrics(analysis: Analysis, results: Sequence[Result]) -> Table | None:
     """What the harness itself makes of the answers (totals of MME, F1 of POPE, …), first seeds."""
     shown = [analysis.unpruned, *results]
-    own = [analysis.data.metrics.get(r.point.cells[0], {}) for r in shown]
+    reported = [analysis.data.metrics.get(r.point.trials[0], {}) for r in shown]
     rows: dict[tuple[str, str], None] = {}
-    for metrics in own:
+    for metrics in reported:
         for task, values in metrics.items():
             rows |= {(task, name): None for name in values if "stderr" not in name}
     if not rows:
         return None
     return Table(
-        header=("task", "metric", *(_arm(r) for r in shown)),
+        header=("task", "metric", *(_variant(r) for r in shown)),
         rows=[
-            [task, name, *(_metric(metrics.get(task, {}).get(name)) for metrics in own)]
+            [task, name, *(_metric(metrics.get(task, {}).get(name)) for metrics in reported)]
             for task, name in rows
         ],
         title=f"The harness's own metrics at {analysis.at:g} tokens",
@@ -182,15 +184,15 @@ def group_averages(analysis: Analysis, results: Sequence[Result]) -> Table:
     """Macro averages per group of tasks."""
     names = list(analysis.data.groups)
     return Table(
-        header=("arm", *names, "all headline tasks"),
+        header=("variant", *names, "all headline tasks"),
         rows=[
-            [_arm(r), *(with_interval(*r.groups[n]) for n in names),
+            [_variant(r), *(with_interval(*r.groups[n]) for n in names),
              with_interval(r.accuracy, r.interval)]
             for r in [analysis.unpruned, *analysis.blind, *results]
         ],
         title="By group of tasks",
-        note="Macro averages in % with 95 % cluster-bootstrap intervals (pictures are drawn, since "
-        "questions about one picture are not independent). "
+        note="Macro averages in % with 95 % cluster-bootstrap intervals (images are drawn, since "
+        "questions about one image are not independent). "
         + "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in analysis.data.groups.items())
         + ".",
     )  # fmt: skip
@@ -221,9 +223,10 @@ def differences_table(found: Differences) -> Table:
 def wins_table(found: Differences) -> Table:
     """Method against method: on how many tasks is each significantly better?"""
     return Table(
-        header=("better on … tasks", *(f"than {arm}" for arm in found.arms)),
+        header=("better on … tasks", *(f"than {variant}" for variant in found.variants)),
         rows=[
-            [a, *("" if a == b else str(found.wins(a, b)) for b in found.arms)] for a in found.arms
+            [a, *("" if a == b else str(found.wins(a, b)) for b in found.variants)]
+            for a in found.variants
         ],
         title="Method against method",
         note="Row significantly better than column: number of tasks.",
@@ -237,11 +240,12 @@ def hard_easy_table(table: GroupTable, model: str) -> Table:
         lost, gained = changes(row.flips)
         r = row.result
         rows.append([
-            _arm(r),
+            _variant(r),
             _share(row.hard), lost, gained, probability(row.p), _share(row.easy),
         ])  # fmt: skip
     return Table(
-        header=("arm", "A (hard), % [95 %]", "best right, this wrong", "best wrong, this right",
+        header=("variant", "A (hard), % [95 %]", "best correct, this incorrect",
+                "best incorrect, this correct",
                 "p against the best (Holm)", "B (easy), % [95 %]"),
         rows=rows,
         title=f"Budget {g.budget:g} ({100 * g.fraction:.3g} % of the tokens): "
@@ -268,7 +272,7 @@ def noise_table(analysis: Analysis) -> Table:
         ])  # fmt: skip
     return Table(
         header=("unpruned model with", "accuracy, % [95 %]", "change, points", "[95 %]",
-                "right → wrong", "wrong → right", "other answer, %", "questions"),
+                "correct → incorrect", "incorrect → correct", "other answer, %", "questions"),
         rows=rows,
         title="Noise floor",
     )  # fmt: skip
@@ -290,10 +294,10 @@ def seeds_table(analysis: Analysis) -> Table | None:
             [float(np.nanmean(column[data.in_tasks([t])])) for column in r.point.by_seed.T]
             for t in data.headline
         ]
-        own = macro(np.array(means))
+        accuracies = macro(np.array(means))
         rows.append([
-            r.point.name, number(len(own)), ", ".join(percent(float(v)) for v in own),
-            percent(float(own.mean())), percent(float(own.std(ddof=1))),
+            r.point.name, number(len(accuracies)), ", ".join(percent(float(v)) for v in accuracies),
+            percent(float(accuracies.mean())), percent(float(accuracies.std(ddof=1))),
         ])  # fmt: skip
     return Table(
         header=("point", "seeds", "accuracy of each, %", "mean, %", "standard deviation, points"),
@@ -317,7 +321,7 @@ def latency_table(analysis: Analysis) -> Table | None:
         rows.append([r.point.name, *cells, significant(base / r.cost("latency"))])
     latency = analysis.data.latency or {}
     how = latency.get("how") or "all points in turns in one process"
-    told = (
+    conditions = (
         f"batch {latency.get('batch_size')}, {latency.get('prompt_tokens')} prompt tokens, "
         f"{latency.get('new_tokens')} new tokens"
     )
@@ -333,7 +337,7 @@ def latency_table(analysis: Analysis) -> Table | None:
         ),
         rows=rows,
         title="Measured time",
-        note=f"Milliseconds, median [quartiles], {how}: {told}.",
+        note=f"Milliseconds, median [quartiles], {how}: {conditions}.",
         folded=True,
     )
 
@@ -347,13 +351,13 @@ def _timing(r: Result, part: str) -> str:
 
 
 def unreachable_table(analysis: Analysis) -> Table | None:
-    cells = analysis.data.unreachable
-    if not cells:
+    trials = analysis.data.unreachable
+    if not trials:
         return None
     return Table(
-        header=("arm", "budget", "why"),
-        rows=[[c["arm"], number(c["budget"]), c["reason"] or "unknown"] for c in cells],
-        title="Budgets that an arm cannot reach",
+        header=("variant", "budget", "why"),
+        rows=[[t["variant"], number(t["budget"]), t["reason"] or "unknown"] for t in trials],
+        title="Budgets that a variant cannot reach",
         words=frozenset(range(3)),
     )
 
@@ -367,7 +371,7 @@ def failed_table(analysis: Analysis, most: int = 50) -> Table | None:
         header=("point", "question", "error"),
         rows=[list(e) for e in errors[:most]],
         title=f"Failed questions ({len(errors)})",
-        note="They count as wrong." + (f" {more} more are in rows.jsonl." if more > 0 else ""),
+        note="They count as incorrect." + (f" {more} more are in rows.jsonl." if more > 0 else ""),
         words=frozenset(range(3)),
     )
 
@@ -380,8 +384,8 @@ def missing_table(analysis: Analysis) -> Table | None:
         header=("point", "answered", "missing"),
         rows=[[r.point.name, number(r.n), number(r.missing)] for r in short],
         title="Points with missing answers",
-        note="The sweep has not finished them. They are compared on what both arms answered, and "
-        "stay off the frontier.",
+        note="The sweep has not finished them. They are compared on what both variants answered, "
+        "and stay off the frontier.",
     )
 
 

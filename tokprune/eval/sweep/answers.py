@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 
-from tokprune.eval.sweep.loaded_model import Subject
+from tokprune.eval.sweep.loaded_model import LoadedModel
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``text``: trimmed, special tokens left out; ``new_tokens``: generated, the end token
-    included; ``seconds``: time of its batch divided by the batch size."""
+    """What the model said to one question."""
 
+    #: trimmed, special tokens left out
     text: str
+    #: generated, the end token included
     new_tokens: int
+    #: time of its batch divided by the batch size
     seconds: float
 
 
-def ask(subject: Subject, inputs: Any, max_new_tokens: int) -> list[Answer]:
+def generate_answers(loaded: LoadedModel, inputs: Any, max_new_tokens: int) -> list[Answer]:
     """Answers to the prompts of ``inputs``, by the model in whatever state it is."""
-    model, tokenizer = subject.model, subject.processor.tokenizer
-    start = now(subject.device)
+    model, tokenizer = loaded.model, loaded.processor.tokenizer
+    start = now(loaded.device)
     with torch.inference_mode():
         tokens = model.generate(
             **inputs,
@@ -33,14 +35,14 @@ def ask(subject: Subject, inputs: Any, max_new_tokens: int) -> list[Answer]:
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
         )
-    seconds = (now(subject.device) - start) / len(tokens)
-    new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    seconds = (now(loaded.device) - start) / len(tokens)
+    new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
     ends = end_tokens(model.generation_config.eos_token_id)
     answers = []
-    for row in new:
-        own = until_end(row, ends)
-        text = tokenizer.decode(own, skip_special_tokens=True)
-        answers.append(Answer(str(text).strip(), len(own), seconds))
+    for row in new_tokens:
+        tokens = until_end(row, ends)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        answers.append(Answer(str(text).strip(), len(tokens), seconds))
     return answers
 
 

@@ -16,10 +16,10 @@ _FORMS = "a count (64), a share (0.11, 11% or 1/9)"
 
 @dataclass(frozen=True)
 class Budget:
-    """A target. ``asked``: as typed; ``count``: tokens per image, or None; ``share``: of an
+    """A target. ``text``: as typed; ``count``: tokens per image, or None; ``share``: of an
     image's tokens, or None. One of the two is given."""
 
-    asked: str
+    text: str
     count: int | None = None
     share: float | None = None
 
@@ -37,25 +37,25 @@ def parse_budget(value: Any) -> Budget:
     Raises:
         ValueError: anything else, a count below 1, or a share outside (0, 1].
     """
-    asked = str(value).strip()
+    text = str(value).strip()
     if isinstance(value, bool):
         raise ValueError(f"keep={value!r} should be {_FORMS}")
-    if re.fullmatch(r"\d+", asked):
-        if int(asked) < 1:
-            raise ValueError(f"keep={asked} should be at least 1 token")
-        return Budget(asked, count=int(asked))
+    if re.fullmatch(r"\d+", text):
+        if int(text) < 1:
+            raise ValueError(f"keep={text} should be at least 1 token")
+        return Budget(text, count=int(text))
     try:
-        if asked.endswith("%"):
-            share = float(asked[:-1]) / 100
-        elif "/" in asked:
-            share = float(Fraction(asked))
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+        elif "/" in text:
+            share = float(Fraction(text))
         else:
-            share = float(asked)
+            share = float(text)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"keep={asked!r} should be {_FORMS}") from None
+        raise ValueError(f"keep={text!r} should be {_FORMS}") from None
     if not math.isfinite(share) or not 0 < share <= 1:
-        raise ValueError(f"keep={asked} should be a share in (0, 1], or a whole number of tokens")
-    return Budget(asked, share=share)
+        raise ValueError(f"keep={text} should be a share in (0, 1], or a whole number of tokens")
+    return Budget(text, share=share)
 
 
 def check_budgets(budgets: tuple[Budget, ...], visual_tokens: int) -> None:

@@ -1,41 +1,40 @@
-"""Answer cells in this process: one model, all cells on a batch while its pixels are at hand."""
+"""Answer trials in this process: one model, all trials on a batch while its pixels are at hand."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokprune.engine.shared_encoder import SharedEncoder
 from tokprune.eval.benchmarks import load_benchmark
 from tokprune.eval.benchmarks.base import Benchmark, Item
-from tokprune.eval.sweep.evaluator import Batch, Examiner, make_row
-from tokprune.eval.sweep.latency import measure_latency, timed_cells
-from tokprune.eval.sweep.loaded_model import Subject
-from tokprune.eval.sweep.noise import noise_cells
-from tokprune.eval.sweep.overlays import gallery_cells, gallery_items, overlay_name
-from tokprune.eval.sweep.results import LATENCY_FILE, OVERLAYS
+from tokprune.eval.sweep.evaluator import Batch, Evaluator, numbers_of
+from tokprune.eval.sweep.harness import Job, OpenTrial, Step
+from tokprune.eval.sweep.latency import measure_latency, timed_trials
+from tokprune.eval.sweep.loaded_model import LoadedModel
+from tokprune.eval.sweep.overlays import gallery_items, gallery_trials, overlay_name
+from tokprune.eval.sweep.results import OVERLAYS
+from tokprune.eval.sweep.schema import make_row
 from tokprune.eval.sweep.settings import Settings
-from tokprune.eval.sweep.trials import Cell, CellMaker
+from tokprune.eval.sweep.trials import Trial, TrialMaker
 from tokprune.inputs.frames_processor import FramesProcessor
-
-if TYPE_CHECKING:
-    from tokprune.eval.sweep.runner import Sweep
 
 
 @dataclass
-class OwnHarness:
+class BuiltinHarness:
     """The sweep's own way of asking; see :class:`tokprune.eval.sweep.harness.Harness`."""
 
     benchmark: Benchmark
     items: list[Item]
     split: str | None
     runtime: dict[str, str] = field(default_factory=dict)
+    own_processes: bool = False
 
     @classmethod
-    def open(cls, settings: Settings) -> OwnHarness:
+    def open(cls, settings: Settings) -> BuiltinHarness:
         """Load the benchmark.
 
         Raises:
@@ -50,121 +49,107 @@ class OwnHarness:
             benchmark.max_new_tokens = settings.max_new_tokens
         return cls(benchmark, items, settings.split or next(iter(benchmark.splits), None))
 
-    def meet(self, subject: Subject, settings: Settings) -> dict[str, Any] | None:
-        if self.benchmark.media == "video" and not subject.facts.videos:
+    def check_compatible(self, loaded: LoadedModel, settings: Settings) -> None:
+        if self.benchmark.media == "video" and not loaded.facts.videos:
             raise ValueError(
-                f"benchmark {self.benchmark.name} asks about videos, and model {subject.name} "
-                f"({type(subject.model).__name__}) takes pictures only; it should be a "
+                f"benchmark {self.benchmark.name} asks about videos, and model {loaded.name} "
+                f"({type(loaded.model).__name__}) takes images only; it should be a "
                 "LLaVA-NeXT-Video or LLaVA-OneVision"
             )
-        if self.benchmark.media == "image" and isinstance(subject.processor, FramesProcessor):
+        if self.benchmark.media == "image" and isinstance(loaded.processor, FramesProcessor):
             raise ValueError(
-                f"benchmark {self.benchmark.name} asks about pictures, which model {subject.name} "
+                f"benchmark {self.benchmark.name} asks about images, which model {loaded.name} "
                 "takes where torchvision is installed only; a benchmark of videos does without"
             )
-        return None
 
-    def noise_cells(self, maker: CellMaker, dtype: str, batch_size: int) -> list[Cell]:
-        return noise_cells(maker, dtype, batch_size)
+    def noise_trials(self, maker: TrialMaker, dtype: str, batch_size: int) -> list[Trial]:
+        return maker.noise(dtype, batch_size)
 
     # ------------------------------------------------------------------ answers
 
-    def answer(self, sweep: Sweep) -> None:
-        for cell in sweep.noise:
-            if cell.runs:
-                self._noise(sweep, cell)
-        self._main(sweep)
+    def answer(self, job: Job) -> Generator[Step, None, None]:
+        for task in job.trials:
+            if task.trial.entry["noise"] and task.rows:
+                yield from self._repeat(job, task)
+        main = [task for task in job.trials if not task.trial.entry["noise"]]
+        if any(task.rows for task in main):
+            yield from self._together(job, main)
 
-    def _noise(self, sweep: Sweep, cell: Cell) -> None:
-        pending = len(sweep.pending(cell, self.items))
-        if not pending:
-            return
-        subject = sweep.subject
-        if cell.entry["dtype"] != subject.dtype:
+    def _repeat(self, job: Job, task: OpenTrial) -> Iterator[Step]:
+        """A repetition of the unpruned model, with batches of its own."""
+        entry, loaded = task.trial.entry, job.loaded
+        if entry["dtype"] != loaded.dtype:
             try:
-                subject = Subject.load(
-                    sweep.settings.model, cell.entry["dtype"], subject.device.type
-                )
+                loaded = LoadedModel.load(job.settings.model, entry["dtype"], loaded.device.type)
             except (MemoryError, RuntimeError) as error:
-                cell.entry["status"] = "unreachable"
-                cell.entry["reason"] = f"no room for a second copy: {' '.join(str(error).split())}"
-                sweep.progress.say(f"{cell.id}: not run; {cell.entry['reason']}")
+                entry["status"] = "unreachable"
+                entry["reason"] = f"no room for a second copy: {' '.join(str(error).split())}"
+                yield Step(note=f"{task.trial.id}: not run; {entry['reason']}")
                 return
-        sweep.progress.start(f"noise floor, {cell.id}", pending)
-        examiner = Examiner(subject, self.benchmark)
-        for items in _chunks(self.items, cell.entry["batch_size"]):
-            if sweep.pending(cell, items):
-                self._ask(sweep, examiner, cell, Batch(subject, self.benchmark, items))
+        yield Step(stage=(f"noise floor, {task.trial.id}", len(task.rows)))
+        evaluator = Evaluator(loaded, self.benchmark)
+        for items in _chunks(self.items, entry["batch_size"]):
+            if _open(task, items):
+                yield self._evaluate(evaluator, task, Batch(loaded, self.benchmark, items))
 
-    def _main(self, sweep: Sweep) -> None:
-        cells = [cell for cell in sweep.main if cell.runs]
-        pending = sum(len(sweep.pending(cell, self.items)) for cell in cells)
-        if not pending:
-            return
-        whole = sweep.subject.facts.patches
+    def _together(self, job: Job, main: list[OpenTrial]) -> Iterator[Step]:
+        """All trials on a batch before the next batch."""
+        trials = [task.trial for task in main]
+        tokens = job.loaded.facts.patches
         if self.benchmark.media == "video":
-            whole = next(cell.entry["budget"] for cell in cells if cell.id == "none")
-        gallery = gallery_items(self.items), gallery_cells(cells, whole)
-        examiner = Examiner(sweep.subject, self.benchmark, gallery)
-        sweep.progress.start("answers", pending)
-        with sharing(sweep) as shared:
-            for items in _chunks(self.items, sweep.settings.batch_size):
-                todo = [cell for cell in cells if sweep.pending(cell, items)]
-                if not todo:
+            tokens = next(trial.entry["budget"] for trial in trials if trial.id == "none")
+        gallery = gallery_items(self.items), gallery_trials(trials, tokens)
+        evaluator = Evaluator(job.loaded, self.benchmark, gallery)
+        yield Step(stage=("answers", sum(len(task.rows) for task in main)))
+        with sharing(job.loaded, job.settings) as shared:
+            for items in _chunks(self.items, job.settings.batch_size):
+                unanswered = [task for task in main if _open(task, items)]
+                if not unanswered:
                     continue
-                batch = Batch(sweep.subject, self.benchmark, items)
+                batch = Batch(job.loaded, self.benchmark, items)
                 if shared is not None:
                     shared.remember(batch.pixels)
-                for cell in todo:
-                    self._ask(sweep, examiner, cell, batch)
+                for task in unanswered:
+                    yield self._evaluate(evaluator, task, batch)
 
-    def _ask(self, sweep: Sweep, examiner: Examiner, cell: Cell, batch: Batch) -> None:
-        """One cell on one batch. All its questions run, so that the batch is the one it was before
+    def _evaluate(self, evaluator: Evaluator, task: OpenTrial, batch: Batch) -> Step:
+        """One trial on one batch. All its questions run, so that the batch is the one it was before
         an interruption; the rows that are missing are written."""
-        outcomes = examiner.examine(cell, batch)
-        rows = []
-        now = time.time()
+        rows, files, now = [], {}, time.time()
+        outcomes = evaluator.evaluate(task.trial, batch)
         for item, outcome in zip(batch.items, outcomes, strict=True):
-            name = sweep.name(cell, item)
-            if name in sweep.done:
+            if item.id not in task.rows:
                 continue
             if outcome.overlay is not None:
-                path = f"{OVERLAYS}/{overlay_name(item.id, cell.id)}"
-                sweep.store.write_json(path, outcome.overlay)
-            rows.append(make_row(name, cell, item, outcome, self.benchmark, now))
-        sweep.add(rows)
-        sweep.progress.advance(len(rows))
+                files[f"{OVERLAYS}/{overlay_name(item.id, task.trial.id)}"] = outcome.overlay
+            text = "" if outcome.answer is None else outcome.answer.text
+            score = 0.0 if outcome.error else float(self.benchmark.score(item, text))
+            rows.append(make_row(
+                task.rows[item.id], task.trial.id, item, text, score, outcome.error,
+                numbers_of(outcome), now,
+            ))  # fmt: skip
+        return Step(rows, files)
 
     # ------------------------------------------------------------------ timing
 
-    def time_cells(self, sweep: Sweep) -> dict[str, Any] | None:
-        cells = timed_cells(sweep.main)
-        known = sweep.store.read_json(LATENCY_FILE)
-        names = {cell.id for cell in cells}
-        if known is not None and (known.get("code"), set(known.get("cells", ()))) == (
-            sweep.info["code"],
-            names,
-        ):
-            return None
-        sweep.progress.start("timing", sweep.settings.latency_rounds)
-        seen = 0
-
-        def advance(done: int, total: int) -> None:
-            nonlocal seen
-            sweep.progress.advance(done - seen)
-            seen = done
-
-        question = sweep.sample[0]
+    def time_trials(self, job: Job, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        trials, question = timed_trials([task.trial for task in job.trials]), job.sample[0]
         return measure_latency(
-            sweep.subject, question.inputs, cells, sweep.settings.latency_rounds,
-            self.benchmark.max_new_tokens, advance,
-            {cell.id: question.inputs_for(cell) for cell in cells if cell.smaller is not None},
+            job.loaded, question.inputs, trials, job.settings.latency_rounds,
+            self.benchmark.max_new_tokens, progress,
+            {t.id: question.inputs_for(t) for t in trials if t.reduced_input is not None},
         )  # fmt: skip
 
 
-def sharing(sweep: Sweep) -> AbstractContextManager[SharedEncoder | None]:
-    """The encoder runs once for cells that leave it alone, where the settings say so."""
-    return SharedEncoder(sweep.subject) if sweep.settings.share else nullcontext()
+def sharing(
+    loaded: LoadedModel, settings: Settings
+) -> AbstractContextManager[SharedEncoder | None]:
+    """The encoder runs once for trials that leave it alone, where the settings say so."""
+    return SharedEncoder(loaded) if settings.share else nullcontext()
+
+
+def _open(task: OpenTrial, items: Sequence[Item]) -> bool:
+    return any(item.id in task.rows for item in items)
 
 
 def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -1,8 +1,8 @@
-"""Answer a batch in the state that a cell asks for; what fails, fails alone."""
+"""Answer a batch in the state that a trial asks for; what fails, fails alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,11 +12,11 @@ import torch
 
 from tokprune.api import compress
 from tokprune.eval.benchmarks.base import Benchmark, Item
-from tokprune.eval.sweep.answers import Answer, ask
-from tokprune.eval.sweep.loaded_model import Subject
+from tokprune.eval.sweep.answers import Answer, generate_answers
+from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.overlays import overlay_record
-from tokprune.eval.sweep.reduced_input import Smaller, blank, each
-from tokprune.eval.sweep.trials import Cell
+from tokprune.eval.sweep.reduced_input import ReducedInput, blank, each
+from tokprune.eval.sweep.trials import Trial
 from tokprune.inputs.prompts import PIXELS, encode
 from tokprune.trace import Trace
 from tokprune.trace.costs import Numbers, traced_numbers, unpruned_numbers
@@ -35,19 +35,20 @@ class Outcome:
 
 @dataclass
 class Batch:
-    """Some questions; pictures (or frames) and model inputs are made when first needed, and
+    """Some questions; images (or frames) and model inputs are made when first needed, and
     kept."""
 
-    subject: Subject
+    loaded: LoadedModel
     benchmark: Benchmark
     items: Sequence[Item]
-    _smaller: dict[Smaller, Any] = field(default_factory=dict)
+    _reduced: dict[ReducedInput, Any] = field(default_factory=dict)
 
     @cached_property
     def visuals(self) -> list[Any]:
-        """Of every question its picture, or the list of its frames."""
-        ask = self.benchmark.video if self.benchmark.media == "video" else self.benchmark.image
-        return [each(ask(item), lambda picture: picture.convert("RGB")) for item in self.items]
+        """Of every question its image, or the list of its frames."""
+        video = self.benchmark.media == "video"
+        visual_of = self.benchmark.video if video else self.benchmark.image
+        return [each(visual_of(item), lambda image: image.convert("RGB")) for item in self.items]
 
     @cached_property
     def inputs(self) -> Any:
@@ -67,127 +68,109 @@ class Batch:
 
     @cached_property
     def unpruned(self) -> list[Numbers]:
-        return unpruned_numbers(self.subject, self.inputs)
+        return unpruned_numbers(self.loaded, self.inputs)
 
     @cached_property
     def singles(self) -> list[Batch]:
-        return [Batch(self.subject, self.benchmark, [item]) for item in self.items]
+        return [Batch(self.loaded, self.benchmark, [item]) for item in self.items]
 
-    def inputs_for(self, cell: Cell) -> Any:
-        """Model inputs, with smaller or empty pictures where the cell wants them."""
-        if cell.blind:
+    def inputs_for(self, trial: Trial) -> Any:
+        """Model inputs, with smaller or empty images where the trial wants them."""
+        if trial.blind:
             return self.blind_inputs
-        if cell.smaller is None:
+        if trial.reduced_input is None:
             return self.inputs
-        if cell.smaller not in self._smaller:
-            self._smaller[cell.smaller] = self._shown(cell.smaller)
-        return self._smaller[cell.smaller]
+        if trial.reduced_input not in self._reduced:
+            self._reduced[trial.reduced_input] = self._shown(trial.reduced_input)
+        return self._reduced[trial.reduced_input]
 
-    def tokens_at(self, smaller: Smaller) -> float:
-        """Mean visual tokens of the pictures or videos made smaller."""
-        ids = self._shown(smaller)["input_ids"]
-        return float(self.subject.parts.visual(ids).sum()) / len(ids)
+    def tokens_at(self, reduced: ReducedInput) -> float:
+        """Mean visual tokens of the images or videos made smaller."""
+        ids = self._shown(reduced)["input_ids"]
+        return float(self.loaded.parts.visual(ids).sum()) / len(ids)
 
-    def _shown(self, smaller: Smaller) -> Any:
-        return self._encode([smaller(visual) for visual in self.visuals])
+    def _shown(self, reduced: ReducedInput) -> Any:
+        return self._encode([reduced(visual) for visual in self.visuals])
 
     def _encode(self, visuals: list[Any]) -> Any:
         questions = [item.question + self.benchmark.prompt_suffix for item in self.items]
         return encode(
-            self.subject.processor, questions, visuals, self.subject.device, self.benchmark.media
+            self.loaded.processor, questions, visuals, self.loaded.device, self.benchmark.media
         )
 
 
 @dataclass(frozen=True)
-class Examiner:
-    """Runs cells on batches. ``gallery``: (item ids, cell ids) to record overlays of."""
+class Evaluator:
+    """Runs trials on batches. ``gallery``: (item ids, trial ids) to record overlays of."""
 
-    subject: Subject
+    loaded: LoadedModel
     benchmark: Benchmark
     gallery: tuple[set[str], set[str]] = (set(), set())
 
-    def examine(self, cell: Cell, batch: Batch) -> list[Outcome]:
+    def evaluate(self, trial: Trial, batch: Batch) -> list[Outcome]:
         """One outcome per question of the batch. An exception makes the questions run one by one;
         those that raise again have failed."""
         try:
-            return self._run(cell, batch)
+            return self._run(trial, batch)
         except Exception as error:
             if len(batch.items) == 1:
                 return [self._failed(batch, error)]
-        if self.subject.device.type == "cuda":
+        if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()  # the batch may have been too large
-        return [outcome for single in batch.singles for outcome in self.examine(cell, single)]
+        return [outcome for single in batch.singles for outcome in self.evaluate(trial, single)]
 
-    def _run(self, cell: Cell, batch: Batch) -> list[Outcome]:
-        inputs = batch.inputs_for(cell)
+    def _run(self, trial: Trial, batch: Batch) -> list[Outcome]:
+        inputs = batch.inputs_for(trial)
         state: AbstractContextManager[Trace | None] = (
-            nullcontext() if cell.method is None else compress(self.subject.model, cell.method)
+            nullcontext() if trial.method is None else compress(self.loaded.model, trial.method)
         )
         with state as trace:
-            answers = ask(self.subject, inputs, self.benchmark.max_new_tokens)
+            answers = generate_answers(self.loaded, inputs, self.benchmark.max_new_tokens)
         unpruned = batch.unpruned
         if trace is not None:
             if trace.last is None:
-                raise RuntimeError("the method saw no picture and no video: nothing was compressed")
+                raise RuntimeError("the method saw no image and no video: nothing was compressed")
             numbers = traced_numbers(trace.last)
         else:
-            numbers = unpruned if cell.smaller is None else unpruned_numbers(self.subject, inputs)
+            numbers = (
+                unpruned if trial.reduced_input is None else unpruned_numbers(self.loaded, inputs)
+            )
         return [
-            Outcome(answer, own, plain, overlay=self._overlay(cell, trace, row, item.id))
-            for row, (item, answer, own, plain) in enumerate(
+            Outcome(answer, cost, plain, overlay=self._overlay(trial, trace, row, item.id))
+            for row, (item, answer, cost, plain) in enumerate(
                 zip(batch.items, answers, numbers, unpruned, strict=True)
             )
         ]
 
     def _overlay(
-        self, cell: Cell, trace: Trace | None, row: int, item: str
+        self, trial: Trial, trace: Trace | None, row: int, item: str
     ) -> dict[str, Any] | None:
-        items, cells = self.gallery
-        if trace is None or item not in items or cell.id not in cells:
+        items, trials = self.gallery
+        if trace is None or item not in items or trial.id not in trials:
             return None
-        return overlay_record(trace, row, item, cell.id)
+        return overlay_record(trace, row, item, trial.id)
 
     def _failed(self, batch: Batch, error: Exception) -> Outcome:
         text = " ".join(str(error).split())
         try:
             unpruned = batch.unpruned[0]
-        except Exception:  # the picture cannot even be read
+        except Exception:  # the image cannot even be read
             unpruned = None
         return Outcome(unpruned=unpruned, error=f"{type(error).__name__}: {text[:500]}")
 
 
-def make_row(
-    row: str, cell: Cell, item: Item, outcome: Outcome, benchmark: Benchmark, now: float
-) -> dict[str, Any]:
-    """The line of rows.jsonl for an outcome. A failed question scores 0."""
-    plain, own, answer = outcome.unpruned, outcome.numbers, outcome.answer
-    error, score = outcome.error, 0.0
-    if answer is not None and error is None:
-        score = float(benchmark.score(item, answer.text))
-    known: Mapping[str, Any] = {
-        "tokens_in": None if plain is None else int(plain.tokens_last),
-        "tokens_last": None if own is None else own.tokens_last,
-        "tokens_mean": None if own is None else round(own.tokens_mean, 4),
-        "macs": None if own is None else own.macs,
-        "macs_unpruned": None if plain is None else plain.macs,
-        "kv_bytes": None if own is None else own.kv_bytes,
-        "kv_bytes_unpruned": None if plain is None else plain.kv_bytes,
-        "prompt_tokens": None if plain is None else plain.prompt_tokens,
-    }
+def numbers_of(outcome: Outcome) -> dict[str, Any]:
+    """What a row says of costs; None where it is not known."""
+    numbers, unpruned, answer = outcome.numbers, outcome.unpruned, outcome.answer
     return {
-        "row": row,
-        "cell": cell.id,
-        "item": item.id,
-        "image": item.image_id,
-        "task": item.task,
-        "question": item.question,
-        "answers": list(item.answers),
-        "answer": "" if answer is None else answer.text,
-        "score": score,
-        "status": "failed" if error is not None else "ok",
-        "error": error,
-        **known,
+        "tokens_in": None if unpruned is None else int(unpruned.tokens_last),
+        "tokens_last": None if numbers is None else numbers.tokens_last,
+        "tokens_mean": None if numbers is None else round(numbers.tokens_mean, 4),
+        "macs": None if numbers is None else numbers.macs,
+        "macs_unpruned": None if unpruned is None else unpruned.macs,
+        "kv_bytes": None if numbers is None else numbers.kv_bytes,
+        "kv_bytes_unpruned": None if unpruned is None else unpruned.kv_bytes,
+        "prompt_tokens": None if unpruned is None else unpruned.prompt_tokens,
         "new_tokens": 0 if answer is None else answer.new_tokens,
         "seconds": None if answer is None else round(answer.seconds, 6),
-        "time": round(now, 3),
     }

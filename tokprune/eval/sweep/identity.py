@@ -58,13 +58,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def row_id(run: Mapping[str, Any], cell: Mapping[str, Any], item: str, task: str) -> str:
+def row_id(run: Mapping[str, Any], trial: Mapping[str, Any], item: str, task: str) -> str:
     """Identity of one answered question.
 
     Args:
         run: the object of ``run.json`` (its model hash, benchmark version and code are used, and
-            its harness where that is not the own one).
-        cell: one of its ``cells`` (arm, all options, dtype, batch size, seed).
+            its harness where that is not the builtin one).
+        trial: one of its ``trials`` (variant, all options, dtype, batch size, seed).
         item: item id.
         task: question type of the item.
 
@@ -73,13 +73,13 @@ def row_id(run: Mapping[str, Any], cell: Mapping[str, Any], item: str, task: str
     """
     parts = {
         "model": run["model"]["hash"],
-        "arm": cell["arm"],
-        "options": cell["options"],
+        "arm" if run["schema"] == 1 else "variant": trial["variant"],
+        "options": trial["options"],
         "task": task,
         "item": item,
-        "dtype": cell["dtype"],
-        "batch_size": cell["batch_size"],
-        "seed": cell["seed"],
+        "dtype": trial["dtype"],
+        "batch_size": trial["batch_size"],
+        "seed": trial["seed"],
         "benchmark": run["benchmark"]["version"],
         "code": run["code"],
     }
@@ -92,11 +92,11 @@ def hash_files(files: Iterable[tuple[str, Path]]) -> str:
     """sha256 over names and contents, in the order of the names."""
     total = hashlib.sha256()
     for name, path in sorted(files):
-        own = hashlib.sha256()
+        content = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
-                own.update(block)
-        total.update(f"{name}\0{own.hexdigest()}\n".encode())
+                content.update(block)
+        total.update(f"{name}\0{content.hexdigest()}\n".encode())
     return total.hexdigest()
 
 
@@ -127,3 +127,15 @@ def checkpoint_hash(folder: Path) -> str:
     if not any(name.endswith(".safetensors") for name in found):
         raise OSError(f"{folder}: holds no .safetensors file")
     return hash_files(found.items())
+
+
+def runtime(device: Any) -> dict[str, str]:
+    """Versions and kind of device that can change an answer."""
+    import torch
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": str(getattr(device, "type", device)),
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +17,22 @@ from tokprune.loading import load
 
 
 @dataclass(frozen=True)
-class Subject(BoundModel):
-    """A loaded model and its processor. ``name``: as given; ``dtype``: "float32", …"""
+class LoadedModel(BoundModel):
+    """A loaded model and its processor."""
 
+    #: folder or hub name, as typed
     name: str
     processor: Any
     device: torch.device
+    #: "float32", …
     dtype: str
 
     @classmethod
-    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> Subject:
+    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
         """Load a checkpoint for answering.
 
         Raises:
-            ValueError: no CUDA device where one is asked for.
+            ValueError: no CUDA device where one is wanted.
             OSError: no such checkpoint.
             UnsupportedModelError: not of a supported class.
         """
@@ -51,6 +55,15 @@ class Subject(BoundModel):
             device=model.device,
             dtype=str(model.dtype).removeprefix("torch."),
         )
+
+    def released(self) -> LoadedModel:
+        """What is known of it, without the model itself, whose memory is handed back."""
+        bare: Any = {"model": None, "processor": None, "parts": None}
+        facts = dataclasses.replace(self, **bare)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return facts
 
     def describe(self) -> dict[str, Any]:
         """The ``model`` entry of run.json."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 LOCK_FILE = "lock"
 
@@ -41,12 +40,7 @@ class FolderLock:
         self._file = file
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self._file is not None:
             self._file.close()  # which gives the lock back
             self._file = None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokprune.eval.benchmarks.base import Item
-from tokprune.eval.sweep.trials import Cell
+from tokprune.eval.sweep.trials import Trial
 from tokprune.trace import Trace
 
 #: the gallery shows the budget nearest to this share of an image's tokens
@@ -23,23 +23,23 @@ def gallery_items(items: Sequence[Item]) -> set[str]:
     return set(first.values())
 
 
-def gallery_cells(cells: Sequence[Cell], visual_tokens: float) -> set[str]:
-    """Ids of the cells with a method at the budget nearest to 11 % of the tokens."""
-    main = [c for c in cells if c.runs and c.method is not None and not c.entry["seed"]]
+def gallery_trials(trials: Sequence[Trial], visual_tokens: float) -> set[str]:
+    """Ids of the trials with a method at the budget nearest to 11 % of the tokens."""
+    main = [c for c in trials if c.runs and c.method is not None and not c.entry["seed"]]
     target = _SHARE * visual_tokens
     budget = min((c.entry["budget"] for c in main), key=lambda b: abs(b - target), default=None)
     return {c.id for c in main if c.entry["budget"] == budget}
 
 
-def overlay_name(item: str, cell: str) -> str:
+def overlay_name(item: str, trial: str) -> str:
     """File name of a record."""
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", item)
     if slug != item:
         slug += "-" + hashlib.sha256(item.encode()).hexdigest()[:6]
-    return f"{slug}__{cell}.json"
+    return f"{slug}__{trial}.json"
 
 
-def overlay_record(trace: Trace, row: int, item: str, cell: str) -> dict[str, Any]:
+def overlay_record(trace: Trace, row: int, item: str, trial: str) -> dict[str, Any]:
     """Patches alive in the last decoder layer that holds any, for one row of a batch."""
     assert trace.last is not None
     layers = trace.last.layers
@@ -49,7 +49,7 @@ def overlay_record(trace: Trace, row: int, item: str, cell: str) -> dict[str, An
     merged = any(len(t.sources) > 1 for t in tokens)
     record: dict[str, Any] = {
         "item": item,
-        "cell": cell,
+        "trial": trial,
         "layer": layer,
         "kept": [[t.row, t.col, t.tile] for t in tokens],
         "merged": merged,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 #: seconds between lines
 _EVERY = 15.0
 
 
-class Progress(Protocol):
-    """What a sweep tells about itself. A context manager."""
+class Progress:
+    """What a sweep tells about itself; this one says nothing, for use from Python."""
 
-    def __enter__(self) -> Progress: ...
+    def __enter__(self) -> Progress:
+        return self
+
     def __exit__(self, *_: Any) -> None: ...
     def say(self, text: str) -> None:
         """A line for the user."""
@@ -26,35 +27,13 @@ class Progress(Protocol):
         """Steps of this stage are done."""
 
 
-class Silent:
-    """Says nothing: for use from Python."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-    def say(self, text: str) -> None: ...
-    def start(self, name: str, total: int) -> None: ...
-    def advance(self, steps: int) -> None: ...
-
-
-class Lines:
+class Lines(Progress):
     """Plain lines, one every 15 seconds and one at the end of a stage."""
 
     def __init__(self, file: TextIO | None = None, every: float = _EVERY) -> None:
         self.file, self.every = sys.stderr if file is None else file, every
         self.name, self.total, self.done = "", 0, 0
         self._began = self._said = time.monotonic()
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
     def say(self, text: str) -> None:
         print(text, file=self.file, flush=True)
@@ -76,7 +55,7 @@ class Lines:
         self.say(f"{self.name}: {self.done}/{self.total}, {rate:.3g}/s, {left}")
 
 
-class Bar:
+class Bar(Progress):
     """A bar of rich, for terminals."""
 
     def __init__(self) -> None:
@@ -105,16 +84,11 @@ class Bar:
         self._task: Any = None
 
     def __enter__(self) -> Bar:
-        self._bar.__enter__()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.__exit__(kind, error, trace)
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from tokprune.eval.sweep.identity import canonical, row_id
-from tokprune.eval.sweep.schema import check_row, check_run
+from tokprune.eval.sweep.schema import ROW, TRIAL, check_row, check_run, current_names
 
 RUN_FILE, ROWS_FILE, LATENCY_FILE, OVERLAYS = "run.json", "rows.jsonl", "latency.json", "overlays"
 #: of sweeps through lmms-eval: its own metrics, and what its processes wrote
 METRICS_FILE, LMMS = "metrics.json", "lmms"
 
-#: what a parquet row tells of its cell, beside the row's own fields
-_OF_CELL = ("arm", "method", "control", "budget", "seed", "dtype", "batch_size", "noise")
+#: what a parquet row has of its trial, beside the row's own fields
+_OF_TRIAL = ("variant", "method", "control", "budget", "seed", "dtype", "batch_size", "noise")
 
 
 @dataclass
 class Run:
     """A run folder as read.
 
-    ``info``: the object of run.json; ``rows``: valid rows in file order, one per cell and item;
+    ``info``: the object of run.json; ``rows``: valid rows in file order, one per trial and item;
     ``latency``: the object of latency.json, None without one; ``stale``: rows that were left out
     because code, options or benchmark have changed since they were written; ``duplicates``:
     repeated rows that were left out. The fields are described in ``docs/results.md``.
@@ -35,39 +35,39 @@ class Run:
     latency: dict[str, Any] | None = None
     stale: int = 0
     duplicates: int = 0
-    cells: dict[str, dict[str, Any]] = field(init=False)
+    trials: dict[str, dict[str, Any]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cells = {cell["cell"]: cell for cell in self.info["cells"]}
+        self.trials = {trial["trial"]: trial for trial in self.info["trials"]}
 
-    def rows_of(self, cell: str) -> list[dict[str, Any]]:
-        """Rows of one cell.
+    def rows_of(self, trial: str) -> list[dict[str, Any]]:
+        """Rows of one trial.
 
         Raises:
-            ValueError: no such cell; lists what there is.
+            ValueError: no such trial; lists what there is.
         """
-        if cell not in self.cells:
+        if trial not in self.trials:
             raise ValueError(
-                f"cell {cell!r} is not in {self.folder}; it has {', '.join(self.cells)}"
+                f"trial {trial!r} is not in {self.folder}; it has {', '.join(self.trials)}"
             )
-        return [row for row in self.rows if row["cell"] == cell]
+        return [row for row in self.rows if row["trial"] == trial]
 
     def overlays(self) -> list[dict[str, Any]]:
         """Kept-token records for the gallery; empty without any."""
         found = []
         for path in sorted((self.folder / OVERLAYS).glob("*.json")):
-            record = _json(path)
-            if record.get("cell") in self.cells:
+            record = read_object(path)
+            if record.get("trial") in self.trials:
                 found.append(record)
         return found
 
     def metrics(self) -> dict[str, dict[str, dict[str, float]]]:
-        """What lmms-eval made of its answers, {cell: {task: {metric: value}}}; empty without."""
+        """What lmms-eval made of its answers, {trial: {task: {metric: value}}}; empty without."""
         path = self.folder / METRICS_FILE
-        return _json(path) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def to_parquet(self, path: str | Path) -> None:
-        """Write the rows as one parquet table, each with what its cell says of arm and budget
+        """Write the rows as one parquet table, each with what its trial says of variant and budget
         (``options`` as JSON text).
 
         Raises:
@@ -81,28 +81,26 @@ class Run:
             raise ValueError(
                 "parquet needs pyarrow, which is not installed: pip install 'tokprune[sweep]'"
             ) from None
+        kinds = {**ROW, **{name: TRIAL[name] for name in _OF_TRIAL}, "options": str}
+        schema = pyarrow.schema([(name, _arrow_type(pyarrow, k)) for name, k in kinds.items()])
         table = []
         for row in self.rows:
-            cell = self.cells[row["cell"]]
-            told = {name: cell[name] for name in _OF_CELL}
-            table.append({**row, **told, "options": canonical(cell["options"])})
-        parquet.write_table(pyarrow.Table.from_pylist(table, schema=_arrow_schema(pyarrow)), path)
+            trial = self.trials[row["trial"]]
+            of_trial = {name: trial[name] for name in _OF_TRIAL}
+            table.append({**row, **of_trial, "options": canonical(trial["options"])})
+        parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), path)
 
 
-def _arrow_schema(pyarrow: Any) -> Any:
-    text, real, whole, truth = (
-        pyarrow.string(), pyarrow.float64(), pyarrow.int64(), pyarrow.bool_(),
-    )  # fmt: skip
-    kinds = {
-        "row": text, "cell": text, "item": text, "image": text, "task": text, "question": text,
-        "answers": pyarrow.list_(text), "answer": text, "score": real, "status": text,
-        "error": text, "tokens_in": whole, "tokens_last": real, "tokens_mean": real,
-        "macs": whole, "macs_unpruned": whole, "kv_bytes": whole, "kv_bytes_unpruned": whole,
-        "prompt_tokens": whole, "new_tokens": whole, "seconds": real, "time": real, "arm": text,
-        "method": text, "control": truth, "budget": real, "seed": whole, "dtype": text,
-        "batch_size": whole, "noise": truth, "options": text,
-    }  # fmt: skip
-    return pyarrow.schema(list(kinds.items()))
+def _arrow_type(pyarrow: Any, kind: Any) -> Any:
+    """The column of a field of :mod:`tokprune.eval.sweep.schema`."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if list in kinds:
+        return pyarrow.list_(pyarrow.string())
+    if bool in kinds:
+        return pyarrow.bool_()
+    if float in kinds:
+        return pyarrow.float64()
+    return pyarrow.int64() if int in kinds else pyarrow.string()
 
 
 def read_run(folder: str | Path) -> Run:
@@ -122,34 +120,43 @@ def read_run(folder: str | Path) -> Run:
     path = folder / RUN_FILE
     if not path.is_file():
         raise FileNotFoundError(f"run folder {folder}: holds no {RUN_FILE}; is it a sweep's --out?")
-    info = _json(path)
+    info = read_object(path)
     check_run(info, str(path))
     rows, stale, duplicates = _valid_rows(folder / ROWS_FILE, info)
     latency = folder / LATENCY_FILE
-    return Run(folder, info, rows, _json(latency) if latency.is_file() else None, stale, duplicates)
+    return Run(
+        folder, info, rows, read_object(latency) if latency.is_file() else None, stale, duplicates
+    )
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object of a run folder, by the names of today.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: should be a JSON object, is {type(value).__name__}")
-    return value
+    named: dict[str, Any] = current_names(value)
+    return named
 
 
 def _valid_rows(path: Path, info: dict[str, Any]) -> tuple[list[dict[str, Any]], int, int]:
-    """Rows of the present cells, how many were stale, how many repeated."""
-    cells = {cell["cell"]: cell for cell in info["cells"]}
+    """Rows of the present trials, how many were stale, how many repeated."""
+    trials = {trial["trial"]: trial for trial in info["trials"]}
     found: dict[str, dict[str, Any]] = {}
     stale = duplicates = 0
-    scanned, broken = scan_rows(path)
+    scanned, _, broken = scan_lines(path)
     if broken is not None:
         warnings.warn(f"{broken}; it is left out", stacklevel=3)
     for row in scanned:
-        cell = cells.get(row["cell"])
-        if cell is None or row["row"] != row_id(info, cell, row["item"], row["task"]):
+        trial = trials.get(row["trial"])
+        if trial is None or row["row"] != row_id(info, trial, row["item"], row["task"]):
             stale += 1
         elif row["row"] in found:
             duplicates += 1
@@ -158,18 +165,13 @@ def _valid_rows(path: Path, info: dict[str, Any]) -> tuple[list[dict[str, Any]],
     return list(found.values()), stale, duplicates
 
 
-def scan_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """All rows of a file, and what is wrong with its last line (None: nothing).
+def scan_lines(path: Path) -> tuple[list[dict[str, Any]], int, str | None]:
+    """All rows of a file, the number of bytes that hold them, and what is wrong with its last line
+    (None: nothing).
 
     Raises:
         ValueError: a line before the last is corrupt; names file and line.
     """
-    rows, _, broken = scan_lines(path)
-    return rows, broken
-
-
-def scan_lines(path: Path) -> tuple[list[dict[str, Any]], int, str | None]:
-    """As :func:`scan_rows`, with the number of bytes that hold the good rows."""
     if not path.exists():
         return [], 0, None
     rows: list[dict[str, Any]] = []
@@ -182,7 +184,7 @@ def scan_lines(path: Path) -> tuple[list[dict[str, Any]], int, str | None]:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("cut off in the middle")
-                row = json.loads(line)
+                row = current_names(json.loads(line))
                 check_row(row, "row")
             except ValueError as error:  # decoding errors are ValueErrors, too
                 wrong = (number, f"corrupt row ({error})")

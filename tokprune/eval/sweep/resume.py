@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokprune.eval.sweep.results import RUN_FILE
-from tokprune.eval.sweep.schema import check_run
+from tokprune.eval.sweep.results import RUN_FILE, read_object
+from tokprune.eval.sweep.schema import SCHEMA, check_run
 from tokprune.eval.sweep.settings import Settings
 
 #: settings that decide which rows belong together; methods, budgets and seeds may be added
 _SAME = ("tasks", "split", "limit", "match", "batch_size", "max_new_tokens", "calibrate")
-#: of the harness entry: what lmms-eval was told; its version is part of the code's hash
+#: of the harness entry: the arguments of lmms-eval; its version is part of the code's hash
 _SAME_HARNESS = ("name", "base", "model_args")
 
 _WAYS_OUT = "choose another --out, or start over with --fresh"
@@ -35,11 +35,17 @@ def earlier_run(folder: Path, rows: int) -> dict[str, Any] | None:
             )
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {_WAYS_OUT}") from None
+        run = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_WAYS_OUT}") from None
     check_run(run, str(path))
-    return dict(run)
+    if run["schema"] != SCHEMA:
+        raise ValueError(
+            f"run folder {folder} is of the older schema {run['schema']}, this version writes "
+            f"{SCHEMA}: it can be read, for example by 'tokprune report', but not resumed; "
+            f"{_WAYS_OUT}"
+        )
+    return run
 
 
 def check_settings(run: Mapping[str, Any], settings: Settings, folder: Path) -> None:
@@ -48,9 +54,9 @@ def check_settings(run: Mapping[str, Any], settings: Settings, folder: Path) -> 
     Raises:
         ValueError: names the first that differs, with both values.
     """
-    told = settings.to_dict()
+    table = settings.to_dict()
     for name in _SAME:
-        before, now = run["settings"].get(name), _json(told.get(name))
+        before, now = run["settings"].get(name), _json(table.get(name))
         if before != now:
             raise ValueError(
                 f"run folder {folder} was made with {name}={before!r}, this sweep has {now!r}; "
@@ -60,12 +66,12 @@ def check_settings(run: Mapping[str, Any], settings: Settings, folder: Path) -> 
 
 def check_harness(run: Mapping[str, Any], now: Mapping[str, Any] | None, folder: Path) -> None:
     """The questions of a folder were asked in the same way; ``now``: the harness entry of this
-    sweep, None for the own harness.
+    sweep, None for the builtin one.
 
     Raises:
         ValueError: another harness, base model or arguments; names both values.
     """
-    before, here = run.get("harness") or {"name": "own"}, now or {"name": "own"}
+    before, here = run.get("harness") or {"name": "builtin"}, now or {"name": "builtin"}
     for name in _SAME_HARNESS:
         if before.get(name) != _json(here.get(name)):
             raise ValueError(

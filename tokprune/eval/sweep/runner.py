@@ -1,4 +1,4 @@
-"""Run a sweep: match budgets, have every cell answer every question, time; resumable at any
+"""Run a sweep: match budgets, have every trial answer every question, time; resumable at any
 moment. Who asks the questions is the harness's business."""
 
 from __future__ import annotations
@@ -7,33 +7,34 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
 import tokprune
+from tokprune.bench.environment import environment
 from tokprune.eval.benchmarks.base import Item
 from tokprune.eval.sweep.budgets import check_budgets
 from tokprune.eval.sweep.builtin import sharing
 from tokprune.eval.sweep.calibrate import Calibrator
-from tokprune.eval.sweep.environment import environment, runtime
 from tokprune.eval.sweep.evaluator import Batch
-from tokprune.eval.sweep.harness import Harness, open_harness
-from tokprune.eval.sweep.identity import code_hash, row_id
-from tokprune.eval.sweep.loaded_model import Subject
-from tokprune.eval.sweep.progress import Progress, Silent
+from tokprune.eval.sweep.harness import Harness, Job, OpenTrial, Step, open_harness
+from tokprune.eval.sweep.identity import code_hash, row_id, runtime
+from tokprune.eval.sweep.latency import timed_trials
+from tokprune.eval.sweep.loaded_model import LoadedModel
+from tokprune.eval.sweep.progress import Progress
 from tokprune.eval.sweep.results import LATENCY_FILE, RUN_FILE, Run, read_run
 from tokprune.eval.sweep.resume import check_harness, check_same, check_settings, earlier_run
 from tokprune.eval.sweep.schema import SCHEMA
 from tokprune.eval.sweep.settings import Settings
 from tokprune.eval.sweep.store import Store
-from tokprune.eval.sweep.trials import Cell, CellMaker, build_cells
+from tokprune.eval.sweep.trials import Trial, TrialMaker, build_trials
 
 
 def run_sweep(
     settings: Settings, *, command: Sequence[str] = (), progress: Progress | None = None
 ) -> Run:
-    """Answer every question of a benchmark in every cell, and write the run folder.
+    """Answer every question of a benchmark in every trial, and write the run folder.
 
     A folder that holds a part of the same sweep is completed; methods, budgets and seeds may have
     been added. Interrupted (Ctrl-C, SIGTERM), the run folder is valid and the model unpatched.
@@ -41,7 +42,7 @@ def run_sweep(
     Args:
         settings: what to do.
         command: how this was started, for the record.
-        progress: who is told how far it is.
+        progress: shows how far it is.
 
     Returns:
         The finished run, read back.
@@ -52,11 +53,11 @@ def run_sweep(
             Nothing has been answered then.
         OSError: model or run folder cannot be read or written, or the disk is full: what was
             written before is intact.
-        CellsFailedError: lmms-eval failed in some cells; all others have been answered.
+        TrialsFailedError: lmms-eval failed in some trials; all others have been answered.
         KeyboardInterrupt: after an interruption.
     """
     harness = open_harness(settings)
-    progress = Silent() if progress is None else progress
+    progress = Progress() if progress is None else progress
     with Store(settings.out, settings.fresh) as store, _interruptible(), progress:
         sweep = Sweep(settings, harness, store, progress)
         sweep.prepare(command)
@@ -85,20 +86,25 @@ def _interruptible() -> Iterator[None]:
 
 
 class Sweep:
-    """One call of :func:`run_sweep`: what a harness works with.
+    """One call of :func:`run_sweep`. It alone writes the run folder."""
 
-    ``subject``: the model; ``main``, ``noise``: cells; ``sample``: batches of one item that budgets
-    were matched on; ``done``: names of the rows that are there; ``info``: run.json.
-    """
+    #: run.json
+    info: dict[str, Any]
+    loaded: LoadedModel
+    #: what is compared, and repetitions of the unpruned model
+    main: list[Trial]
+    noise: list[Trial]
+    #: batches of one item that budgets were matched on
+    sample: list[Batch]
 
     def __init__(
         self, settings: Settings, harness: Harness, store: Store, progress: Progress
     ) -> None:
         self.settings, self.harness = settings, harness
         self.items, self.store, self.progress = harness.items, store, progress
+        #: identities of the rows that are there
         self.done = {row["row"] for row in store.rows}
         self.failed = 0
-        self._names: dict[tuple[str, str], str] = {}
 
     # ------------------------------------------------------------------ before
 
@@ -106,19 +112,19 @@ class Sweep:
         """Load the model, match the budgets, write run.json."""
         settings, folder = self.settings, self.store.folder
         earlier = earlier_run(folder, len(self.store.rows))
-        told: dict[str, Any] = {"benchmark": self._benchmark_entry()}
+        entries: dict[str, Any] = {"benchmark": self._benchmark_entry()}
         if earlier is not None:
-            check_same(earlier, told, folder)
+            check_same(earlier, entries, folder)
             check_settings(earlier, settings, folder)
-        self.subject = Subject.load(settings.model, settings.dtype, settings.device)
-        harness = self.harness.meet(self.subject, settings)
-        told["model"] = self.subject.describe()
+        self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
+        harness = self.harness.check_compatible(self.loaded, settings)
+        entries["model"] = self.loaded.describe()
         if earlier is not None:
             check_harness(earlier, harness, folder)
-            check_same(earlier, told, folder)
+            check_same(earlier, entries, folder)
         if harness is not None:
-            told["harness"] = harness
-        self.info: dict[str, Any] = {
+            entries["harness"] = harness
+        self.info = {
             "schema": SCHEMA,
             "created": _now() if earlier is None else earlier["created"],
             "updated": _now(),
@@ -126,54 +132,56 @@ class Sweep:
             "command": shlex.join(command),
             "tokprune": tokprune.__version__,
             "code": self.code(),
-            "environment": environment(self.subject.device),
+            "environment": environment(self.loaded.device),
             "settings": self._settings_entry(earlier),
-            **told,
-            "cells": [],
+            **entries,
+            "trials": [],
         }
-        self._find_cells(earlier)
+        self._find_trials(earlier)
         self.save()
 
     def code(self) -> str:
         """Hash of the code and versions that answer, as they are now."""
-        return code_hash({**runtime(self.subject.device), **self.harness.runtime})
+        return code_hash({**runtime(self.loaded.device), **self.harness.runtime})
 
     def _benchmark_entry(self) -> dict[str, Any]:
         benchmark = self.harness.benchmark
-        asked = {item.task for item in self.items}
+        present = {item.task for item in self.items}
         media = {} if benchmark.media == "image" else {"media": benchmark.media}
         return {
             "name": benchmark.name,
             **media,
             "version": benchmark.version,
             "split": self.harness.split,
-            "tasks": [task for task in benchmark.tasks if task in asked],
+            "tasks": [task for task in benchmark.tasks if task in present],
             "groups": {name: list(tasks) for name, tasks in benchmark.groups.items()},
-            "headline": [task for task in benchmark.headline if task in asked],
+            "headline": [task for task in benchmark.headline if task in present],
             "items": len(self.items),
         }
 
     def _settings_entry(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
         """Settings as they are, with the methods, budgets and seeds of earlier calls."""
-        told = self.settings.to_dict()
-        told["methods"] = [
-            {"name": arm.method or arm.unpatched, **arm.options} if arm.options else arm.name
-            for arm in self.settings.arms(self.harness.benchmark.media)
+        entry = self.settings.to_dict()
+        entry["methods"] = [
+            {"name": variant.method or variant.unpatched, **variant.options}
+            if variant.options
+            else variant.name
+            for variant in self.settings.compared(self.harness.benchmark.media)
         ]
-        told["dtype"] = self.subject.dtype
-        told["fresh"] = False
+        entry["dtype"] = self.loaded.dtype
+        entry["fresh"] = False
         if earlier is not None:
             for name in ("methods", "keep", "seeds"):
                 before = list(earlier["settings"].get(name, []))
-                told[name] = before + [value for value in told[name] if value not in before]
-        return told
+                entry[name] = before + [value for value in entry[name] if value not in before]
+        return entry
 
-    def _find_cells(self, earlier: dict[str, Any] | None) -> None:
-        """The cells of this sweep, and those that the folder has from earlier calls."""
+    def _find_trials(self, earlier: dict[str, Any] | None) -> None:
+        """The trials of this sweep, and those that the folder has from earlier calls."""
         settings = self.settings
-        known: dict[str, Cell] = {}
+        known: dict[str, Trial] = {}
         if earlier is not None:
-            known = {entry["cell"]: self._stored(entry) for entry in earlier["cells"]}
+            known = {entry["trial"]: self._stored(entry) for entry in earlier["trials"]}
         unchanged = earlier is not None and earlier["code"] == self.info["code"]
         if earlier is not None and not unchanged and self.done:
             self.progress.say(
@@ -183,102 +191,142 @@ class Sweep:
         batch = self._sample()
         common = {
             "match": settings.match,
-            "dtype": self.subject.dtype,
+            "dtype": self.loaded.dtype,
             "batch_size": settings.batch_size,
         }
-        arms = settings.arms(self.harness.benchmark.media)
-        self.progress.start("matching budgets", len(arms))
-        with sharing(self) as shared:
+        variants = settings.compared(self.harness.benchmark.media)
+        self.progress.start("matching budgets", len(variants))
+        with sharing(self.loaded, settings) as shared:
             if shared is not None:
                 shared.remember(batch.pixels)
-            calibrator = Calibrator(self.subject, batch.inputs, settings.match, batch.tokens_at)
+            calibrator = Calibrator(self.loaded, batch.inputs, settings.match, batch.tokens_at)
             check_budgets(settings.budgets(), calibrator.most)
-            maker = CellMaker(calibrator, common)
+            maker = TrialMaker(calibrator, common)
             usable = known if unchanged else {}
-            cells: list[Cell] = []
-            for arm in arms:
-                cells += build_cells(maker, [arm], settings.budgets(), settings.seeds, usable)
+            trials: list[Trial] = []
+            for variant in variants:
+                trials += build_trials(maker, variant, settings.budgets(), settings.seeds, usable)
                 self.progress.advance(1)
-        new = {cell.id: cell for cell in cells}
-        self.main = [new.pop(name, cell) for name, cell in known.items() if not cell.entry["noise"]]
+        new = {trial.id: trial for trial in trials}
+        self.main = [
+            new.pop(name, trial) for name, trial in known.items() if not trial.entry["noise"]
+        ]
         self.main += new.values()
-        self.noise = [cell for cell in known.values() if cell.entry["noise"]]
+        self.noise = [trial for trial in known.values() if trial.entry["noise"]]
         if settings.noise:
-            made = self.harness.noise_cells(maker, self.subject.dtype, settings.batch_size)
-            self.noise = list({cell.id: cell for cell in [*self.noise, *made]}.values())
-        for cell in self.main:
-            if cell.entry["reason"] is not None:
-                what = "" if cell.runs else "not run; "
-                self.progress.say(f"{cell.id}: {what}{cell.entry['reason']}")
+            made = self.harness.noise_trials(maker, self.loaded.dtype, settings.batch_size)
+            self.noise = list({trial.id: trial for trial in [*self.noise, *made]}.values())
+        for trial in self.main:
+            if trial.entry["reason"] is not None:
+                what = "" if trial.runs else "not run; "
+                self.progress.say(f"{trial.id}: {what}{trial.entry['reason']}")
 
-    def _stored(self, entry: dict[str, Any]) -> Cell:
+    def _stored(self, entry: dict[str, Any]) -> Trial:
         try:
-            return Cell.stored(entry)
+            return Trial.stored(entry)
         except ValueError as error:
             raise ValueError(
-                f"run folder {self.store.folder}: cell {entry['cell']} is not possible any more "
+                f"run folder {self.store.folder}: trial {entry['trial']} is not possible any more "
                 f"({error}); choose another --out, or start over with --fresh"
             ) from None
 
     def _sample(self) -> Batch:
         """Items for matching budgets, and the first of them for timing: evenly spaced over all,
-        those with unreadable pictures left out."""
+        those with unreadable images left out."""
         wanted, benchmark = self.settings.calibrate, self.harness.benchmark
         readable: dict[str, Batch] = {}
-        # where many items have no picture, a denser choice finds some
+        # where many items have no image, a denser choice finds some
         for number in (wanted, 8 * wanted):
             for item in _spread(self.items, number):
-                single = Batch(self.subject, benchmark, [item])
+                single = Batch(self.loaded, benchmark, [item])
                 if len(readable) < wanted and item.id not in readable and single.pixels is not None:
                     readable[item.id] = single
         if not readable:
-            _ = Batch(self.subject, benchmark, self.items[:1]).inputs  # raises what is wrong
+            _ = Batch(self.loaded, benchmark, self.items[:1]).inputs  # raises what is wrong
         self.sample = list(readable.values())
-        return Batch(self.subject, benchmark, [one.items[0] for one in self.sample])
+        return Batch(self.loaded, benchmark, [one.items[0] for one in self.sample])
 
     # ------------------------------------------------------------------ run
 
     def run(self) -> None:
-        """Answer what is open, then time the cells."""
-        cells = [cell for cell in [*self.noise, *self.main] if cell.runs]
-        total = len(cells) * len(self.items)
-        open_rows = sum(len(self.pending(cell, self.items)) for cell in cells)
-        if open_rows < total:
-            self.progress.say(f"{total - open_rows} of {total} answers are there already")
-        self.harness.answer(self)
+        """Answer what is open, then time the trials."""
+        job = Job(self.settings, self.loaded, self.store.folder, self._open_trials(), self.sample)
+        total = len(job.trials) * len(self.items)
+        missing = sum(len(task.rows) for task in job.trials)
+        if missing < total:
+            self.progress.say(f"{total - missing} of {total} answers are there already")
+        if missing and self.harness.own_processes:
+            self.loaded = job.loaded = self.loaded.released()
+            self.sample = job.sample = []
+        with closing(self.harness.answer(job)) as steps:
+            for step in steps:
+                self._write(step)
         if self.failed:
-            self.progress.say(f"{self.failed} questions failed; they count as wrong")
+            self.progress.say(f"{self.failed} questions failed; they count as incorrect")
         if self.settings.latency:
-            timing = self.harness.time_cells(self)
-            if timing is not None:
-                self.store.write_json(LATENCY_FILE, {**timing, "code": self.info["code"]})
-        self.info["finished"] = not any(
-            self.pending(cell, self.items) for cell in [*self.noise, *self.main] if cell.runs
+            self._time(job)
+        self.info["finished"] = all(
+            self.done.issuperset(task.rows.values()) for task in job.trials if task.trial.runs
         )
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows: all of them, or none."""
-        self.store.append(rows)
-        self.done.update(row["row"] for row in rows)
-        self.failed += sum(row["status"] == "failed" for row in rows)
+    def _open_trials(self) -> list[OpenTrial]:
+        """The trials that can be run, with the rows that they lack."""
+        found = []
+        for trial in [*self.noise, *self.main]:
+            if trial.runs:
+                names = {i.id: row_id(self.info, trial.entry, i.id, i.task) for i in self.items}
+                rows = {item: row for item, row in names.items() if row not in self.done}
+                found.append(OpenTrial(trial, rows))
+        return found
 
-    def pending(self, cell: Cell, items: Sequence[Item]) -> list[Item]:
-        """Those of the items that the cell has no row for."""
-        return [item for item in items if self.name(cell, item) not in self.done]
+    def _write(self, step: Step) -> None:
+        """Write what a harness has done, rows all or none, and count it."""
+        if step.rows and self.harness.own_processes and self.code() != self.info["code"]:
+            # each process reads the sources anew, so its answers may be of either version
+            raise ValueError(
+                f"the sources of tokprune have changed while {step.rows[0]['trial']} was answered; "
+                "its answers are left out, and the same command asks everything again"
+            )
+        if step.note is not None:
+            self.progress.say(step.note)
+        if step.stage is not None:
+            self.progress.start(*step.stage)
+        for name, value in step.files.items():
+            self.store.write_json(name, value)
+        if step.rows:
+            self.store.append(step.rows)
+            self.done.update(row["row"] for row in step.rows)
+            self.failed += sum(row["status"] == "failed" for row in step.rows)
+        if done := len(step.rows) if step.done is None else step.done:
+            self.progress.advance(done)
 
-    def name(self, cell: Cell, item: Item) -> str:
-        """Identity of a row."""
-        key = cell.id, item.id
-        if key not in self._names:
-            self._names[key] = row_id(self.info, cell.entry, item.id, item.task)
-        return self._names[key]
+    def _time(self, job: Job) -> None:
+        """Write latency.json, unless it is there already for these trials and this code."""
+        before = self.store.read_json(LATENCY_FILE) or {}
+        names = {trial.id for trial in timed_trials(self.main)}
+        if before.get("code") == self.info["code"] and set(before.get("trials", ())) == names:
+            return
+        rounds = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal rounds
+            if not rounds and not done:
+                self.progress.start("timing", total)
+            self.progress.advance(done - rounds)
+            rounds = done
+
+        timing = self.harness.time_trials(job, progress)
+        if isinstance(timing, str):
+            self.progress.say(f"no times: {timing}")
+        else:
+            self.store.write_json(LATENCY_FILE, {**timing, "code": self.info["code"]})
 
     # ------------------------------------------------------------------ record
 
     def save(self) -> None:
         """Write run.json."""
         self.info["updated"] = _now()
-        self.info["cells"] = [cell.entry for cell in [*self.noise, *self.main]]
+        self.info["trials"] = [trial.entry for trial in [*self.noise, *self.main]]
         self.store.write_json(RUN_FILE, self.info)
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SCHEMA = 1
+from tokprune.eval.benchmarks.base import Item
+
+SCHEMA = 2
+
+#: keys by which the release before wrote the same
+_RENAMED = {
+    "cell": "trial", "cells": "trials", "arm": "variant", "budget_asked": "budget_text",
+    "exact": "as_published",
+}  # fmt: skip
 
 _NUMBER = (int, float)
 _TEXT_OR_NONE = (str, type(None))
@@ -15,7 +23,7 @@ _INT_OR_NONE = (int, type(None))
 RUN: dict[str, Any] = {
     "schema": int, "created": str, "updated": str, "finished": bool, "command": str,
     "tokprune": str, "code": str, "environment": dict, "settings": dict, "model": dict,
-    "benchmark": dict, "cells": list,
+    "benchmark": dict, "trials": list,
 }  # fmt: skip
 MODEL: dict[str, Any] = {
     "name": str, "class": str, "family": str, "hash": str, "parameters": int,
@@ -25,21 +33,57 @@ BENCHMARK: dict[str, Any] = {
     "name": str, "version": str, "split": _TEXT_OR_NONE, "tasks": list, "groups": dict,
     "headline": list, "items": int,
 }  # fmt: skip
-CELL: dict[str, Any] = {
-    "cell": str, "arm": str, "method": _TEXT_OR_NONE, "options": dict, "repr": str,
-    "control": bool, "budget": _NUMBER, "budget_asked": (str, int, float), "match": str,
+TRIAL: dict[str, Any] = {
+    "trial": str, "variant": str, "method": _TEXT_OR_NONE, "options": dict, "repr": str,
+    "control": bool, "budget": _NUMBER, "budget_text": (str, int, float), "match": str,
     "seed": int, "dtype": str, "batch_size": int, "noise": bool, "status": str,
     "reason": _TEXT_OR_NONE, "calibrated": (dict, type(None)),
 }  # fmt: skip
 #: a line of rows.jsonl
 ROW: dict[str, Any] = {
-    "row": str, "cell": str, "item": str, "image": str, "task": str, "question": str,
+    "row": str, "trial": str, "item": str, "image": str, "task": str, "question": str,
     "answers": list, "answer": str, "score": _NUMBER, "status": str, "error": _TEXT_OR_NONE,
     "tokens_in": _INT_OR_NONE, "tokens_last": (*_NUMBER, type(None)),
     "tokens_mean": (*_NUMBER, type(None)), "macs": _INT_OR_NONE, "macs_unpruned": _INT_OR_NONE,
     "kv_bytes": _INT_OR_NONE, "kv_bytes_unpruned": _INT_OR_NONE, "prompt_tokens": _INT_OR_NONE,
     "new_tokens": int, "seconds": (*_NUMBER, type(None)), "time": _NUMBER,
 }  # fmt: skip
+
+
+def make_row(
+    row: str, trial: str, item: Item, answer: str, score: float, error: str | None,
+    numbers: Mapping[str, Any], now: float,
+) -> dict[str, Any]:  # fmt: skip
+    """A line of rows.jsonl; a failed question (``error``) has no answer and scores 0."""
+    failed = error is not None
+    return {
+        "row": row,
+        "trial": trial,
+        "item": item.id,
+        "image": item.image_id,
+        "task": item.task,
+        "question": item.question,
+        "answers": list(item.answers),
+        "answer": "" if failed else answer,
+        "score": 0.0 if failed else score,
+        "status": "failed" if failed else "ok",
+        "error": error,
+        **numbers,
+        "time": round(now, 3),
+    }
+
+
+def current_names(value: Any) -> Any:
+    """A JSON object of a run folder by the names of today: folders of schema 1 are read, not
+    resumed."""
+    if not isinstance(value, dict):
+        return value
+    named = {_RENAMED.get(name, name): item for name, item in value.items()}
+    if isinstance(named.get("options"), dict):
+        named["options"] = current_names(named["options"])
+    if isinstance(named.get("trials"), list):
+        named["trials"] = [current_names(trial) for trial in named["trials"]]
+    return named
 
 
 def check_object(value: Any, fields: Mapping[str, Any], where: str) -> None:
@@ -53,35 +97,35 @@ def check_object(value: Any, fields: Mapping[str, Any], where: str) -> None:
     for name, kind in fields.items():
         if name not in value:
             raise ValueError(f"{where}: field {name!r} is missing")
-        given = value[name]
+        item = value[name]
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds):
+        if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
             wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ValueError(f"{where}: field {name!r} should be {wanted}, is {given!r}")
+            raise ValueError(f"{where}: field {name!r} should be {wanted}, is {item!r}")
 
 
 def check_run(run: Any, where: str) -> None:
-    """A valid ``run.json`` of this schema version.
+    """A valid ``run.json``, by the names of today.
 
     Raises:
         ValueError: names place and field.
     """
     check_object(run, {"schema": int}, where)
-    if run["schema"] != SCHEMA:
+    if run["schema"] not in (1, SCHEMA):
         raise ValueError(
             f"{where}: schema {run['schema']} cannot be read; this version of tokprune knows "
-            f"schema {SCHEMA}"
+            f"schema {SCHEMA}, and 1 of the release before"
         )
     check_object(run, RUN, where)
     check_object(run["model"], MODEL, f"{where}, model")
     check_object(run["benchmark"], BENCHMARK, f"{where}, benchmark")
     seen = set()
-    for number, cell in enumerate(run["cells"]):
-        check_object(cell, CELL, f"{where}, cells[{number}]")
-        _choice(cell, "status", ("ok", "unreachable"), f"{where}, cells[{number}]")
-        if cell["cell"] in seen:
-            raise ValueError(f"{where}: cell {cell['cell']!r} is listed twice")
-        seen.add(cell["cell"])
+    for number, trial in enumerate(run["trials"]):
+        check_object(trial, TRIAL, f"{where}, trials[{number}]")
+        _choice(trial, "status", ("ok", "unreachable"), f"{where}, trials[{number}]")
+        if trial["trial"] in seen:
+            raise ValueError(f"{where}: trial {trial['trial']!r} is listed twice")
+        seen.add(trial["trial"])
 
 
 def check_row(row: Any, where: str) -> None:

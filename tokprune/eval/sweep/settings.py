@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import re
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.budgets import DEFAULT_KEEP, Budget, parse_budget
-from tokprune.eval.sweep.variants import Arm, build_arms, check_arm, parse_arm, parse_option
+from tokprune.eval.sweep.variants import (
+    Variant,
+    build_variants,
+    check_variant,
+    parse_option,
+    parse_variant,
+)
 
-HARNESSES = ("own", "lmms-eval")
 MATCHES = ("mean", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def check_harness_name(name: Any) -> str:
+    """A harness that is installed; its name of the release before is taken with a warning.
+
+    Raises:
+        ValueError: another one; lists what there is.
+    """
+    if name == "own":
+        warnings.warn("harness 'own' is called 'builtin' now", FutureWarning, stacklevel=4)
+        return "builtin"
+    known = ("builtin", *sorted(entry_points(group="tokprune.harnesses").names))
+    if name not in known:
+        raise ValueError(f"harness={name!r} should be one of {', '.join(known)}")
+    return str(name)
 
 
 @dataclass(frozen=True)
@@ -42,15 +65,15 @@ class Settings:
         controls: run ``blind``, ``random``, ``grid``, ``pool`` and ``downsample`` as well.
         variants: run the published variants of the methods as well.
         noise: run the unpruned model at another batch size and another dtype first.
-        latency: time every cell at the end.
+        latency: time every trial at the end.
         latency_rounds: measurements of each part.
-        share: run the encoder once for all cells that leave it alone.
+        share: run the encoder once for all trials that leave it alone.
         calibrate: items on which budgets are matched.
         fresh: throw away what the run folder holds.
-        harness: who asks the questions: "own", or "lmms-eval" in processes of its own, one per
-            cell. There ``tasks`` names lmms-eval's tasks (groups and tags as well), and ``limit``
+        harness: who asks the questions: "builtin", or "lmms-eval" in processes of its own, one per
+            trial. There ``tasks`` names lmms-eval's tasks (groups and tags as well), and ``limit``
             counts per task, as lmms-eval does; ``benchmark``, ``split``, ``share`` and
-            ``latency_rounds`` belong to the own harness, what follows to lmms-eval.
+            ``latency_rounds`` belong to the builtin harness, what follows to lmms-eval.
         base: id of the lmms-eval model that the method is put into; None: by the model's family.
         processes: data-parallel processes, started by ``accelerate launch``.
         launch: further arguments of ``accelerate launch``, in one text or as a list.
@@ -84,7 +107,7 @@ class Settings:
     share: bool = True
     calibrate: int = 8
     fresh: bool = False
-    harness: str = "own"
+    harness: str = "builtin"
     base: str | None = None
     processes: int = 1
     launch: tuple[str, ...] = ()
@@ -93,6 +116,7 @@ class Settings:
     model_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "harness", check_harness_name(self.harness))
         if self.batch_size is None:
             object.__setattr__(self, "batch_size", 1 if self.harness == "lmms-eval" else 16)
         object.__setattr__(self, "model_args", _model_args(self.model_args))
@@ -101,7 +125,7 @@ class Settings:
                 object.__setattr__(self, name, _words(name, words))
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if kind is tuple:
+            if kind == "tuple":
                 if value is None and name == "tasks":
                     continue
                 value = (value,) if isinstance(value, (str, int, float, Path, Mapping)) else value
@@ -112,7 +136,7 @@ class Settings:
                 object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
         self._check_types()
         for name, choices in (
-            ("match", MATCHES), ("dtype", DTYPES), ("device", DEVICES), ("harness", HARNESSES),
+            ("match", MATCHES), ("dtype", DTYPES), ("device", DEVICES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -127,18 +151,18 @@ class Settings:
         self._check_harness()
         self.budgets()
         for spec in self.methods:
-            parse_arm(spec)
+            parse_variant(spec)
 
     def _check_harness(self) -> None:
         """No setting of the other harness is used."""
         lmms = self.harness == "lmms-eval"
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _OWN_ONLY if lmms else _LMMS_ONLY:
+        for name in _BUILTIN_ONLY if lmms else _LMMS_ONLY:
             value = getattr(self, name)
             if value != defaults[name] and value != {}:
                 raise ValueError(
                     f"{name}={_shown(value)} belongs to harness "
-                    f"{'own' if lmms else 'lmms-eval'}, and harness is {self.harness}"
+                    f"{'builtin' if lmms else 'lmms-eval'}, and harness is {self.harness}"
                 )
         if lmms and self.tasks is None:
             raise ValueError("tasks is missing; with harness lmms-eval it names lmms-eval's tasks")
@@ -146,16 +170,16 @@ class Settings:
     def _check_types(self) -> None:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
-            if kind is int:
+            if kind == "int":
                 if value is None and name in ("limit", "max_new_tokens"):
                     continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
-            elif kind is bool and not isinstance(value, bool):
+            elif kind == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} should be true or false")
             elif value is None and name in ("split", "base"):
                 continue
-            elif kind is str and not (isinstance(value, str) and value):
+            elif kind == "str" and not (isinstance(value, str) and value):
                 raise ValueError(f"{name}={value!r} should be text")
         for seed in self.seeds:
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
@@ -175,64 +199,57 @@ class Settings:
         parsed = [parse_budget(value) for value in self.keep]
         return tuple({(b.count, b.share): b for b in parsed}.values())
 
-    def arms(self, media: str = "image") -> list[Arm]:
-        """What is compared on pictures (``media`` "image") or videos ("video"), controls first."""
-        methods = [parse_arm(spec) for spec in self.methods]
-        return build_arms(methods, self.controls, self.variants, media)
+    def compared(self, media: str = "image") -> list[Variant]:
+        """What is compared on images (``media`` "image") or videos ("video"), controls first."""
+        methods = [parse_variant(spec) for spec in self.methods]
+        return build_variants(methods, self.controls, self.variants, media)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings in JSON types; methods with their options."""
-        told = dataclasses.asdict(self)
-        for name in _OWN_ONLY if self.harness == "lmms-eval" else _LMMS_ONLY:
-            del told[name]
-        told["methods"] = [
+        table = dataclasses.asdict(self)
+        for name in _BUILTIN_ONLY if self.harness == "lmms-eval" else _LMMS_ONLY:
+            del table[name]
+        table["methods"] = [
             name if not options else {"name": name, **options}
-            for name, options in map(parse_arm, self.methods)
+            for name, options in map(parse_variant, self.methods)
         ]
-        told["keep"] = [budget.asked for budget in self.budgets()]
-        return told
+        table["keep"] = [budget.text for budget in self.budgets()]
+        return table
 
 
-_KINDS: dict[str, type] = {
-    "model": str, "out": str, "benchmark": str, "methods": tuple, "keep": tuple, "tasks": tuple,
-    "split": str, "limit": int, "seeds": tuple, "match": str, "dtype": str, "device": str,
-    "batch_size": int, "max_new_tokens": int, "controls": bool, "variants": bool, "noise": bool,
-    "latency": bool,
-    "latency_rounds": int, "share": bool, "calibrate": int, "fresh": bool, "harness": str,
-    "base": str, "processes": int, "launch": tuple, "launcher": tuple, "include_path": tuple,
-    "model_args": dict,
-}  # fmt: skip
+#: first word of every setting's annotation
+_KINDS = {field.name: re.split(r"\W", str(field.type))[0] for field in dataclasses.fields(Settings)}
 
 #: settings that mean something in one harness only
-_OWN_ONLY = ("benchmark", "split", "share", "latency_rounds")
+_BUILTIN_ONLY = ("benchmark", "split", "share", "latency_rounds")
 _LMMS_ONLY = ("base", "processes", "launch", "launcher", "include_path", "model_args")
-#: what the sweep itself tells the model
+#: arguments of the model that the sweep sets
 _SET_BY_SWEEP = frozenset({
     "base", "pretrained", "method", "keep", "setting", "setting_sha", "control", "factor", "dtype",
     "device", "batch_size",
 })  # fmt: skip
 
 
-def _model_args(given: Any) -> dict[str, Any]:
+def _model_args(value: Any) -> dict[str, Any]:
     """A table of arguments, from one or from ``name=value`` texts."""
-    if isinstance(given, Mapping):
-        args = dict(given)
+    if isinstance(value, Mapping):
+        args = dict(value)
     else:
-        texts = [given] if isinstance(given, str) else given
+        texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, Sequence):
-            raise ValueError(f"model_args={given!r} should be a table, or name=value texts")
+            raise ValueError(f"model_args={value!r} should be a table, or name=value texts")
         args = {}
         for text in texts:
-            name, value = parse_option(text, "model_args") if isinstance(text, str) else ("", None)
+            name, item = parse_option(text, "model_args") if isinstance(text, str) else ("", None)
             if name in args or not name:
                 what = "is given twice" if name else "should be name=value"
                 raise ValueError(f"model_args: {text!r} {what}")
-            args[name] = value
-    for name, value in args.items():
+            args[name] = item
+    for name, item in args.items():
         if name in _SET_BY_SWEEP:
             raise ValueError(f"model_args: {name!r} is set by the sweep itself")
-        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
-            raise ValueError(f"model_args: {name!r}={value!r} should be text or a number")
+        if not isinstance(name, str) or not isinstance(item, (str, int, float, bool)):
+            raise ValueError(f"model_args: {name!r}={item!r} should be text or a number")
     return args
 
 
@@ -248,8 +265,8 @@ def _shown(value: Any) -> str:
 
 
 def with_options(methods: Sequence[Any], options: Sequence[str]) -> tuple[Any, ...]:
-    """Methods with ``"todre.select=k_center"`` options put in; an option changes every arm of its
-    method, or makes one where the method is not listed but all methods are meant.
+    """Methods with ``"todre.select=k_center"`` options put in; an option changes every variant of
+    its method, or makes one where the method is not listed but all methods are meant.
 
     Raises:
         ValueError: not of that form, an unknown option, or a method that is not swept.
@@ -263,44 +280,42 @@ def with_options(methods: Sequence[Any], options: Sequence[str]) -> tuple[Any, .
         changes.setdefault(name.strip().lower(), {})[option] = value
     if not changes:
         return tuple(methods)
-    for name, own in changes.items():
-        check_arm(name, own)
-    arms = [parse_arm(spec) for spec in methods]
-    if not arms:
-        arms = [(arm.method, {}) for arm in build_arms([], False, False) if arm.method]
-    listed = {name for name, _ in arms}
+    for name, changed in changes.items():
+        check_variant(name, changed)
+    listed = [parse_variant(spec) for spec in methods]
+    if not listed:
+        listed = [(v.method, {}) for v in build_variants([], False, False) if v.method]
     for name in changes:
-        if name not in listed:
+        if name not in dict(listed):
             raise ValueError(f"option of {name!r}: that method is not among the swept ones")
-    return tuple({"name": n, **own, **changes.get(n, {})} for n, own in arms)
+    return tuple({"name": name, **options, **changes.get(name, {})} for name, options in listed)
 
 
 def read_settings(path: str | Path, **changes: Any) -> Settings:
-    """Settings from a YAML or TOML file; ``changes`` (None: not given) go before what it says.
+    """Settings from a YAML or TOML file; ``changes`` (but None) go before what it says.
 
     Raises:
         OSError: unreadable file.
         ValueError: not YAML or TOML, an unknown key (names the nearest), or a bad value.
     """
-    given = {**read_table(path), **{k: v for k, v in changes.items() if v is not None}}
-    return make_settings(given, str(path))
+    table = {**read_table(path), **{k: v for k, v in changes.items() if v is not None}}
+    return make_settings(table, str(path))
 
 
-def make_settings(given: Mapping[str, Any], where: str) -> Settings:
+def make_settings(table: Mapping[str, Any], where: str) -> Settings:
     """Settings from a table.
 
     Raises:
         ValueError: an unknown or missing key, or a bad value.
     """
-    for name in given:
+    for name in table:
         if name not in _KINDS:
-            near = difflib.get_close_matches(str(name), _KINDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, _KINDS)
             raise ValueError(f"{where}: setting {name!r} is unknown.{hint}")
     for name in ("model", "out"):
-        if name not in given:
+        if name not in table:
             raise ValueError(f"{where}: setting {name!r} is missing")
-    return Settings(**given)
+    return Settings(**table)
 
 
 def read_table(path: str | Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tokprune.eval.sweep.results import (
     scan_lines,
 )
 
-_MADE = (RUN_FILE, ROWS_FILE, LATENCY_FILE, METRICS_FILE)
+_WRITTEN = (RUN_FILE, ROWS_FILE, LATENCY_FILE, METRICS_FILE)
 
 
 class Store:
@@ -98,7 +98,7 @@ class Store:
         return value if isinstance(value, dict) else None
 
     def _clear(self) -> None:
-        for name in _MADE:
+        for name in _WRITTEN:
             (self.folder / name).unlink(missing_ok=True)
         for path in (self.folder / OVERLAYS).glob("*.json"):
             path.unlink()

@@ -1,4 +1,4 @@
-"""Cells: an arm at a budget, the points of a plot."""
+"""Trials: a variant at a budget, the points of a plot."""
 
 from __future__ import annotations
 
@@ -11,22 +11,27 @@ from typing import Any
 from tokprune.errors import UnsupportedModelError
 from tokprune.eval.sweep.budgets import Budget
 from tokprune.eval.sweep.calibrate import Calibrator, Matched
-from tokprune.eval.sweep.reduced_input import SMALLER, Smaller
-from tokprune.eval.sweep.variants import UNBUDGETED, Arm
+from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS, ReducedInput
+from tokprune.eval.sweep.variants import AS_PUBLISHED, UNBUDGETED, Variant
 from tokprune.methods import Method, make_method
+from tokprune.methods.setting import as_tuples
+
+#: batch size of the repetition, and the one for sweeps that run at that size themselves
+_NOISE_BATCHES = (1, 8)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One entry of run.json's ``cells`` (``entry``), and the method behind it (None: the model
-    stays unpatched)."""
+class Trial:
+    """A variant at a budget, with a seed."""
 
+    #: of ``trials`` in run.json
     entry: dict[str, Any]
+    #: None: the model stays unpatched
     method: Method | None = None
 
     @property
     def id(self) -> str:
-        name: str = self.entry["cell"]
+        name: str = self.entry["trial"]
         return name
 
     @property
@@ -34,147 +39,144 @@ class Cell:
         return bool(self.entry["status"] == "ok")
 
     @property
-    def smaller(self) -> Smaller | None:
-        """What is done to pictures or videos, for ``downsample`` and ``frames``."""
-        small = self.method is None and self.entry["arm"] in SMALLER
-        return Smaller.of(self.entry["options"]) if small else None
+    def reduced_input(self) -> ReducedInput | None:
+        """What is done to images or videos, for ``downsample`` and ``frames``."""
+        if self.entry["variant"] not in REDUCED_INPUTS:
+            return None
+        return ReducedInput.of(self.entry["options"])
 
     @property
     def blind(self) -> bool:
-        """Whether the picture is replaced by an empty one."""
-        return bool(self.entry["arm"] == "blind")
+        """Whether the image is replaced by an empty one."""
+        return bool(self.entry["variant"] == "blind")
 
     @classmethod
-    def stored(cls, entry: dict[str, Any]) -> Cell:
-        """A cell as run.json has it."""
+    def stored(cls, entry: dict[str, Any]) -> Trial:
+        """A trial as run.json has it."""
         method = None
         if entry["method"] is not None and entry["status"] == "ok":
-            method = make_method(entry["method"], **_tuples(entry["options"]))
+            method = make_method(entry["method"], **as_tuples(entry["options"]))
         return cls(entry, method)
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(own) for name, own in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def json_options(method: Method) -> dict[str, Any]:
     """All options of a method in JSON types."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
-    if options["video_unit"] == "video":  # the default, and no matter for pictures
+    if options["video_unit"] == "video":  # the default, and no matter for images
         del options["video_unit"]
     return options
 
 
-def _equations(options: Mapping[str, float]) -> str:
-    return ", ".join(f"{name}={value:.4g}" for name, value in options.items())
-
-
-def cell_id(arm: str, tokens: float | None, seed: int = 0) -> str:
-    """``todre@64``, ``random@64.s1``, ``none``."""
-    name = arm if tokens is None else f"{arm}@{tokens:.6g}"
-    return f"{name}.s{seed}" if seed else name
-
-
 @dataclass(frozen=True)
-class CellMaker:
-    """Makes the cells of a sweep; ``common``: fields that all of them share (dtype, batch size,
-    match)."""
+class TrialMaker:
+    """Makes the trials of a sweep."""
 
     calibrator: Calibrator
+    #: fields that all of them share: dtype, batch size, match
     common: Mapping[str, Any]
 
-    def none(self, cell: str = "none", noise: bool = False, **changes: Any) -> Cell:
+    def none(self, trial: str = "none", noise: bool = False, **changes: Any) -> Trial:
         """The unpruned model."""
-        tokens = self.calibrator.visual_tokens
-        tokens = int(tokens) if tokens == int(tokens) else round(tokens, 3)
-        return Cell({
-            "cell": cell, "arm": "none", "method": None, "options": {}, "repr": "unpruned",
-            "control": True, "budget": tokens, "budget_asked": tokens, **self.common,
-            "seed": 0, "noise": noise, "status": "ok", "reason": None,
-            "calibrated": {"tokens_last": tokens, "tokens_mean": tokens}, **changes,
+        tokens = _short(self.calibrator.visual_tokens, 3)
+        return Trial({
+            **self._entry(Variant(None, True, unpatched="none"), trial, tokens, tokens),
+            "repr": "unpruned", "noise": noise,
+            "calibrated": _calibrated(tokens, tokens), **changes,
         })  # fmt: skip
 
-    def blind(self) -> Cell:
-        """The unpruned model on an empty picture: what the questions alone give away."""
-        return self.none("blind", arm="blind", repr="blind: a uniform grey picture")
+    def blind(self) -> Trial:
+        """The unpruned model on an empty image: what the questions alone give away."""
+        return self.none("blind", variant="blind", repr="blind: a uniform grey image")
 
-    def id_of(self, arm: Arm, budget: Budget, seed: int) -> str:
-        return cell_id(arm.name, budget.tokens(self.calibrator.visual_tokens), seed)
+    def noise(self, dtype: str, batch_size: int) -> list[Trial]:
+        """The unpruned model against itself: at another batch size, and at another dtype."""
+        batch = next(n for n in _NOISE_BATCHES if n != batch_size)
+        other = "bfloat16" if dtype == "float32" else "float32"
+        return [
+            self.none(f"none.batch{batch}", noise=True, batch_size=batch),
+            self.none(f"none.{other}", noise=True, dtype=other),
+        ]
 
-    def make(self, arm: Arm, budget: Budget, seed: int) -> Cell:
-        """An arm at a budget; a method is matched to it by measuring."""
-        tokens = budget.tokens(self.calibrator.visual_tokens)
-        entry: dict[str, Any] = {
-            "cell": self.id_of(arm, budget, seed), "arm": arm.name, "method": arm.method,
-            "options": {}, "repr": arm.name, "control": arm.control,
-            "budget": int(tokens) if tokens == int(tokens) else round(tokens, 6),
-            "budget_asked": budget.asked, **self.common, "seed": seed, "noise": False,
-            "status": "ok", "reason": None, "calibrated": None,
-        }  # fmt: skip
-        if arm.method is None:
-            shrunk = self.calibrator.match_smaller(arm.unpatched, budget)
-            entry |= {
-                "options": shrunk.smaller.options,
-                "repr": f"{arm.name}({_equations(shrunk.smaller.options)})",
-                "calibrated": shrunk.measured.to_dict(),
-                "reason": shrunk.reason,
-                "status": "ok" if shrunk.reached else "unreachable",
-            }
-            return Cell(entry)
-        return self._matched(entry, arm, self.calibrator.match_budget(arm, budget, seed))
+    def id_of(self, variant: Variant, budget: Budget, seed: int) -> str:
+        """``todre@64``, ``random@64.s1``."""
+        name = f"{variant.name}@{budget.tokens(self.calibrator.visual_tokens):.6g}"
+        return f"{name}.s{seed}" if seed else name
 
-    def exact(self, arm: Arm) -> Cell:
-        """An arm with exactly the options given; its budget is what they are measured to leave."""
+    def make(self, variant: Variant, budget: Budget, seed: int) -> Trial:
+        """A variant at a budget; a method is matched to it by measuring."""
+        tokens = _short(budget.tokens(self.calibrator.visual_tokens), 6)
+        entry = self._entry(variant, self.id_of(variant, budget, seed), tokens, budget.text, seed)
+        if variant.method is None:
+            reduced = self.calibrator.match_reduced_input(variant.unpatched, budget)
+            options = reduced.reduced_input.options
+            values = ", ".join(f"{name}={value:.4g}" for name, value in options.items())
+            return Trial({
+                **entry, "options": options, "repr": f"{variant.name}({values})",
+                "calibrated": _calibrated(reduced.tokens, reduced.tokens), "reason": reduced.reason,
+                "status": "ok" if reduced.reached else "unreachable",
+            })  # fmt: skip
+        return self._matched(entry, variant, self.calibrator.match_budget(variant, budget, seed))
+
+    def as_published(self, variant: Variant) -> Trial:
+        """A variant with its options as they are; its budget is what they are measured to leave."""
         try:
-            method = arm.as_given()
-            method.plan(self.calibrator.subject.facts)
+            method = variant.published_method()
+            method.plan(self.calibrator.loaded.facts)
             matched = Matched(method, self.calibrator.measure(method))
         except (ValueError, UnsupportedModelError) as error:
             matched = Matched(None, None, str(error))
-        seen, match = matched.measured, self.common["match"]
-        tokens = self.calibrator.visual_tokens if seen is None else getattr(seen, match)
-        return self._matched({
-            "cell": arm.name, "arm": arm.name, "method": arm.method, "options": {},
-            "repr": arm.name, "control": arm.control, "budget": round(tokens, 6),
-            "budget_asked": "exact", **self.common, "seed": 0, "noise": False, "status": "ok",
+        tokens = self.calibrator.visual_tokens
+        if matched.measured is not None:
+            tokens = getattr(matched.measured, self.common["match"])
+        entry = self._entry(variant, variant.name, round(tokens, 6), AS_PUBLISHED)
+        return self._matched(entry, variant, matched)
+
+    def _entry(
+        self, variant: Variant, trial: str, budget: float, text: str | float, seed: int = 0
+    ) -> dict[str, Any]:
+        return {
+            "trial": trial, "variant": variant.name, "method": variant.method, "options": {},
+            "repr": variant.name, "control": variant.control, "budget": budget,
+            "budget_text": text, **self.common, "seed": seed, "noise": False, "status": "ok",
             "reason": None, "calibrated": None,
-        }, arm, matched)  # fmt: skip
+        }  # fmt: skip
 
     @staticmethod
-    def _matched(entry: dict[str, Any], arm: Arm, matched: Matched) -> Cell:
+    def _matched(entry: dict[str, Any], variant: Variant, matched: Matched) -> Trial:
         if matched.reason is not None:
             entry |= {"status": "unreachable", "reason": matched.reason}
         if matched.method is None:
-            entry["options"] = json.loads(json.dumps(dict(arm.options)))
-            return Cell(entry)
+            entry["options"] = json.loads(json.dumps(dict(variant.options)))
+            return Trial(entry)
         entry |= {"options": json_options(matched.method), "repr": repr(matched.method)}
         assert matched.measured is not None
-        entry["calibrated"] = matched.measured.to_dict()
-        return Cell(entry, matched.method)
+        entry["calibrated"] = _calibrated(matched.measured.last, matched.measured.mean)
+        return Trial(entry, matched.method)
 
 
-def build_cells(
-    maker: CellMaker,
-    arms: Sequence[Arm],
+def _calibrated(last: float, mean: float) -> dict[str, float]:
+    return {"tokens_last": round(last, 3), "tokens_mean": round(mean, 3)}
+
+
+def _short(tokens: float, digits: int) -> int | float:
+    return int(tokens) if tokens == int(tokens) else round(tokens, digits)
+
+
+def build_trials(
+    maker: TrialMaker,
+    variant: Variant,
     budgets: Sequence[Budget],
     seeds: Sequence[int],
-    known: Mapping[str, Cell],
-) -> list[Cell]:
-    """Every arm at every budget; arms that draw once per seed. ``known`` cells are not measured
+    known: Mapping[str, Trial],
+) -> list[Trial]:
+    """A variant at every budget, a stochastic one once per seed. ``known`` trials are not measured
     again."""
-    cells = []
-    for arm in arms:
-        if arm.name in UNBUDGETED:
-            made = maker.blind if arm.name == "blind" else maker.none
-            cells.append(known.get(arm.name) or made())
-            continue
-        if arm.exact:
-            cells.append(known.get(arm.name) or maker.exact(arm))
-            continue
-        for budget in budgets:
-            for seed in seeds if arm.draws else (0,):
-                name = maker.id_of(arm, budget, seed)
-                cells.append(known.get(name) or maker.make(arm, budget, seed))
-    return list({cell.id: cell for cell in cells}.values())
+    if variant.name in UNBUDGETED:
+        return [known.get(variant.name) or getattr(maker, variant.name)()]
+    if variant.as_published:
+        return [known.get(variant.name) or maker.as_published(variant)]
+    return [
+        known.get(maker.id_of(variant, budget, seed)) or maker.make(variant, budget, seed)
+        for budget in budgets
+        for seed in (seeds if variant.stochastic else (0,))
+    ]

@@ -3,89 +3,76 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.identity import canonical
-from tokprune.eval.sweep.reduced_input import SMALLER
+from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS
 from tokprune.methods import Method, available_methods, image_methods, make_method
-from tokprune.methods.base import option_names
-from tokprune.methods.depth import layer_options
 
-#: in this order; ``none`` is the unpruned model, ``blind`` the same on an empty picture, and
-#: ``downsample`` on a smaller one
-CONTROLS = ("none", "blind", "random", "grid", "pool", "downsample")
-#: controls of videos, beside those: ``frames`` shows fewer of them
-VIDEO_CONTROLS = (*CONTROLS, "frames")
-#: controls that leave the model as it is
-UNPATCHED = ("none", "blind", *SMALLER)
+#: controls that leave the model as it is: ``none`` is the unpruned model, ``blind`` the same on an
+#: empty image, ``downsample`` on a smaller one, and ``frames`` on fewer frames of a video
+UNPATCHED = ("none", "blind", *REDUCED_INPUTS)
 #: controls without a budget
 UNBUDGETED = ("none", "blind")
-#: options that are budgets of their own, which a sweep sets through ``keep``
-_BUDGETS = frozenset({"keep", "level", "r", "ratio", "dominant", "contextual", "window"})
-#: set to true among an arm's options: run the method with exactly these, matched to no budget
-EXACT = "exact"
+#: set to true among a variant's options: run the method with exactly these, matched to no budget
+AS_PUBLISHED = "as_published"
 
-#: published variants worth an arm of their own, for ``--variants``
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "centerclip": ({"algorithm": "spectral"}, {"place": "encoder"}, {"aggregate": "mean"}),
-    "cdpruner": ({"relevance": "text"},),
-    "dart": ({"pivot_order": "norm"},),
-    "fastv": ({"rows": "text"},),
-    "flowcut": ({"semantic": "cosine", "value_norm": "per_head"},),
-    "pitome": ({"variant": "head"}, {"variant": "paper"}, {"variant": "deit"}),
-    "sparsevlm": ({"version": "plus"}, {"recycle": 0.0}),
-    "todre": ({"select": "k_center"}, {"stage2": False}),
-    "tome": ({"variant": "pitome_baseline"},),
-    "transprune": ({"alpha": 1.0}, {"direction": "abs"}),
-}
+
+def controls(media: str = "image") -> tuple[str, ...]:
+    """Names of the controls, in the order of a run: those without a budget, methods that are
+    yardsticks, and reduced inputs (``frames`` for videos only)."""
+    methods = available_methods() if media == "video" else image_methods()
+    yardsticks = [name for name, cls in methods.items() if cls.control]
+    reduced = [name for name in REDUCED_INPUTS if media == "video" or name != "frames"]
+    return (*UNBUDGETED, *yardsticks, *reduced)
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One line of a plot. ``method`` None: an unpatched control; ``options``: those given, beside
-    the budget; with ``exact`` among them, all there are (a published setting): a single point."""
+class Variant:
+    """One line of a plot: a method with its options, or a control."""
 
+    #: None: a control that leaves the model unpatched
     method: str | None
     control: bool
+    #: as typed, beside the budget; with ``as_published`` among them the whole setting: one point
     options: Mapping[str, Any] = field(default_factory=dict)
     #: name of an unpatched control
     unpatched: str = ""
 
     @property
     def name(self) -> str:
-        """Its id, usable in file names: the method and the options given."""
+        """Its id, usable in file names: the method and its options."""
         if self.method is None:
             return self.unpatched
         parts = [f"{name}={_slug(value)}" for name, value in sorted(self.options.items())]
         return "+".join([self.method, *parts])
 
     @property
-    def exact(self) -> bool:
+    def as_published(self) -> bool:
         """Whether the options are the whole setting, budget included."""
-        return bool(self.options.get(EXACT))
+        return bool(self.options.get(AS_PUBLISHED))
 
-    def as_given(self) -> Method:
-        """The method object of an exact arm.
+    def published_method(self) -> Method:
+        """The method object of a published setting.
 
         Raises:
             ValueError: options do not fit.
         """
         assert self.method is not None
-        return make_method(self.method, **_without(self.options, EXACT))
+        return make_method(self.method, **_without(self.options, AS_PUBLISHED))
 
     @property
-    def draws(self) -> bool:
-        """Whether the answers depend on a seed."""
-        if self.exact:
+    def stochastic(self) -> bool:
+        """Whether the answers depend on the seeds of a sweep."""
+        if self.method is None or self.as_published:
             return False
-        if self.method is None or "seed" not in option_names(available_methods()[self.method]):
-            return False
-        return self.method != "todre" or self.options.get("pivot") == "random"
+        return make_method(self.method, **{**self.options, "keep": 1}).stochastic
 
     def at(self, keep: int | float, decoder_layers: int, seed: int = 0) -> Method:
         """The method object for a budget.
@@ -94,8 +81,8 @@ class Arm:
             ValueError: options or budget do not fit.
         """
         assert self.method is not None
-        options: dict[str, Any] = dict(layer_options(self.method, decoder_layers))
-        if self.draws:
+        options = available_methods()[self.method].options_for_depth(decoder_layers)
+        if self.stochastic:
             options["seed"] = seed
         return make_method(self.method, **{**options, **self.options, "keep": keep})
 
@@ -112,7 +99,7 @@ def _slug(value: Any) -> str:
 # ------------------------------------------------------------------------------- reading
 
 
-def parse_arm(spec: Any) -> tuple[str, dict[str, Any]]:
+def parse_variant(spec: Any) -> tuple[str, dict[str, Any]]:
     """Method name and options of ``"todre"``, ``"todre:select=k_center:tau=0.2"``, ``{"name":
     "todre", "select": "k_center"}`` or ``{"todre": {"select": "k_center"}}``.
 
@@ -132,7 +119,12 @@ def parse_arm(spec: Any) -> tuple[str, dict[str, Any]]:
             f"method {spec!r} should be a name, name:option=value, or a table with a name"
         )
     name = name.lower()
-    check_arm(name, options)
+    if "exact" in options and AS_PUBLISHED not in options:
+        warnings.warn(
+            f"option 'exact' of {name} is called {AS_PUBLISHED!r} now", FutureWarning, stacklevel=2
+        )
+        options[AS_PUBLISHED] = options.pop("exact")
+    check_variant(name, options)
     return name, options
 
 
@@ -141,8 +133,10 @@ def _from_mapping(spec: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
     if "name" in options:
         name = options.pop("name")
     elif len(options) == 1:
-        ((name, own),) = options.items()
-        options = dict(own) if isinstance(own, Mapping) else {} if own is None else {"": own}
+        ((name, value),) = options.items()
+        options = (
+            dict(value) if isinstance(value, Mapping) else {} if value is None else {"": value}
+        )
     else:
         name = None
     if not isinstance(name, str) or not all(isinstance(o, str) and o for o in options):
@@ -166,7 +160,7 @@ def parse_option(pair: str, where: str) -> tuple[str, Any]:
         return name, text.strip()
 
 
-def check_arm(name: str, options: Mapping[str, Any]) -> None:
+def check_variant(name: str, options: Mapping[str, Any]) -> None:
     """A known method with options that it has and takes.
 
     Raises:
@@ -178,69 +172,69 @@ def check_arm(name: str, options: Mapping[str, Any]) -> None:
         return
     if name not in available_methods():
         known = [*available_methods(), *UNPATCHED]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"method {name!r} is unknown; known: {', '.join(sorted(known))}.{hint}")
-    if EXACT in options:
-        if options[EXACT] is not True:
-            raise ValueError(f"option {EXACT!r} of {name} should be true, is {options[EXACT]!r}")
-        given = _without(options, EXACT)
-        try:
-            make_method(name, **given)
-        except TypeError as error:
-            raise ValueError(f"method {name} with {given!r}: {error}") from None
-        return
-    own = option_names(available_methods()[name])
-    for option in options:
-        if option in _BUDGETS & set(own) and not (name == "mustdrop" and option == "window"):
+    if AS_PUBLISHED in options:
+        if options[AS_PUBLISHED] is not True:
             raise ValueError(
-                f"option {option!r} of {name} is a budget, and a sweep sets budgets with keep"
+                f"option {AS_PUBLISHED!r} of {name} should be true, is {options[AS_PUBLISHED]!r}"
             )
+        whole = _without(options, AS_PUBLISHED)
+    else:
+        budgets = available_methods()[name].budget_options
+        for option in options:
+            if option in budgets:
+                raise ValueError(
+                    f"option {option!r} of {name} is a budget, and a sweep sets budgets with keep"
+                )
+        whole = {**options, "keep": 1}
     try:
-        make_method(name, **{**options, "keep": 1})
+        make_method(name, **whole)
     except TypeError as error:
         raise ValueError(f"method {name} with {dict(options)!r}: {error}") from None
 
 
-def build_arms(
+def build_variants(
     methods: Sequence[tuple[str, Mapping[str, Any]]],
-    controls: bool,
-    variants: bool,
+    with_controls: bool,
+    published: bool,
     media: str = "image",
-) -> list[Arm]:
-    """All arms of a sweep, each once: ``none``, other controls, then the methods as given.
+) -> list[Variant]:
+    """All variants of a sweep, each once: ``none``, other controls, then the methods as listed.
 
     Args:
-        methods: names with options; empty means every method for pictures, or for videos.
-        controls: include ``blind``, ``random``, ``grid``, ``pool``, ``downsample`` and, for videos,
-            ``frames``. ``none`` is always included: everything is compared with it.
-        variants: include the published variants of the methods as well.
-        media: what is asked about, "image" or "video".
+        methods: names with options; empty means every method for images, or for videos.
+        with_controls: include :func:`controls`. ``none`` is always included: everything is
+            compared with it.
+        published: include the published variants of the methods as well.
+        media: what the questions are about, "image" or "video".
 
     Raises:
-        ValueError: ``frames`` is wanted for pictures.
+        ValueError: ``frames`` is wanted for images.
     """
-    own = VIDEO_CONTROLS if media == "video" else CONTROLS
+    yardsticks = controls(media)
     every = available_methods() if media == "video" else image_methods()
-    wanted = list(methods) or [(name, {}) for name in every if name not in own]
+    wanted = list(methods) or [(name, {}) for name in every if name not in yardsticks]
     if media != "video" and any(name == "frames" for name, _ in wanted):
-        raise ValueError("'frames' is a control of videos, and the benchmark asks about pictures")
-    if variants:
+        raise ValueError("'frames' is a control of videos, and the benchmark asks about images")
+    if published:
         wanted += [
             (name, options)
-            for name in dict.fromkeys(name for name, _ in wanted)
-            for options in VARIANTS.get(name, ())
+            for name in dict.fromkeys(name for name, _ in wanted if name not in UNPATCHED)
+            for options in available_methods()[name].variants
         ]
-    first = list(own) if controls else ["none"]
-    arms = [_arm(name, {}) for name in first] + [_arm(name, options) for name, options in wanted]
-    return list({arm.name: arm for arm in arms}.values())
+    first: list[tuple[str, Mapping[str, Any]]] = [
+        (name, {}) for name in (yardsticks if with_controls else ("none",))
+    ]
+    variants = [_variant(name, options) for name, options in [*first, *wanted]]
+    return list({variant.name: variant for variant in variants}.values())
 
 
 def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {option: value for option, value in options.items() if option != name}
 
 
-def _arm(name: str, options: Mapping[str, Any]) -> Arm:
+def _variant(name: str, options: Mapping[str, Any]) -> Variant:
     if name in UNPATCHED:
-        return Arm(None, True, unpatched=name)
-    return Arm(name, name in VIDEO_CONTROLS and not options, dict(options))
+        return Variant(None, True, unpatched=name)
+    return Variant(name, available_methods()[name].control and not options, dict(options))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokprune.engine.decoder import rotate
+from tokprune.engine.layer_calls import rotate
 from tokprune.engine.tap import TapFunction
 
 

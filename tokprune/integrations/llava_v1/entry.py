@@ -86,7 +86,7 @@ class PrepareEntry(Entry):
         self.wrapped.append(name)
 
     def _length(self) -> int:
-        active = self.session.now.prefill or self.session.now.step
+        active = self.session.state.active
         return 0 if active is None else active.total
 
     def _generate(self, original: Callable[[], Any], call: dict[str, Any]) -> Any:
@@ -95,7 +95,7 @@ class PrepareEntry(Entry):
             return original()
         finally:
             self.generations.pop()
-            self.session.now.clear()
+            self.session.new_state()
 
     def _prepare(self, original: Callable[[], Any], call: dict[str, Any]) -> Any:
         ids, images = call["input_ids"], call["images"]
@@ -105,14 +105,14 @@ class PrepareEntry(Entry):
             self.model, self.session.facts, ids, call["attention_mask"], images,
             call.get("image_sizes"),
         )  # fmt: skip
-        now = self.session.now
-        now.tower = self.tower_pass(packed.layouts, images[0])
+        state = self.session.state
+        state.tower = self.tower_pass(packed.layouts, images[0])
         try:
             result = original()
-            now.tower.finish()
+            state.tower.finish()
             records = self.session.image_records(packed.layouts)
         finally:
-            now.tower = now.projected = None
+            state.tower = state.projected = None
         embeds = result[4]
         prompt = _Prompt(self.session, packed.prompt, records, embeds.shape)
         setattr(embeds, _ATTRIBUTE, prompt)
@@ -121,8 +121,7 @@ class PrepareEntry(Entry):
         return result
 
     def language_model_input(self, kwargs: dict[str, Any]) -> None:
-        now = self.session.now
-        now.clear()
+        state = self.session.new_state()
         cache, mask, embeds = cache_in(kwargs), kwargs.get("attention_mask"), None
         if kwargs.get("inputs_embeds") is not None:
             embeds = kwargs["inputs_embeds"]
@@ -134,7 +133,7 @@ class PrepareEntry(Entry):
         if (
             wants_maps
             and self.session.backend == "sdpa"
-            and (now.layout is not None or isinstance(cache, DynamicCache))
+            and (state.layout is not None or isinstance(cache, DynamicCache))
         ):
             raise ValueError(
                 "output_attentions=True makes sdpa attention of transformers 4.37 fall back to "
@@ -169,5 +168,5 @@ class PrepareEntry(Entry):
                 f"attention_mask has {mask.shape[1]} columns; it should have {past + length} "
                 f"({past} cached and {length} new tokens)"
             )
-        self.session.now.image_records = prompt.records
+        self.session.state.image_records = prompt.records
         return prompt.layout.repeated(repeats)

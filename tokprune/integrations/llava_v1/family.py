@@ -37,6 +37,7 @@ class LlavaV1(Family):
     name = "llava-v1"
     model_classes = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
     legacy = True
+    package = "llava"
     refused = REFUSED
 
     def unavailable(self) -> str | None:

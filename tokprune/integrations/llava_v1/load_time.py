@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tokprune.api import patch
-from tokprune.methods.base import Method, make_method
+from tokprune.methods.base import Method
+from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
 
 

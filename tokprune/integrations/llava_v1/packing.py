@@ -22,7 +22,7 @@ NEWLINE, TEXT = -1, -2
 
 
 def is_anyres(config: Any) -> bool:
-    """Whether pictures are cut into tiles."""
+    """Whether images are cut into tiles."""
     return getattr(config, "image_aspect_ratio", None) == "anyres"
 
 
@@ -77,7 +77,7 @@ def pack(
     Raises:
         PromptMismatchError: more placeholders than images, or an image is cut off by
             ``config.tokenizer_model_max_length``.
-        ValueError: anyres pictures without ``sizes``.
+        ValueError: anyres images without ``sizes``.
     """
     listed = isinstance(images, (list, tuple)) or images.ndim == 5
     tiles = [x.shape[0] if x.ndim == 4 else 1 for x in images] if listed else [1] * len(images)
@@ -87,7 +87,7 @@ def pack(
     config = model.config
     if sizes is None and max(tiles) > 1 and is_anyres(config):
         raise ValueError(
-            "image_sizes is missing: pictures of several tiles (image_aspect_ratio='anyres') are "
+            "image_sizes is missing: images of several tiles (image_aspect_ratio='anyres') are "
             "packed by their (width, height)"
         )
 
@@ -174,7 +174,7 @@ def _layouts(
 
 
 def _tile_grid(model: Any, size: Sequence[int]) -> tuple[int, int]:
-    """Tiles (down, across) of a picture of this (width, height)."""
+    """Tiles (down, across) of an image of this (width, height)."""
     from llava.mm_utils import get_anyres_image_grid_shape
 
     side = model.get_vision_tower().config.image_size

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokprune.methods.base import Method, available_methods, make_method, option_names
-from tokprune.methods.setting import load_setting
+from tokprune.errors import did_you_mean
+from tokprune.eval.sweep.settings import Settings
+from tokprune.eval.sweep.trials import Trial
+from tokprune.integrations.lmms_eval.wrapped import Base, base_class, parameters
+from tokprune.methods.base import Method
+from tokprune.methods.registry import available_methods, make_method, option_names
+from tokprune.methods.setting import SCHEMA, load_setting
 from tokprune.models import resolve
 
 CONTROLS = ("blind", "downsample")
+#: the setting's file in a trial's folder
+SETTING = "setting.json"
+#: letters that lmms-eval's list of arguments cannot hold
+_SPECIAL = frozenset(",\"'[]{}")
 #: arguments of the plug-in itself
-OWN = ("base", "method", "setting", "setting_sha", "control", "factor")
+OURS = ("base", "method", "setting", "setting_sha", "control", "factor")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """``base``: name of the wrapped model as typed, ``base_class``: its class, ``passed``: its own
-    arguments; ``method`` None: nothing is compressed; ``control``: "blind", "downsample" (by
-    ``factor``) or None."""
+    """What ``--model_args`` says."""
 
+    #: name of the wrapped model as typed, and its class
     base: str
     base_class: type
+    #: arguments of that class
     passed: Mapping[str, Any] = field(default_factory=dict)
+    #: None: nothing is compressed
     method: Method | None = None
+    #: "blind", "downsample" (by ``factor``) or None
     control: str | None = None
     factor: float | None = None
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """What is done, for people."""
         if self.control == "downsample":
             return f"downsample(factor={self.factor:.4g})"
@@ -57,17 +66,16 @@ def read_arguments(text: str, force_simple: bool = False) -> Arguments:
         OSError: the setting cannot be read.
         ImportError: the wrapped class needs a package that is not installed.
     """
-    given = _parsed(text)
-    base = given.get("base")
-    base_class = _base_class(base, force_simple)
-    own = {name: given.pop(name, None) for name in OWN}
-    method_class = _method_class(own)
-    options, passed = _sorted(given, str(base), base_class, method_class)
+    others = _parsed(text)
+    ours = {name: others.pop(name, None) for name in OURS}
+    base, cls = str(ours["base"]), base_class(ours["base"], force_simple)
+    method_class = _method_class(ours)
+    options, passed = _sorted(others, base, cls, method_class)
     if "pretrained" in passed:
         passed["pretrained"] = resolve(str(passed["pretrained"]))  # "mini", which ships with us
-    method = _method(own, method_class, options)
-    control, factor = _control(own, method)
-    return Arguments(str(base), base_class, passed, method, control, factor)
+    method = _method(ours, method_class, options)
+    control, factor = _control(ours, method)
+    return Arguments(base, cls, passed, method, control, factor)
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -81,44 +89,12 @@ def _parsed(text: str) -> dict[str, Any]:
         ) from None
 
 
-def _base_class(base: Any, force_simple: bool) -> type:
-    from lmms_eval.models import get_model, list_available_models
-
-    if base is None:
-        raise ValueError("base is missing: it should name an lmms-eval model, as in base=llava_hf")
-    known = [n for n in list_available_models(include_aliases=True) if n != "tokprune"]
-    if base not in known:
-        near = difflib.get_close_matches(str(base), known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"base={base!r} should be an lmms-eval model: {', '.join(known)}.{hint}")
-    found: type = get_model(base, force_simple)
-    return found
-
-
-def parameters(cls: type) -> tuple[dict[str, Any], bool]:
-    """Names and defaults of what a class takes, and whether it may take more than these."""
-    names: dict[str, Any] = {}
-    for part in cls.__mro__:
-        if "__init__" not in vars(part):
-            continue
-        own = list(inspect.signature(vars(part)["__init__"]).parameters.values())[1:]
-        for p in own:
-            if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
-                names.setdefault(p.name, p.default)
-        if not any(p.kind is p.VAR_KEYWORD for p in own):
-            return names, False
-        if any(p.kind is p.VAR_POSITIONAL for p in own):
-            continue  # hands everything to the class above
-        return names, True
-    return names, True
-
-
 # ------------------------------------------------------------------------------- method
 
 
-def _method_class(own: Mapping[str, Any]) -> type[Method] | None:
-    name = own["method"]
-    if name is not None and own["setting"] is not None:
+def _method_class(ours: Mapping[str, Any]) -> type[Method] | None:
+    name = ours["method"]
+    if name is not None and ours["setting"] is not None:
         raise ValueError("give method or setting, not both: a setting names its method")
     if name is None or name == "none":
         return None
@@ -129,14 +105,14 @@ def _method_class(own: Mapping[str, Any]) -> type[Method] | None:
 
 
 def _sorted(
-    given: Mapping[str, Any], base: str, base_class: type, method: type[Method] | None
+    others: Mapping[str, Any], base: str, cls: type, method: type[Method] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the method, and arguments of the wrapped class."""
-    takes, open_ended = parameters(base_class)
+    takes, open_ended = parameters(cls)
     has = [] if method is None else option_names(method)
     options: dict[str, Any] = {}
     passed: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in others.items():
         prefix, dot, rest = name.partition(".")
         if dot and prefix == "option":
             options[rest] = _option(value)
@@ -160,23 +136,18 @@ def _sorted(
 
 
 def _refuse(
-    name: str,
-    base: str,
-    takes: Mapping[str, Any],
-    open_ended: bool,
-    has: list[str],
+    name: str, base: str, takes: Mapping[str, Any], open_ended: bool, has: list[str],
     method: type[Method] | None,
-) -> None:
+) -> None:  # fmt: skip
     """Nobody's argument, unless the wrapped class takes any."""
-    near = difflib.get_close_matches(name, [*has, *OWN, *takes], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, [*has, *OURS, *takes])
     if method is None and any(name in option_names(m) for m in available_methods().values()):
         raise ValueError(f"option {name!r} belongs to a method, but method is not given")
-    if open_ended and not near:
+    if open_ended and not hint:
         return
     with_method = f", to {method.name} (it has: {', '.join(has)})" if method is not None else ""
     raise ValueError(
-        f"{name!r} is unknown to tokprune ({', '.join(OWN)}){with_method} and to {base} "
+        f"{name!r} is unknown to tokprune ({', '.join(OURS)}){with_method} and to {base} "
         f"({', '.join(takes)}).{hint}"
         + (f" Write base.{name}=… to pass it on all the same." if open_ended else "")
     )
@@ -195,11 +166,11 @@ def _option(value: Any) -> Any:
 
 
 def _method(
-    own: Mapping[str, Any], cls: type[Method] | None, options: Mapping[str, Any]
+    ours: Mapping[str, Any], cls: type[Method] | None, options: Mapping[str, Any]
 ) -> Method | None:
-    if own["setting"] is not None:
-        return _setting(str(own["setting"]), own["setting_sha"])
-    if own["setting_sha"] is not None:
+    if ours["setting"] is not None:
+        return _setting(str(ours["setting"]), ours["setting_sha"])
+    if ours["setting_sha"] is not None:
         raise ValueError("setting_sha is given, but setting is not")
     return None if cls is None else make_method(cls.name, **options)
 
@@ -229,11 +200,11 @@ def _setting(path: str, sha: Any) -> Method | None:
         if value.get("options"):
             raise ValueError(f"setting {path}: 'options' are given, but 'method' is null")
         return None
-    return load_setting({"schema": 1, **value})
+    return load_setting({"schema": SCHEMA, **value})
 
 
-def _control(own: Mapping[str, Any], method: Method | None) -> tuple[str | None, float | None]:
-    control, factor = own["control"], own["factor"]
+def _control(ours: Mapping[str, Any], method: Method | None) -> tuple[str | None, float | None]:
+    control, factor = ours["control"], ours["factor"]
     if control is not None and control not in CONTROLS:
         raise ValueError(f"control={control!r} should be one of {', '.join(CONTROLS)}")
     if control is not None and method is not None:
@@ -247,3 +218,56 @@ def _control(own: Mapping[str, Any], method: Method | None) -> tuple[str | None,
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 <= factor < 1e4:
         raise ValueError(f"factor={factor!r} should be a number from 1: by how much sides shrink")
     return control, float(factor)
+
+
+# ------------------------------------------------------------------------- written by a sweep
+
+
+def join(args: Mapping[str, Any]) -> str:
+    """The text of ``--model_args``.
+
+    Raises:
+        ValueError: a value that such a text cannot hold.
+    """
+    for name, value in args.items():
+        text = str(value)
+        if _SPECIAL & set(text) or text != text.strip() or not text:
+            raise ValueError(
+                f"{name}={text!r} cannot be passed to lmms-eval, whose arguments hold no commas, "
+                "quotes or brackets"
+            )
+    return ",".join(f"{name}={value}" for name, value in args.items())
+
+
+def setting_text(trial: Trial) -> str | None:
+    """The JSON file that names the method of a trial; None where the model stays unpatched."""
+    if trial.entry["method"] is None:
+        return None
+    setting = {"schema": SCHEMA, "method": trial.entry["method"], "options": trial.entry["options"]}
+    return json.dumps(setting, indent=1, sort_keys=True) + "\n"
+
+
+def model_arguments(
+    settings: Settings, base: Base, trial: Trial, pretrained: str, device: str
+) -> str:
+    """The text of ``--model_args``. The setting's content is named by its hash, since lmms-eval
+    knows a model by this text only.
+
+    Raises:
+        ValueError: the model's path holds letters that such a text cannot.
+    """
+    args: dict[str, Any] = {"base": base.name, "pretrained": pretrained}
+    if base.takes("dtype"):
+        args["dtype"] = trial.entry["dtype"]
+    if device == "cpu" and base.takes("device_map"):
+        args["device_map"] = "cpu"
+    args |= settings.model_args
+    setting = setting_text(trial)
+    if setting is not None:
+        args["setting"] = SETTING
+        args["setting_sha"] = hashlib.sha256(setting.encode()).hexdigest()
+    elif trial.blind:
+        args["control"] = "blind"
+    elif trial.reduced_input is not None:
+        args |= {"control": "downsample", "factor": repr(trial.reduced_input.factor)}
+    return join(args)

@@ -15,7 +15,7 @@ from lmms_eval.api.instance import TokenCounts
 class Sample:
     """One answered question; names and units as in a row of a run folder (docs/results.md).
 
-    ``images``: pictures in the prompt; ``tokens_in``: visual tokens before compression;
+    ``images``: images in the prompt; ``tokens_in``: visual tokens before compression;
     ``prefill_seconds``: from the start of ``generate`` to the end of its first forward pass, and
     ``seconds`` to its end, both divided by the rows of its batch. None: not known.
     """
@@ -41,12 +41,12 @@ class Sample:
     def to_dict(self) -> dict[str, Any]:
         """Numbers rounded as in a run folder; ``status`` is "ok" or "failed"."""
         digits = {"tokens_mean": 4, "prefill_seconds": 6, "seconds": 6}
-        told = {
+        numbers = {
             name: round(value, digits[name]) if name in digits and value is not None else value
             for name, value in dataclasses.asdict(self).items()
         }
-        error = told.pop("error")
-        return {**told, "status": self.status, "error": error}
+        error = numbers.pop("error")
+        return {**numbers, "status": self.status, "error": error}
 
 
 NUMBERS = tuple(f.name for f in dataclasses.fields(Sample) if f.name != "error")

@@ -9,7 +9,8 @@ from torch import nn
 
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import family_of, supported_models
-from tokprune.integrations.lmms_eval.arguments import Arguments, parameters
+from tokprune.integrations.lmms_eval.arguments import Arguments
+from tokprune.integrations.lmms_eval.wrapped import parameters
 from tokprune.loading import check_plan, model_class
 from tokprune.models import resolve
 

@@ -1,4 +1,4 @@
-"""Pictures made smaller or empty on their way from a task to a model."""
+"""Images made smaller or empty on their way from a task to a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Change = Callable[[Any], Any]
 
 
 def change_of(arguments: Arguments) -> Change | None:
-    """What happens to a picture, None for nothing."""
+    """What happens to an image, None for nothing."""
     if arguments.control == "blind":
         return blank
     if arguments.factor is not None:
@@ -22,20 +22,20 @@ def change_of(arguments: Arguments) -> Change | None:
 
 
 def changed_visuals(function: Callable[..., Any], change: Change) -> Callable[..., Any]:
-    """A ``doc_to_visual`` whose pictures are changed.
+    """A ``doc_to_visual`` whose images are changed.
 
     Raises (when called):
-        ValueError: it gives something other than pictures (a video, a path), which cannot be.
+        ValueError: it gives something other than images (a video, a path), which cannot be.
     """
 
     def visuals(*args: Any, **kwargs: Any) -> Any:
-        return [_changed(picture, change) for picture in function(*args, **kwargs) or []]
+        return [_changed(image, change) for image in function(*args, **kwargs) or []]
 
     return visuals
 
 
 def changed_messages(function: Callable[..., Any], change: Change) -> Callable[..., Any]:
-    """A ``doc_to_messages`` whose pictures are changed; raises as :func:`changed_visuals`."""
+    """A ``doc_to_messages`` whose images are changed; raises as :func:`changed_visuals`."""
 
     def part(content: Any) -> Any:
         if isinstance(content, dict) and content.get("type") in ("image", "video"):
@@ -53,12 +53,11 @@ def changed_messages(function: Callable[..., Any], change: Change) -> Callable[.
     return messages
 
 
-def _changed(picture: Any, change: Change) -> Any:
+def _changed(image: Any, change: Change) -> Any:
     from PIL import Image
 
-    if not isinstance(picture, Image.Image):
+    if not isinstance(image, Image.Image):
         raise ValueError(
-            f"control needs pictures, and this task gives {type(picture).__name__}: "
-            f"{str(picture)[:80]!r}"
+            f"control needs images, and this task gives {type(image).__name__}: {str(image)[:80]!r}"
         )
-    return change(picture.convert("RGB"))
+    return change(image.convert("RGB"))

@@ -10,9 +10,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.tasks import TaskManager
 from loguru import logger
 
-from tokprune.integrations.lmms_eval.arguments import Arguments, parameters, read_arguments
+from tokprune.integrations.lmms_eval.arguments import Arguments, read_arguments
 from tokprune.integrations.lmms_eval.find import check_fit
 from tokprune.integrations.lmms_eval.run import Run
+from tokprune.integrations.lmms_eval.wrapped import parameters
 
 
 class Compressed:
@@ -54,19 +55,19 @@ def make(arguments: Arguments, additional: Mapping[str, Any] | None = None) -> A
     lm = cls(**_placed(arguments, {**arguments.passed, **more}))
     lm._tokprune = Run(lm, arguments)
     _name_tasks_after(arguments.base)
-    logger.info(f"tokprune: {arguments.base} with {arguments.told}")
+    logger.info(f"tokprune: {arguments.base} with {arguments.description}")
     return lm
 
 
-def _placed(arguments: Arguments, given: dict[str, Any]) -> dict[str, Any]:
+def _placed(arguments: Arguments, values: dict[str, Any]) -> dict[str, Any]:
     """Some classes (llava_hf) say ``device_map=""`` for one device, which transformers 5 refuses;
     several processes need it, since it makes them take a device each."""
     takes, _ = parameters(arguments.base_class)
-    if "device_map" in given or takes.get("device_map") != "":
-        return given
+    if "device_map" in values or takes.get("device_map") != "":
+        return values
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return given
-    return {**given, "device_map": str(given.get("device", takes.get("device", "cuda")))}
+        return values
+    return {**values, "device_map": str(values.get("device", takes.get("device", "cuda")))}
 
 
 def _name_tasks_after(base: str) -> None:

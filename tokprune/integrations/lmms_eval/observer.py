@@ -1,4 +1,4 @@
-"""Watch a model generate: what it was given, how many tokens were left, how long it took."""
+"""Observe a model that generates: its inputs, how many tokens were left, how long it took."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tokprune.integrations.lmms_eval.counts import Sample
 from tokprune.trace import PrefillTrace, Trace
 from tokprune.trace.costs import (
     Numbers,
-    pictures_of_rows,
+    images_of_rows,
     traced_numbers,
     unpruned_numbers,
     unpruned_of,
 )
 
-#: arguments of ``generate`` that hold pictures or videos
-_PICTURES = ("pixel_values", "pixel_values_videos", "images", "image_embeds")
+#: arguments of ``generate`` that hold images or videos
+_IMAGES = ("pixel_values", "pixel_values_videos", "images", "image_embeds")
 
-NOTHING = "RuntimeError: the method saw no picture: nothing was compressed"
+NOTHING = "RuntimeError: the method saw no image: nothing was compressed"
 
 
 def described(error: BaseException) -> str:
@@ -55,28 +55,27 @@ class _FirstForward:
 
 
 @dataclass
-class Watch:
-    """Stands in for ``model.generate`` until :meth:`stop`; what passes through is unchanged.
+class Observer:
+    """Stands in for ``model.generate`` until :meth:`stop`; what passes through is unchanged."""
 
-    ``samples``: one per row of every call since :meth:`forget`; a call that raised leaves one with
-    its error. ``trace``: of the method at work, None without one. ``resized``: the pictures are
-    smaller than the task gave them, so that what they would cost at full size is known only where
-    all pictures cost the same.
-    """
-
-    known: BoundModel
+    bound: BoundModel
+    #: of the method at work, None without one
     trace: Trace | None = None
+    #: the images are smaller than the task has them, so that what they would cost at full size is
+    #: known only where all images cost the same
     resized: bool = False
 
     def __post_init__(self) -> None:
+        #: one per row of every call since :meth:`forget`; a call that raised leaves one with its
+        #: error
         self.samples: list[Sample] = []
         self._prefills = 0
-        self._generate = self.known.model.generate
-        self.known.model.generate = self._watched
+        self._generate = self.bound.model.generate
+        self.bound.model.generate = self._observed
 
     def stop(self) -> None:
-        """Give the model its own ``generate`` back."""
-        vars(self.known.model).pop("generate", None)
+        """Take the stand-in away."""
+        vars(self.bound.model).pop("generate", None)
 
     def forget(self) -> None:
         self.samples = []
@@ -96,10 +95,10 @@ class Watch:
 
     # ------------------------------------------------------------------------- one call
 
-    def _watched(self, *args: Any, **kwargs: Any) -> Any:
-        device = self.known.model.device
+    def _observed(self, *args: Any, **kwargs: Any) -> Any:
+        device = self.bound.model.device
         prefills = 0 if self.trace is None else self.trace.prefills
-        first = _FirstForward(self.known.model, device)
+        first = _FirstForward(self.bound.model, device)
         start = first.start()
         try:
             out = self._generate(*args, **kwargs)
@@ -141,24 +140,24 @@ class Watch:
         if self.trace is not None and self.trace.prefills > prefills:
             assert self.trace.last is not None
             return _traced(self.trace.last)
-        with_pictures = any(inputs.get(name) is not None for name in _PICTURES)
-        if self.trace is not None and with_pictures:
+        with_images = any(inputs.get(name) is not None for name in _IMAGES)
+        if self.trace is not None and with_images:
             return [Sample(error=NOTHING)] * (1 if ids is None else len(ids))
         if ids is None:
             return []
         try:
-            pictures = pictures_of_rows(self.known, inputs)
-            plain = unpruned_numbers(self.known, inputs)
+            images = images_of_rows(self.bound, inputs)
+            unpruned = unpruned_numbers(self.bound, inputs)
         except Exception as error:  # the answer stands; only its cost is not known
             from loguru import logger
 
             logger.warning(f"tokprune: no numbers for a prompt: {described(error)}")
             return [Sample()] * len(ids)
         rows = [
-            _sample(len(own), numbers, numbers)
-            for own, numbers in zip(pictures, plain, strict=True)
+            _sample(len(shown), numbers, numbers)
+            for shown, numbers in zip(images, unpruned, strict=True)
         ]
-        if self.resized and self.known.family.max_tiles(self.known.model) > 1:
+        if self.resized and self.bound.family.max_tiles(self.bound.model) > 1:
             unknown: dict[str, Any] = dict.fromkeys(
                 ("tokens_in", "macs_unpruned", "kv_bytes_unpruned", "prompt_tokens")
             )
@@ -166,8 +165,8 @@ class Watch:
         return rows
 
     def _ends(self, kwargs: Mapping[str, Any]) -> set[int]:
-        own = self.known.model.generation_config.eos_token_id
-        return end_tokens(kwargs.get("eos_token_id", own))
+        default = self.bound.model.generation_config.eos_token_id
+        return end_tokens(kwargs.get("eos_token_id", default))
 
 
 def _traced(prefill: PrefillTrace) -> list[Sample]:
@@ -180,17 +179,17 @@ def _traced(prefill: PrefillTrace) -> list[Sample]:
     ]
 
 
-def _sample(images: int, own: Numbers, plain: Numbers) -> Sample:
+def _sample(images: int, pruned: Numbers, unpruned: Numbers) -> Sample:
     return Sample(
         images=images,
-        tokens_in=int(plain.tokens_last),
-        tokens_last=own.tokens_last,
-        tokens_mean=own.tokens_mean,
-        macs=own.macs,
-        macs_unpruned=plain.macs,
-        kv_bytes=own.kv_bytes,
-        kv_bytes_unpruned=plain.kv_bytes,
-        prompt_tokens=plain.prompt_tokens,
+        tokens_in=int(unpruned.tokens_last),
+        tokens_last=pruned.tokens_last,
+        tokens_mean=pruned.tokens_mean,
+        macs=pruned.macs,
+        macs_unpruned=unpruned.macs,
+        kv_bytes=pruned.kv_bytes,
+        kv_bytes_unpruned=unpruned.kv_bytes,
+        prompt_tokens=unpruned.prompt_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""Requests of lmms-eval, answered by a wrapped model under watch."""
+"""Requests of lmms-eval, answered by a wrapped model that is observed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokprune.integrations.lmms_eval.arguments import Arguments
 from tokprune.integrations.lmms_eval.counts import NUMBERS, Counts, Sample, mean
 from tokprune.integrations.lmms_eval.find import find_model
 from tokprune.integrations.lmms_eval.images import change_of, changed_messages, changed_visuals
-from tokprune.integrations.lmms_eval.observer import NOTHING, Watch, described
+from tokprune.integrations.lmms_eval.observer import NOTHING, Observer, described
 
 #: a run whose first samples have all failed, this many of them, is given up. (A few that fail can
 #: be all that a response cache has left to do.)
@@ -39,15 +39,15 @@ class Run:
     def __init__(self, lm: Any, arguments: Arguments) -> None:
         self.lm = lm
         self.change = change_of(arguments)
-        known = bind(find_model(lm, arguments.base))
-        trace = None if arguments.method is None else patch(known.model, arguments.method)
-        self.watch = Watch(known, trace, resized=arguments.control == "downsample")
+        bound = bind(find_model(lm, arguments.base))
+        trace = None if arguments.method is None else patch(bound.model, arguments.method)
+        self.observer = Observer(bound, trace, resized=arguments.control == "downsample")
         self.samples: list[Sample] = []
 
     def close(self) -> None:
         """Leave the model as it was."""
-        self.watch.stop()
-        unpatch(self.watch.known.model)
+        self.observer.stop()
+        unpatch(self.observer.bound.model)
 
     # ------------------------------------------------------------------------- requests
 
@@ -55,7 +55,7 @@ class Run:
         self, answer: Callable[[list[Any]], Sequence[Any]], requests: Sequence[Any]
     ) -> list[GenerationResult]:
         """One result per request. What fails, fails alone: its text is empty, so that it scores
-        as a wrong answer and no cache keeps it.
+        as an incorrect answer and no cache keeps it.
 
         Raises:
             RuntimeError: the first samples have all failed.
@@ -82,43 +82,43 @@ class Run:
         Raises:
             NotImplementedError: a kind that the method or the control cannot serve.
         """
-        if kind == "loglikelihood" and self.watch.trace is not None:
+        if kind == "loglikelihood" and self.observer.trace is not None:
             raise NotImplementedError(
                 "loglikelihood requests need a logit for every token of the prompt, and a "
                 "compressed model has them for those that are left; use tasks that generate"
             )
         if self.change is not None and kind != "loglikelihood":
-            raise NotImplementedError(f"control cannot change the pictures of {kind} requests")
-        self.watch.forget()
-        outputs = answer([self._own(request) for request in requests])
-        failed = [s.error for s in self.watch.samples if s.error is not None]
+            raise NotImplementedError(f"control cannot change the images of {kind} requests")
+        self.observer.forget()
+        outputs = answer([self._copy(request) for request in requests])
+        failed = [s.error for s in self.observer.samples if s.error is not None]
         if failed:
             logger.error(f"tokprune: {len(failed)} answers failed; the first: {failed[0]}")
-        elif requests and self.watch.trace is not None and not self.watch.compressed():
+        elif requests and self.observer.trace is not None and not self.observer.compressed():
             logger.error(f"tokprune: {kind}: {NOTHING}")
         return outputs
 
     def _chunk(
         self, answer: Callable[[list[Any]], Sequence[Any]], chunk: Sequence[Any]
     ) -> list[GenerationResult]:
-        self.watch.forget()
+        self.observer.forget()
         problem = None
         outputs: Sequence[Any] = [""] * len(chunk)
         try:
-            outputs = answer([self._own(request) for request in chunk])
+            outputs = answer([self._copy(request) for request in chunk])
         except Exception as error:
             problem = described(error)
         # an error inside generate may have been swallowed on its way
-        problem = next((s.error for s in self.watch.samples if s.error), problem)
+        problem = next((s.error for s in self.observer.samples if s.error), problem)
         if problem is not None and len(chunk) > 1:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the batch may have been too large
             return [result for request in chunk for result in self._chunk(answer, [request])]
-        if problem is None and not self.watch.samples:
-            unseen = self.watch.unseen()
+        if problem is None and not self.observer.samples:
+            unseen = self.observer.unseen()
             if unseen is not None:
-                self.watch.samples = [unseen]
-            elif self.watch.trace is not None:
+                self.observer.samples = [unseen]
+            elif self.observer.trace is not None:
                 problem = f"{NOTHING}: generate of the patched model was not called"
         samples = self._samples(len(chunk), problem)
         self.samples += samples
@@ -127,19 +127,19 @@ class Run:
     def _samples(self, requests: int, problem: str | None) -> list[Sample]:
         """One per request: its own where there is one request, else the mean of the batch, since
         the wrapped model is free to reorder it."""
-        rows = self.watch.samples
+        rows = self.observer.samples
         sample = mean(rows) if rows else Sample()
         if len(rows) > requests:  # several calls for one answer: their costs add up
             share = len(rows) / requests
             summed = ("macs", "macs_unpruned", "new_tokens", "prefill_seconds", "seconds")
-            known = {n: v * share for n in summed if (v := getattr(sample, n)) is not None}
-            sample = replace(sample, **known)
+            totals = {n: v * share for n in summed if (v := getattr(sample, n)) is not None}
+            sample = replace(sample, **totals)
         return [replace(sample, error=problem)] * requests
 
-    def _own(self, request: Any) -> Any:
+    def _copy(self, request: Any) -> Any:
         """A copy whose generation arguments the wrapped model may change (many do, which would
         also change the key under which a response cache stores the answer)."""
-        own = copy.copy(request)
+        copied = copy.copy(request)
         arguments = [
             copy.deepcopy(value) if isinstance(value, dict) else value for value in request.args
         ]
@@ -147,8 +147,8 @@ class Run:
             at, changed = (2, changed_visuals) if self.lm.is_simple else (1, changed_messages)
             if len(arguments) > at and callable(function := arguments[at]):
                 arguments[at] = changed(function, self.change)
-        own.arguments = tuple(arguments)
-        return own
+        copied.arguments = tuple(arguments)
+        return copied
 
     def _batch_size(self) -> int:
         size = getattr(self.lm, "batch_size", 1)
@@ -171,19 +171,19 @@ class Run:
         if failed:
             how = "every one" if len(failed) == len(samples) else f"{len(failed)}"
             logger.error(
-                f"tokprune: {how} of {len(samples)} samples failed and counts as a wrong answer; "
-                f"the first: {failed[0].error}"
+                f"tokprune: {how} of {len(samples)} samples failed and counts as an incorrect "
+                f"answer; the first: {failed[0].error}"
             )
         means = mean(samples)
         seconds = sum(s.seconds or 0.0 for s in samples)
         tokens = round(sum(s.new_tokens or 0 for s in samples))
-        told = {n: v for n in NUMBERS if (v := getattr(means, n)) is not None}
+        numbers = {n: v for n in NUMBERS if (v := getattr(means, n)) is not None}
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
             additional_metrics={
-                **{f"tokprune_{name}": value for name, value in told.items()},
+                **{f"tokprune_{name}": value for name, value in numbers.items()},
                 "tokprune_failed": len(failed) / len(samples),
             },
         )
@@ -205,8 +205,8 @@ def _result(output: Any, sample: Sample) -> GenerationResult:
     )
 
 
-def _either(told: int | None, counted: float | None) -> int | None:
-    return told if told is not None or counted is None else round(counted)
+def _either(reported: int | None, counted: float | None) -> int | None:
+    return reported if reported is not None or counted is None else round(counted)
 
 
 @contextmanager

@@ -31,15 +31,15 @@ class MiniBenchmark(Benchmark):
     splits = tuple(SPLITS)
     tasks = TASKS
     groups = GROUPS
-    #: types that the embedded model answers right in at least 80 % of the test split; ``count`` and
-    #: ``relation`` stay below that and are reported beside them
+    #: types that the embedded model answers correctly in at least 80 % of the test split; ``count``
+    #: and ``relation`` stay below that and are reported beside them
     headline = tuple(task for task in TASKS if task not in ("count", "relation"))
     max_new_tokens = 8
 
     def items(
         self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
     ) -> list[Item]:
-        split, wanted = self.asked(split, tasks, limit)
+        split, wanted = self.selected(split, tasks, limit)
         chosen = [item for item in _all_items(split) if item.task in wanted]
         return chosen[:limit]
 
@@ -58,9 +58,9 @@ def _all_items(split: str) -> tuple[Item, ...]:
         rng = random_state(scene.key, "questions")
         # the types that lack most come first
         order = sorted(rng.permutation(list(TASKS)), key=lambda task: len(found[task]))
-        asked = 0
+        chosen = 0
         for task in map(str, order):
-            if asked == PER_SCENE:
+            if chosen == PER_SCENE:
                 break
             if len(found[task]) == number or (pair := ask(scene, task, rng)) is None:
                 continue
@@ -76,6 +76,6 @@ def _all_items(split: str) -> tuple[Item, ...]:
                     meta={"scene": [seed, scene_number]},
                 )
             )
-            asked += 1
+            chosen += 1
         scene_number += 1
     return tuple(found[task][i] for i in range(number) for task in TASKS)

@@ -50,8 +50,8 @@ def _unique(scene: Scene) -> dict[str, Thing]:
 
 
 def _presence(scene: Scene, rng: np.random.RandomState) -> Pair | None:
-    """Half about kinds alone, half about a coloured shape; a wrong one of these has a colour and
-    a shape that do occur, on different objects (a hard negative)."""
+    """Half about kinds alone, half about a coloured shape; an incorrect one of these has a colour
+    and a shape that do occur, on different objects (a hard negative)."""
     here = {(t.kind, t.color) for t in scene.things if t.color}
     if rng.rand() < 0.5 and here:
         if rng.rand() < 0.5:

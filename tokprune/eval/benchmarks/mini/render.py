@@ -28,14 +28,14 @@ _SUPER = 8  # shapes are drawn this much larger, then reduced
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, SIDE × SIDE. The same scene gives the same pixels."""
+    """The image of a scene, RGB, SIDE × SIDE. The same scene gives the same pixels."""
     rng = random_state(scene.key, "render")
-    picture = ground(rng)
+    image = ground(rng)
     for thing in (*scene.distractors, *scene.things):
-        paste(picture, thing, rng)
+        paste(image, thing, rng)
     for plate in scene.plates:
-        draw_plate(picture, plate)
-    return picture
+        draw_plate(image, plate)
+    return image
 
 
 def ground(rng: np.random.RandomState) -> Image.Image:
@@ -54,9 +54,9 @@ def ground(rng: np.random.RandomState) -> Image.Image:
             level = Image.fromarray(np.ascontiguousarray(noise[:, :, channel]))
             level = level.resize((small, small), Image.Resampling.BILINEAR)
             pixels[:, :, channel] += np.asarray(level)
-    picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture, "RGBA")
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image, "RGBA")
     for _ in range(rng.randint(8, 18)):
         tint = (*(int(v) for v in rng.randint(20, 235, 3)), int(rng.randint(50, 190)))
         x, y = rng.randint(0, SIDE, 2)
@@ -67,16 +67,16 @@ def ground(rng: np.random.RandomState) -> Image.Image:
         else:
             end = (int(x + rng.randint(-60, 60)), int(y + rng.randint(-60, 60)))
             draw.line([(int(x), int(y)), end], fill=tint, width=int(rng.randint(1, 4)))
-    return picture
+    return image
 
 
-def paste(picture: Image.Image, thing: Thing, rng: np.random.RandomState) -> None:
-    """Draw an object into a picture; ``rng`` moves and shrinks it a little inside its patches."""
+def paste(image: Image.Image, thing: Thing, rng: np.random.RandomState) -> None:
+    """Draw an object into an image; ``rng`` moves and shrinks it a little inside its patches."""
     box = thing.side * PATCH
     side = box - int(rng.randint(0, 4))  # 13 to 16 pixels for a small one
     dx, dy = (int(v) for v in rng.randint(0, box - side + 1, 2))
     sprite = figure(thing.kind, thing.color, thing.code, side)
-    picture.paste(sprite, (thing.col * PATCH + dx, thing.row * PATCH + dy), sprite)
+    image.paste(sprite, (thing.col * PATCH + dx, thing.row * PATCH + dy), sprite)
 
 
 def figure(kind: str, color: str, code: int, side: int) -> Image.Image:
@@ -86,17 +86,17 @@ def figure(kind: str, color: str, code: int, side: int) -> Image.Image:
     return _sprite(SPRITES[kind] if kind else code, side)
 
 
-def draw_plate(picture: Image.Image, plate: Plate) -> None:
-    """Draw a text plate into a picture."""
+def draw_plate(image: Image.Image, plate: Plate) -> None:
+    """Draw a text plate into an image."""
     x, y = plate.col * PATCH, plate.row * PATCH
     cell = CELL * PATCH
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(image)
     frame = tuple(int(0.55 * v) for v in PLATES[plate.color])
     box = (x, y, x + cell * len(plate.text) - 1, y + cell - 1)
     draw.rectangle(box, fill=PLATES[plate.color], outline=frame)
     for i, character in enumerate(plate.text):
         glyph = _glyph(character)
-        picture.paste((16, 16, 30), (x + i * cell, y), glyph)
+        image.paste((16, 16, 30), (x + i * cell, y), glyph)
 
 
 @functools.cache

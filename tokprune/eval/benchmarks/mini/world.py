@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-#: pixels of a picture's side, of a patch, and patches per side (24 × 24 = 576)
+#: pixels of an image's side, of a patch, and patches per side (24 × 24 = 576)
 SIDE, PATCH = 192, 8
 GRID = SIDE // PATCH
 

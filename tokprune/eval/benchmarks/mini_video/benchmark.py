@@ -48,7 +48,7 @@ class MiniVideoBenchmark(Benchmark):
     def items(
         self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
     ) -> list[Item]:
-        split, wanted = self.asked(split, tasks, limit)
+        split, wanted = self.selected(split, tasks, limit)
         chosen = [
             (number, task)
             for number in range(SPLITS[split][1])

@@ -18,8 +18,8 @@ GROUPS = {
 }
 TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
 
-#: how often the best guess from the question and any one frame can be right; for a text, in a frame
-#: of its flash (in the others it is not to be seen)
+#: how often the best guess from the question and any one frame can be correct; for a text, in a
+#: frame of its flash (in the others it is not to be seen)
 CHANCE = {"moved": 1 / 4, "direction": 1 / 2, "first": 1 / 2, "appeared": 1 / 4, "flashed": 1 / 4}
 
 #: answer → unit step (x, y), in pixels
@@ -42,7 +42,7 @@ class Actor:
     moves: from frame ``moves[0]`` to frame ``moves[1]``; ``seen``: it is there from frame
     ``seen[0]`` to the frame before ``seen[1]``.
 
-    The picture's edges meet: what leaves at one comes in at the opposite one, so that an object on
+    The image's edges meet: what leaves at one comes in at the opposite one, so that an object on
     an edge is cut in two, and all of it is always to be seen.
     """
 

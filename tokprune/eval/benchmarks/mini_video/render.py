@@ -60,19 +60,19 @@ def _patches(start: int, length: int) -> np.ndarray:
 
 
 def _draw(clip: Clip, frame: int, still: Image.Image) -> Image.Image:
-    picture = still.copy()
+    image = still.copy()
     if not clip.signs_on_top:
-        _draw_signs(clip, frame, picture)
+        _draw_signs(clip, frame, image)
     for actor in clip.actors:
         place = actor.at(frame)
         if place is not None:
             sprite = figure(actor.kind, actor.color, 0, actor.side)
             for x in _around(place[0], actor.side):
                 for y in _around(place[1], actor.side):
-                    picture.paste(sprite, (x, y), sprite)
+                    image.paste(sprite, (x, y), sprite)
     if clip.signs_on_top:
-        _draw_signs(clip, frame, picture)
-    return picture
+        _draw_signs(clip, frame, image)
+    return image
 
 
 def _around(start: int, length: int) -> list[int]:
@@ -80,16 +80,16 @@ def _around(start: int, length: int) -> list[int]:
     return [start, start - SIDE] if start + length > SIDE else [start]
 
 
-def _draw_signs(clip: Clip, frame: int, picture: Image.Image) -> None:
+def _draw_signs(clip: Clip, frame: int, image: Image.Image) -> None:
     for sign in clip.signs:
         if sign.visible(frame):
-            draw_plate(picture, sign.plate)
+            draw_plate(image, sign.plate)
 
 
-def _noisy(picture: Image.Image, clip: Clip, frame: int, noise: int) -> Image.Image:
+def _noisy(image: Image.Image, clip: Clip, frame: int, noise: int) -> Image.Image:
     if noise == 0:
-        return picture
+        return image
     rng = random_state(clip.key, f"noise {clip.task} {frame}")
     off = rng.randint(-noise, noise + 1, size=(SIDE, SIDE, 3))
-    pixels = np.clip(np.asarray(picture, dtype=np.int16) + off, 0, 255)
+    pixels = np.clip(np.asarray(image, dtype=np.int16) + off, 0, 255)
     return Image.fromarray(pixels.astype(np.uint8))

@@ -50,7 +50,7 @@ class Comparison:
             "published": self.row.to_dict(),
             "ours": None if self.ours is None else {
                 "value": self.ours.value, "interval": self.ours.interval, "n": self.ours.n,
-                "run": self.ours.run, "cell": self.ours.cell, "task": self.ours.task,
+                "run": self.ours.run, "trial": self.ours.trial, "task": self.ours.task,
                 "tokens_mean": self.ours.tokens_mean, "tokens_last": self.ours.tokens_last,
                 "notes": list(self.ours.notes),
             },

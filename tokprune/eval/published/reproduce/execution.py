@@ -12,8 +12,8 @@ from tokprune.eval.published.reproduce.figures import not_comparable
 from tokprune.eval.published.reproduce.selection import needs, why_not
 from tokprune.eval.sweep.identity import canonical, digest
 from tokprune.eval.sweep.results import RUN_FILE
-from tokprune.eval.sweep.settings import HARNESSES, Settings, make_settings
-from tokprune.eval.sweep.variants import EXACT
+from tokprune.eval.sweep.settings import Settings, check_harness_name, make_settings
+from tokprune.eval.sweep.variants import AS_PUBLISHED
 
 #: settings that the rows decide
 DECIDED = ("model", "out", "methods", "keep", "tasks", "split", "match", "seeds", "variants",
@@ -31,7 +31,7 @@ def execute(
     out: str | Path,
     runner: Runner,
     *,
-    harness: str = "own",
+    harness: str = "builtin",
     benchmark: str | None = None,
     **settings: Any,
 ) -> tuple[list[Path], dict[tuple[Any, ...], str]]:
@@ -44,7 +44,7 @@ def execute(
         model: folder or hub name of its weights.
         out: folder of the run folders.
         runner: runs a sweep (``tokprune.eval.sweep.run_sweep``).
-        harness: "own", on the questions of ``benchmark``, or "lmms-eval".
+        harness: "builtin", on the questions of ``benchmark``, or "lmms-eval".
         benchmark: ``.jsonl`` or ``.parquet`` file whose tasks are named as the ledger's benchmarks.
         settings: further fields of :class:`tokprune.eval.sweep.Settings`, for example ``limit``;
             not those in :data:`DECIDED`.
@@ -59,14 +59,14 @@ def execute(
     """
     jobs, reasons = plan(rows, model, out, harness=harness, benchmark=benchmark, **settings)
     folders = []
-    for job, own in jobs:
+    for job, answered in jobs:
         try:
             runner(job)
         except (OSError, ValueError, ImportError, RuntimeError, UnsupportedModelError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            reasons.update({row.key: f"not run: {text}" for row in own})
+            reasons.update({row.key: f"not run: {text}" for row in answered})
             if not (Path(job.out) / RUN_FILE).is_file():
-                continue  # otherwise some cells may have been answered
+                continue  # otherwise some trials may have been answered
         folders.append(Path(job.out))
     return folders, reasons
 
@@ -76,19 +76,20 @@ def plan(
     model: str,
     out: str | Path,
     *,
-    harness: str = "own",
+    harness: str = "builtin",
     benchmark: str | None = None,
     **settings: Any,
 ) -> tuple[list[Job], dict[tuple[Any, ...], str]]:
     """The sweeps that :func:`execute` would run, and why rows are in none of them."""
-    if harness not in HARNESSES:
-        raise ValueError(f"harness={harness!r} should be one of {', '.join(HARNESSES)}")
+    harness = check_harness_name(harness)
     if harness == "lmms-eval" and benchmark is not None:
-        raise ValueError(f"benchmark={benchmark!r} is for harness 'own'; lmms-eval has its tasks")
+        raise ValueError(
+            f"benchmark={benchmark!r} is for harness 'builtin'; lmms-eval has its tasks"
+        )
     for name in settings:
         if name in DECIDED:
             raise ValueError(f"setting {name!r} follows from the published rows; leave it out")
-    task_of = _own_tasks(benchmark) if harness == "own" else _harness_task
+    task_of = _file_tasks(benchmark) if harness == "builtin" else _lmms_task
     reasons: dict[tuple[Any, ...], str] = {}
     found: dict[str, tuple[dict[str, Any] | None, dict[str, None], list[Row]]] = {}
     for row in rows:
@@ -98,7 +99,7 @@ def plan(
             reasons[row.key] = f"not run: {more}"
             continue
         metric = BENCHMARKS[row.benchmark].metrics[row.metric]
-        if harness == "own" and not metric.mean:
+        if harness == "builtin" and not metric.mean:
             reasons[row.key] = not_comparable(metric)
             continue
         task = task_of(row)
@@ -107,35 +108,35 @@ def plan(
                 f" ({row.split})" if row.split else ""
             )
             continue
-        arm = None
+        variant = None
         if row.method != "none":
-            arm = {"name": row.method, **(row.options or {}), EXACT: True}
-        _, tasks, own = found.setdefault(canonical(arm), (arm, {}, []))
+            variant = {"name": row.method, **(row.options or {}), AS_PUBLISHED: True}
+        _, tasks, wanted = found.setdefault(canonical(variant), (variant, {}, []))
         tasks[task] = None
-        own.append(row)
+        wanted.append(row)
     # methods of the same tasks share a sweep; the unpruned model is in all of them
     groups: dict[tuple[str, ...], Group] = {}
-    for arm, tasks, own in found.values():
-        if arm is not None:
-            methods, theirs = groups.setdefault(tuple(sorted(tasks)), ([], []))
-            methods.append(arm)
-            theirs.extend(own)
+    for variant, tasks, wanted in found.values():
+        if variant is not None:
+            methods, members = groups.setdefault(tuple(sorted(tasks)), ([], []))
+            methods.append(variant)
+            members.extend(wanted)
     groups = _joined(groups)
     _, unpruned, plain = found.get("null", (None, {}, []))
     covered = {task for tasks in groups for task in tasks}
     if left := tuple(sorted(set(unpruned) - covered)):
         groups[left] = (["none"], [])
-    for group, (_, theirs) in groups.items():
-        theirs.extend(row for row in plain if task_of(row) in group)
-    given = {"harness": harness} if benchmark is None else {"benchmark": str(benchmark)}
+    for group, (_, members) in groups.items():
+        members.extend(row for row in plain if task_of(row) in group)
+    source = {"harness": harness} if benchmark is None else {"benchmark": str(benchmark)}
     jobs = []
-    for group, (methods, own) in groups.items():
+    for group, (methods, members) in groups.items():
         folder = Path(out) / f"run-{digest(list(group))[:8]}"
         decided = {
             "model": model, "out": str(folder), "methods": methods, "keep": ["1/1"],
-            "tasks": list(group), "controls": False, "noise": False, "latency": False, **given,
+            "tasks": list(group), "controls": False, "noise": False, "latency": False, **source,
         }  # fmt: skip
-        jobs.append((make_settings({**decided, **settings}, "settings"), own))
+        jobs.append((make_settings({**decided, **settings}, "settings"), members))
     return jobs, reasons
 
 
@@ -156,11 +157,11 @@ def _joined(groups: dict[tuple[str, ...], Group]) -> dict[tuple[str, ...], Group
     return joined
 
 
-def _harness_task(row: Row) -> str | None:
+def _lmms_task(row: Row) -> str | None:
     return BENCHMARKS[row.benchmark].task(row.split)
 
 
-def _own_tasks(benchmark: str | None) -> Callable[[Row], str | None]:
+def _file_tasks(benchmark: str | None) -> Callable[[Row], str | None]:
     """Which task of a file holds the questions of a row's benchmark.
 
     Raises:
@@ -168,8 +169,8 @@ def _own_tasks(benchmark: str | None) -> Callable[[Row], str | None]:
     """
     if benchmark is None:
         raise ValueError(
-            "benchmark is missing: harness 'own' needs a .jsonl or .parquet file whose tasks are "
-            "named as the ledger's benchmarks (gqa, pope, …); or use harness 'lmms-eval'"
+            "benchmark is missing: harness 'builtin' needs a .jsonl or .parquet file whose tasks "
+            "are named as the ledger's benchmarks (gqa, pope, …); or use harness 'lmms-eval'"
         )
     from tokprune.eval.benchmarks import load_benchmark
 

@@ -10,22 +10,26 @@ from typing import Any
 from tokprune.eval.published import BENCHMARKS, Row, find_benchmark, model_key
 from tokprune.eval.published.benchmarks import Metric
 from tokprune.eval.sweep.results import METRICS_FILE, Run, read_run
+from tokprune.eval.sweep.schema import SCHEMA
 
 
 @dataclass(frozen=True)
 class Ours:
-    """``value``, ``interval`` (95 %, Wilson; None where the figure is no mean of answers): in the
-    row's unit; ``n``: questions answered; ``tokens_mean``, ``tokens_last``: measured, None
-    unpruned; ``notes``: what to know when comparing."""
+    """Our figure for a row."""
 
+    #: in the row's unit
     value: float
+    #: 95 %, Wilson; None where the figure is no mean of answers
     interval: tuple[float, float] | None
+    #: questions answered
     n: int
     run: str
-    cell: str
+    trial: str
     task: str
+    #: measured, None unpruned
     tokens_mean: float | None
     tokens_last: float | None
+    #: what to know when comparing
     notes: tuple[str, ...] = ()
 
 
@@ -40,9 +44,10 @@ class Missing:
 
 @dataclass
 class RunFigures:
-    """A run folder, ready to be asked. ``model``: the ledger's name of its model."""
+    """A run folder's figures."""
 
     run: Run
+    #: the ledger's name of its model
     model: str
     metrics: Mapping[str, Any]
     #: benchmark → (task of the run, split that its name tells)
@@ -52,12 +57,12 @@ class RunFigures:
     def __post_init__(self) -> None:
         self.tasks, self._rows = {}, {}
         for row in self.run.rows:
-            self._rows.setdefault((row["cell"], row["task"]), []).append(row)
+            self._rows.setdefault((row["trial"], row["task"]), []).append(row)
         for task in dict.fromkeys(task for _, task in self._rows):
             found = find_benchmark(task)
             if found is not None:
                 self.tasks.setdefault(found[0].name, []).append((task, found[1]))
-                # SEED-Bench reports its pictures beside the whole
+                # SEED-Bench reports its images beside the whole
                 if found[0].name == "seedbench":
                     self.tasks.setdefault("seedbench_image", []).append((task, found[1]))
 
@@ -76,51 +81,62 @@ class RunFigures:
         metric = BENCHMARKS[row.benchmark].metrics.get(row.metric)
         if metric is None:
             return Missing(1, f"metric not measured: {row.metric}")
-        cell = self._cell(row)
-        if isinstance(cell, Missing):
-            return cell
-        return self._figure(row, cell, *fitting[0], metric)
+        trial = self._trial(row)
+        if isinstance(trial, Missing):
+            return trial
+        return self._figure(row, trial, *fitting[0], metric)
 
-    def _cell(self, row: Row) -> Mapping[str, Any] | Missing:
-        plain = [c for c in self.run.cells.values() if not c["noise"]]
+    def _trial(self, row: Row) -> Mapping[str, Any] | Missing:
+        main = [trial for trial in self.run.trials.values() if not trial["noise"]]
         if row.method == "none":
-            own: list[Mapping[str, Any]] = [c for c in plain if c["arm"] == "none"]
+            same = [trial for trial in main if trial["variant"] == "none"]
         else:
+            # with torch behind it, which a report does without
             from tokprune.eval.published.reproduce.selection import full_options
+            from tokprune.eval.sweep.variants import AS_PUBLISHED
 
-            tried = [c for c in plain if c["method"] == row.method]
+            tried = [trial for trial in main if trial["method"] == row.method]
             if not tried:
                 return Missing(2, f"the run has no {row.method}")
             wanted = {**full_options(row), "seed": None}
-            same = [c for c in tried if {**c["options"], "seed": None} == wanted]
-            own = [c for c in same if c["status"] == "ok"]
-            # an exact arm that was refused has its options as given
-            exact = {**(row.options or {}), "exact": True}
-            refused = [c for c in tried if c["status"] != "ok" and c["options"] == exact]
-            if not own and (refused or same):
-                return Missing(4, f"not possible on this model: {(refused or same)[0]['reason']}")
-            if not own:
+            equal = [t for t in tried if {**self._options(t), "seed": None} == wanted]
+            same = [trial for trial in equal if trial["status"] == "ok"]
+            # a variant as published that was refused has its options as they were typed
+            typed = {**(row.options or {}), AS_PUBLISHED: True}
+            refused = [t for t in tried if t["status"] != "ok" and t["options"] == typed]
+            if not same and (refused or equal):
+                return Missing(4, f"not possible on this model: {(refused or equal)[0]['reason']}")
+            if not same:
                 return Missing(3, f"the run has {row.method} at other settings")
-        own = [c for c in own if any(cell == c["cell"] for cell, _ in self._rows)]
-        return own[0] if own else _UNANSWERED
+        answered = {trial for trial, _ in self._rows}
+        return next((trial for trial in same if trial["trial"] in answered), _UNANSWERED)
+
+    def _options(self, trial: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of a trial by the names of today."""
+        options: dict[str, Any] = trial["options"]
+        if self.run.info["schema"] == SCHEMA or trial["status"] != "ok":
+            return options
+        from tokprune.eval.published.reproduce.selection import all_options
+
+        return all_options(trial["method"], options)
 
     def _figure(
-        self, row: Row, cell: Mapping[str, Any], task: str, split: str | None, metric: Metric
+        self, row: Row, trial: Mapping[str, Any], task: str, split: str | None, metric: Metric
     ) -> Ours | Missing:
-        rows = self._rows.get((cell["cell"], task), [])
+        rows = self._rows.get((trial["trial"], task), [])
         if not rows:
             return _UNANSWERED
         notes = []
-        told = self._told(cell["cell"], task, metric)
+        reported = self._reported(trial["trial"], task, metric)
         n = len(rows)
         mean = sum(r["score"] for r in rows) / n
         interval = None
         if metric.mean:
-            from tokprune.eval.report.statistics import wilson
+            from tokprune.eval.report.statistics import wilson  # needs the extra
 
             low, high = wilson(mean * n, n)
             interval = (low * metric.factor, high * metric.factor)
-        if told is None and not metric.mean:
+        if reported is None and not metric.mean:
             return Missing(5, not_comparable(metric))
         known = BENCHMARKS[row.benchmark].size(row.split or split)
         if known is not None and n < known:
@@ -132,22 +148,22 @@ class RunFigures:
         if not self.run.info["finished"]:
             notes.append("run not finished")
         return Ours(
-            value=told if told is not None else mean * metric.factor,
+            value=reported if reported is not None else mean * metric.factor,
             interval=interval,
             n=n,
             run=str(self.run.folder),
-            cell=cell["cell"],
+            trial=trial["trial"],
             task=task,
             tokens_mean=_mean(rows, "tokens_mean"),
             tokens_last=_mean(rows, "tokens_last"),
             notes=tuple(notes),
         )
 
-    def _told(self, cell: str, task: str, metric: Metric) -> float | None:
+    def _reported(self, trial: str, task: str, metric: Metric) -> float | None:
         """The harness's own figure in the row's unit, where it is complete."""
-        given = self.metrics.get(cell, {}).get(task, {})
+        metrics = self.metrics.get(trial, {}).get(task, {})
         # lmms-eval names them "exact_match,none"
-        plain = {str(name).partition(",")[0]: value for name, value in given.items()}
+        plain = {str(name).partition(",")[0]: value for name, value in metrics.items()}
         values = [plain.get(key) for key in metric.keys]
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return None
@@ -182,11 +198,11 @@ def read_figures(folder: str | Path, model: str | None = None) -> RunFigures:
         ValueError: a file is not of the schema.
     """
     run = read_run(folder)
-    metrics: Mapping[str, Any] = run.metrics()
+    trials: Mapping[str, Any] = run.metrics()
     if not all(
-        isinstance(tasks, dict) and all(isinstance(own, dict) for own in tasks.values())
-        for tasks in metrics.values()
+        isinstance(tasks, dict) and all(isinstance(metrics, dict) for metrics in tasks.values())
+        for tasks in trials.values()
     ):
         path = run.folder / METRICS_FILE
-        raise ValueError(f"{path}: should be an object {{cell: {{task: {{metric: value}}}}}}")
-    return RunFigures(run, model or model_key(run.info["model"]["name"]), metrics)
+        raise ValueError(f"{path}: should be an object {{trial: {{task: {{metric: value}}}}}}")
+    return RunFigures(run, model or model_key(run.info["model"]["name"]), trials)

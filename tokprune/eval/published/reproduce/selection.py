@@ -58,8 +58,10 @@ def select(
         texts = {_plain(text) for text in keep}
         chosen = [row for row in chosen if texts & _budgets(row)]
         if not chosen:
-            asked = {row.budget.asked for row in rows}
-            raise ValueError(f"no row is at keep {_listed(set(keep))}; there are {_listed(asked)}")
+            printed = {row.budget.printed for row in rows}
+            raise ValueError(
+                f"no row is at keep {_listed(set(keep))}; there are {_listed(printed)}"
+            )
     kept = {row.key for row in chosen}
     kept |= {base.key for row in chosen if (base := baseline(row, rows)) is not None}
     return [row for row in rows if row.key in kept]
@@ -88,7 +90,7 @@ def _task(task: str) -> tuple[str, str | None]:
 
 
 def _budgets(row: Row) -> set[str]:
-    texts = {_plain(row.budget.asked)}
+    texts = {_plain(row.budget.printed)}
     if row.budget.tokens is not None:
         texts.add(f"{row.budget.tokens:g}")
     return texts
@@ -135,7 +137,7 @@ def why_not(row: Row) -> str | None:
 
 
 def needs(row: Row) -> str | None:
-    """What a row's answers need beyond model and questions, so that it is not run unasked."""
+    """What a row's answers need beyond model and questions, so that it is not run by the way."""
     benchmark = BENCHMARKS[row.benchmark]
     return benchmark.needs.get(benchmark.split_of(row.split) or "")
 
@@ -146,12 +148,17 @@ def full_options(row: Row) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: the method does not take them.
     """
+    return all_options(row.method, row.options or {})
+
+
+def all_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method by the names of today, defaults included, in JSON types.
+
+    Raises:
+        ValueError, TypeError: the method does not take them.
+    """
     from tokprune.eval.sweep.trials import json_options
     from tokprune.methods import make_method
+    from tokprune.methods.setting import as_tuples
 
-    return json_options(make_method(row.method, **as_tuples(row.options or {})))
-
-
-def as_tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with lists as tuples, which is what methods take."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    return json_options(make_method(method, **as_tuples(options)))

@@ -38,7 +38,7 @@ def _cells(c: Comparison) -> list[str]:
     published, mine = c.retained
     return [
         row.paper.key, row.table, MODELS[row.model].label,
-        row.label + (" °" if row.options_from == "inferred" else ""), row.budget.asked,
+        row.label + (" °" if row.options_from == "inferred" else ""), row.budget.printed,
         label(row), f"{row.value}{_unit(row)}{_MARKS[row.status]}",
         "not run" if ours is None else _ours(c, digits),
         "" if c.gap is None else _signed(c.gap, digits),
@@ -58,8 +58,8 @@ def label(row: Row) -> str:
 
 def note(c: Comparison) -> str:
     """Why it was not run, or what to know when comparing."""
-    own = [] if c.ours is None else list(c.ours.notes)
-    parts = [c.reason, *own, c.row.note]
+    notes = [] if c.ours is None else list(c.ours.notes)
+    parts = [c.reason, *notes, c.row.note]
     if c.ours is not None:
         parts.append(f"published with {c.row.harness}" if c.row.harness else None)
     return "; ".join(part for part in parts if part)

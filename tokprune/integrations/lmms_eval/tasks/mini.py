@@ -1,7 +1,7 @@
 """The benchmark ``mini`` as lmms-eval tasks: its test split, one task per type of question.
 
 The YAML files in ``tasks/`` name these functions. Nothing is downloaded: questions are written to
-a file in the cache of ``datasets`` when a task is first loaded, pictures are drawn when asked for.
+a file in the cache of ``datasets`` when a task is first loaded, images are drawn when asked for.
 """
 
 from __future__ import annotations
@@ -92,5 +92,5 @@ def doc_to_target(doc: Doc) -> str:
 
 
 def process_results(doc: Doc, results: list[str]) -> dict[str, float]:
-    """``accuracy``: 1 for a right answer, 0 for a wrong one, as the benchmark itself scores."""
+    """``accuracy``: 1 for a correct answer, else 0, as the benchmark itself scores."""
     return {"accuracy": _BENCHMARK.score(item_of(doc), results[0])}

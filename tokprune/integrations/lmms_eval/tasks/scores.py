@@ -73,8 +73,8 @@ def _logged(value: Any) -> float | None:
     return _number(value)
 
 
-def _right(value: Any) -> float | None:
-    """A logged score of at least a half is a right answer."""
+def _at_least_half(value: Any) -> float | None:
+    """A logged score of at least a half is a correct answer."""
     score = _logged(value)
     return None if score is None else float(score >= 0.5)
 
@@ -83,16 +83,16 @@ def _letter(value: Any) -> float | None:
     """Multiple choice: the letter that the answer begins with, or the option it repeats."""
     if not isinstance(value, Mapping):
         return None
-    right = str(value.get("answer", "")).strip().upper()
-    if not re.fullmatch(r"[A-Z]", right):
+    correct = str(value.get("answer", "")).strip().upper()
+    if not re.fullmatch(r"[A-Z]", correct):
         return None  # a split whose answers are not public
-    given = str(value.get("prediction", value.get("pred", ""))).strip()
-    found = re.match(r"[\s(\[*]*([A-Z])(?![A-Za-z0-9])", given.upper())
+    answer = str(value.get("prediction", value.get("pred", ""))).strip()
+    found = re.match(r"[\s(\[*]*([A-Z])(?![A-Za-z0-9])", answer.upper())
     if found is None:
         options = {name: _plain(value.get(name)) for name in "ABCDEFGH" if _plain(value.get(name))}
-        same = [name for name, text in options.items() if text == _plain(given)]
-        return float(same == [right])
-    return float(found[1] == right)
+        same = [name for name, text in options.items() if text == _plain(answer)]
+        return float(same == [correct])
+    return float(found[1] == correct)
 
 
 def _plain(value: Any) -> str:
@@ -104,25 +104,25 @@ def _first_letter(value: Any) -> float | None:
     """SEED-Bench: the task has cut the answer down to its first letter."""
     if not isinstance(value, Mapping) or "pred" not in value or "answer" not in value:
         return None
-    given, right = (str(value[name]).strip().lower() for name in ("pred", "answer"))
-    return float(given == right)
+    answer, correct = (str(value[name]).strip().lower() for name in ("pred", "answer"))
+    return float(answer == correct)
 
 
 def _parsed(value: Any) -> float | None:
     """MMMU: the task has parsed the answer; options must be equal, open answers contain one of the
-    right ones, or be that number."""
+    correct ones, or be that number."""
     if not isinstance(value, Mapping) or "parsed_pred" not in value:
         return None
     parsed = value["parsed_pred"]
-    given = parsed if isinstance(parsed, list) else [parsed]
-    right = value.get("answer")
-    if isinstance(right, str) and right.strip().startswith("["):
+    answer = parsed if isinstance(parsed, list) else [parsed]
+    correct = value.get("answer")
+    if isinstance(correct, str) and correct.strip().startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
-            right = ast.literal_eval(right)
-    accepted = right if isinstance(right, list) else [right]
+            correct = ast.literal_eval(correct)
+    accepted = correct if isinstance(correct, list) else [correct]
     if value.get("question_type") == "multiple-choice":
-        return float(any(one in accepted for one in given))
-    candidates = [one for part in given for one in (part if isinstance(part, list) else [part])]
+        return float(any(one in accepted for one in answer))
+    candidates = [one for part in answer for one in (part if isinstance(part, list) else [part])]
     wanted = [form for one in accepted for form in _open_forms(str(one))]
     return float(any(_open_match(one, form) for one in candidates for form in wanted))
 
@@ -137,18 +137,18 @@ def _open_forms(text: str) -> list[str | float]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _open_match(given: Any, wanted: str | float) -> bool:
-    if isinstance(given, str):
-        return isinstance(wanted, str) and wanted in given
-    return bool(given == wanted)
+def _open_match(answer: Any, wanted: str | float) -> bool:
+    if isinstance(answer, str):
+        return isinstance(wanted, str) and wanted in answer
+    return bool(answer == wanted)
 
 
 #: the first rule whose names fit a task decides
 RULES: tuple[Rule, ...] = (
-    Rule(r"pope(_.*)?", ("pope_accuracy",), _right),
-    Rule(r"mme", ("mme_perception_score", "mme_cognition_score"), _right),
-    Rule(r"mmstar(_.*)?", ("average",), _right),
-    Rule(r"ocrbench", ("ocrbench_accuracy",), _right),
+    Rule(r"pope(_.*)?", ("pope_accuracy",), _at_least_half),
+    Rule(r"mme", ("mme_perception_score", "mme_cognition_score"), _at_least_half),
+    Rule(r"mmstar(_.*)?", ("average",), _at_least_half),
+    Rule(r"ocrbench", ("ocrbench_accuracy",), _at_least_half),
     Rule(r"chartqa(_lite)?", ("relaxed_overall",), _logged),
     Rule(r"gqa(_lite)?", ("exact_match",), _logged),
     Rule(r"mmbench_.*", ("gpt_eval_score", "submission"), _letter),
@@ -219,5 +219,5 @@ def _only_score(task: str, logged: Mapping[str, Any]) -> float:
     why = "none of them a score in [0, 1]" if not found else "several scores that differ"
     raise NoScoreError(
         f"task {task!r} logs {', '.join(logged) or 'nothing'} for a document: {why}, and there is "
-        "no rule for it in evals/lmms/scores.py"
+        "no rule for it in tokprune/integrations/lmms_eval/tasks/scores.py"
     )

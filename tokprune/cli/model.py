@@ -1,0 +1,44 @@
+"""Load the model that a command line names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokprune.cli.app import BadInput
+from tokprune.cli.values import Device, Dtype
+
+
+def place_of(device: Device) -> str:
+    """Where to run: "cuda" or "cpu"."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise BadInput("--device cuda: no CUDA device is available")
+    if device is Device.auto:
+        return "cuda" if available else "cpu"
+    return device.value
+
+
+def quiet() -> None:
+    """transformers says errors only, and draws no bars where nobody sees them."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
+def load_model(
+    path: str, place: str, dtype: Dtype, method: Any = None, **options: Any
+) -> tuple[Any, Any]:
+    """Model, with the method at work, and processor."""
+    from tokprune.loading import load
+
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise BadInput(f"--model {path}: no such folder")
+    quiet()
+    model, processor = load(path, method, processor=True, dtype=dtype.value, **options)
+    return model.to(place).eval(), processor

@@ -1,0 +1,35 @@
+"""Tokens of an image by the cells of its tiles' grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokprune.engine.contracts import ImageTokens
+
+
+def index_of_cells(image: ImageTokens) -> Tensor:
+    """[tiles · H · W] long: where each cell stands among the image's tokens, −1 if nowhere; the
+    cells of one tile's grid after the other."""
+    if image.grids is None:
+        height, width = image.grid
+        number = image.tiles * height * width
+        cell = (image.tile * height + image.row) * width + image.col
+    else:
+        sizes = [height * width for height, width in image.grids]
+        number = sum(sizes)
+        starts = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))])
+        both = torch.stack([starts, torch.tensor([width for _, width in image.grids])])
+        both = both.to(image.tile.device, non_blocking=True)[:, image.tile.clamp(min=0)]
+        cell = both[0] + image.row * both[1] + image.col
+    cell = torch.where(image.row < 0, number, cell)  # newline and class tokens: a spare entry
+    index = torch.full((number + 1,), -1, device=cell.device)
+    return index.scatter(0, cell, torch.arange(image.count, device=cell.device))[:-1]
+
+
+def keep_on_grid(image: ImageTokens, stay: Tensor, dropped: int) -> Tensor:
+    """Tokens ``stay`` [k] (long, in any order) and all that stand on no cell (newline and class
+    tokens), in prompt order: [count − dropped] long. ``dropped``: tokens on cells that go (host).
+    """
+    alive = (image.row < 0).scatter(0, stay, torch.ones_like(stay, dtype=torch.bool))
+    return (~alive).to(torch.int8).sort(stable=True).indices[: image.count - dropped]

@@ -1,0 +1,84 @@
+"""Pooling of windows of every tile's grid: what Pool and M3 have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from tokprune.engine.contracts import Plan, Positions
+from tokprune.engine.model import ModelFacts
+from tokprune.methods.base import Method, Preset
+from tokprune.methods.options import Budget
+from tokprune.methods.pooling.prompt import PoolStage
+from tokprune.methods.pooling.tower import EarlyPoolStage
+from tokprune.methods.tiles import check_one, feature_layer
+
+_M3 = "M3, arXiv 2405.17430: nested scales of the 24×24 grid"
+_NEXT = _M3 + "; per tile, 5 tiles, nominal total"
+_SCALES = (576, 144, 36, 9, 1)
+
+
+@dataclass(frozen=True)
+class WindowPooling(Method):
+    """Averages the visual tokens of every tile, and of every frame, over p×p windows."""
+
+    stages = ("after projector",)
+    paper = "arXiv 2405.17430"
+    presets = (
+        *(Preset("llava-1.5", n, {"keep": n}, _M3) for n in _SCALES),
+        *(Preset("llava-next", 5 * n, {"keep": n}, _NEXT) for n in _SCALES),
+    )
+
+    #: the options of which exactly one says how much stays
+    one_of: ClassVar[tuple[str, ...]] = ("keep",)
+
+    keep: Budget | None = None
+    place: Literal["after", "before"] = "after"
+    positions: Positions = "compact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one(self, self.one_of)
+
+    @abstractmethod
+    def window_for(self, grid: tuple[int, int]) -> int:
+        """p, for a grid.
+
+        Raises:
+            ValueError: the grid has no such window; lists what there is.
+        """
+
+    def wanted(self, cells: int) -> float:
+        """Tokens that ``keep`` asks for of a tile."""
+        assert self.keep is not None
+        return self.keep if isinstance(self.keep, int) else self.keep * cells
+
+    def wanted_of(self, scales: Sequence[int]) -> int | None:
+        """The one of the token counts ``scales``, all tokens first, that ``keep`` asks for."""
+        count = self.wanted(scales[0])
+        return next((scale for scale in scales if abs(scale - count) < 1e-6 * scale), None)
+
+    def plan(self, facts: ModelFacts) -> Plan:
+        windows: list[int] = []
+        problems: list[ValueError] = []
+        for grid in filter(None, (facts.grid, facts.frame_grid)):
+            try:
+                windows.append(self.window_for(grid))
+            except ValueError as problem:
+                problems.append(problem)
+        if not windows:
+            raise problems[0]
+        nothing = not problems and max(windows) == 1
+        if self.place == "after":
+            stage = PoolStage(self.window_for, facts.tiled, self.positions)
+            return Plan() if nothing else Plan(prompt=(stage,))
+        if facts.tiled:
+            raise ValueError(
+                "place='before' is not possible on a model with tiles and newline tokens, which "
+                "it packs after the projector; use place='after'"
+            )
+        layer = feature_layer(facts, f"{type(self).__name__} with place='before'")
+        early = EarlyPoolStage(self.window_for(facts.grid), layer, self.positions)
+        return Plan() if nothing else Plan(encoder=(early,))

@@ -1,0 +1,50 @@
+"""Rows of the vision encoder: the class token in front, and crops stitched to one map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokprune.engine.contracts import Reduction, TowerInput
+from tokprune.operators.anyres import raster_position
+
+
+def behind_class_token(hidden: Tensor, first: int, patches: Reduction) -> Reduction:
+    """The reduction of all rows that does this to the patches and leaves the class token as it is.
+
+    Args:
+        hidden: [B, first + N, D] all rows.
+        first: class tokens in front of the patches, 0 or 1.
+        patches: reduction of ``hidden[:, first:]``.
+    """
+    if not first:
+        return patches
+
+    def shifted(rows: Tensor) -> Tensor:
+        return pad(torch.where(rows < 0, -1, rows + first), (first, 0))
+
+    merged, group, counts = patches.hidden, patches.group, patches.counts
+    return Reduction(
+        shifted(patches.rows),
+        None if merged is None else torch.cat([hidden[:, :first], merged], dim=1),
+        None if group is None else shifted(group),
+        None if counts is None else [first + count for count in counts],
+    )
+
+
+def stitched_places(slots: Tensor, tower: TowerInput) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every image the slots of its base tile [1, K], and where those of its crops [tiles − 1, K]
+    are on the map stitched from all crops, in raster order.
+
+    Args:
+        slots: [B, K] long, patch numbers inside each tile.
+        tower: which image each tile belongs to.
+    """
+    start = 0
+    for tiles, grid in zip(tower.tiles_per_image, tower.tile_grids):
+        base, crops = slots[start : start + tiles].split([1, tiles - 1])
+        start += tiles
+        yield base, raster_position(crops, grid, tower.facts.grid[0]) if tiles > 1 else crops

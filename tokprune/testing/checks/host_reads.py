@@ -1,0 +1,84 @@
+"""Whether a forward reads values back from the device.
+
+The model runs on the meta device, where tensors have shapes but no values: whatever reads one
+(``.item()``, ``.tolist()``, ``nonzero``, a boolean index, an ``if``) raises. Two reads of every
+prefill are stood in for: where the images are in the prompt (once, at its start), and whether the
+features were finite (at its end).
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+
+from tokprune.api import compress
+from tokprune.engine import entry, session
+from tokprune.engine.cache import cache_argument
+from tokprune.families import bind
+from tokprune.testing.case import Case
+
+#: host-side inputs of the models
+_ON_HOST = ("image_sizes", "batch_num_images")
+
+
+def can_find_host_reads() -> bool:
+    """transformers 4 reads the placeholders itself."""
+    return not transformers.__version__.startswith("4.")
+
+
+def host_read(case: Case) -> str | None:
+    """Where a prefill or a cached step first needs a value on the host, in words; None: nowhere.
+
+    ``case.model`` is moved to the meta device, for good.
+    """
+    model, inputs = case.model, case.inputs()
+    parts, ids = bind(model).parts, inputs["input_ids"]
+    kind = (ids == parts.image_token_id).long()
+    if parts.video_token_id is not None:
+        kind += 2 * (ids == parts.video_token_id)
+    del inputs["attention_mask"]
+    read = entry.read_layout
+    with ExitStack() as stack:
+
+        def stand_in(module: object, name: str, value: object) -> None:
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, value))
+
+        stand_in(entry, "read_layout", lambda v, mask, past, *rest: read(kind, None, past, *rest))
+        stand_in(session, "_check_finite", lambda finite: None)
+        # the models' own comparison of placeholders and features
+        for cls in type(model).__mro__:
+            stand_in(sys.modules[cls.__module__], "torch_compilable_check", lambda *a, **k: None)
+        model.to("meta")
+        moved = {n: v if n in _ON_HOST else v.to("meta") for n, v in inputs.items()}
+        try:
+            with compress(model, case.method, validate=False), torch.no_grad():
+                out = model(**moved, use_cache=True)
+                model(
+                    input_ids=torch.zeros(len(ids), 1, dtype=torch.long, device="meta"),
+                    use_cache=True,
+                    **{cache_argument(model): out.past_key_values},
+                )
+        except (RuntimeError, NotImplementedError) as error:
+            if not any(word in str(error).lower() for word in ("meta", "data-dependent")):
+                raise
+            return _place(error)
+    return None
+
+
+def _place(error: Exception) -> str:
+    """File, line and code of the innermost frame outside torch, einops and transformers."""
+    others = ("torch", "transformers", "einops", "unittest")
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(f"/site-packages/{name}/" in frame.filename for name in others)
+    ]
+    frame = frames[-1]
+    return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno}, {frame.line!r}"
