@@ -18,7 +18,7 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.errors import UnsupportedModelError
-from tokprune.methods.tower_rows import stitched_places
+from tokprune.methods.tower_rows import behind_class_token, stitched_places
 from tokprune.operators.flow import (
     FlowKeep,
     Reduce,
@@ -105,13 +105,9 @@ class TowerRun(EncoderRun):
             return None
         assert self.average is not None
         self.average = self.average.gather(1, keep.index.clamp(min=0))
-        first = tokens.first_patch
-        rows = torch.where(keep.index < 0, -1, keep.index + first)
-        if first:
-            rows = torch.cat([torch.zeros_like(rows[:, :1]), rows], dim=1)
         ragged = min(keep.counts) < max(keep.counts)
-        counts = [n + first for n in keep.counts] if ragged else None
-        return Reduction(rows.to(hidden.device), counts=counts)
+        patches = Reduction(keep.index.to(hidden.device), counts=keep.counts if ragged else None)
+        return behind_class_token(hidden, tokens.first_patch, patches)
 
     def _keep(self, remaining: int, tokens: TowerTokens) -> FlowKeep | None:
         method, target = self.stage.method, self.stage.patches
