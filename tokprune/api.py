@@ -36,8 +36,12 @@ class Composed(Method):
     name: ClassVar[str] = "compose"
     methods: tuple[Method, ...] = ()
 
+    def on(self, facts: ModelFacts) -> Composed:
+        return replace(self, methods=tuple(method.on(facts) for method in self.methods))
+
     def plan(self, facts: ModelFacts) -> Plan:
-        plans = [(type(m).__name__, check_plan(m, m.plan(facts), facts)) for m in self.methods]
+        methods = [method.on(facts) for method in self.methods]
+        plans = [(type(m).__name__, check_plan(m, m.plan(facts), facts)) for m in methods]
         reducing = [n for n, p in plans if any(s.reduces for s in p.encoder)]
         if len(reducing) > 1:
             raise CompositionError(
@@ -129,7 +133,7 @@ def _start(
     nested: bool,
 ) -> Session:
     bound = bind(model)
-    made = make_method(method, **options)
+    made = make_method(method, **options).on(bound.facts)
     plan = check_plan(made, made.plan(bound.facts), bound.facts)
     plan = replace(plan, video_unit=made.video_unit)
     session = Session(bound, plan, Trace(repr(made)), validate)

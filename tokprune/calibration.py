@@ -122,11 +122,12 @@ def _whole_tokens(
 ) -> int:
     """The number of tokens, among those that the model can have, that comes nearest."""
     bound = bind(model)
-    most = max(int(bound.parts.visual(batch["input_ids"]).sum(1).max()) for batch in batches)
+    tokens = (bound.family.placeholders(bound.parts, batch) > 0 for batch in batches)
+    most = max(int(visual.sum(1).max()) for visual in tokens)
     if not most:
         raise ValueError(_NO_IMAGE)
     refused: list[str] = []
-    videos = any("pixel_values_videos" in batch for batch in batches)
+    videos = any(bound.family.video_pixels in batch for batch in batches)
     possible = fitting(bound.facts, videos, knob.at, refused)
     found = nearest(measure, possible, 1, most, target, close)
     if found is None:
@@ -144,13 +145,14 @@ def fitting(
         UnsupportedModelError: (when asked) the method does not run on the model at all.
     """
     every = [facts]
-    if videos and facts.frame_grid is not None:
-        every.append(replace(facts, grid=facts.frame_grid, frame_grid=None))
+    if videos and facts.tower is not None and facts.frame_grid is not None:
+        frame = replace(facts.tower, grid=facts.frame_grid)
+        every.append(replace(facts, tower=frame, frame_grid=None))
 
     def possible(number: int) -> bool:
         try:
             for own in every:
-                at(number).plan(own)
+                at(number).on(own).plan(own)
         except UnsupportedModelError:
             raise
         except ValueError as error:

@@ -174,19 +174,12 @@ def oracle_logits(
         ),
     }
     handles = mask_tower(model, trace) + mask_decoder(model, trace, length, steps, window)
-    for layer in model.model.layers:  # layers of 4.37 look rotary embeddings up themselves
-        handles.append(layer.register_forward_pre_hook(_without_embeddings, with_kwargs=True))
     try:
         logits = model(**longer, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
     return logits[:, length - 1 :]  # type: ignore[no-any-return]
-
-
-def _without_embeddings(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    kwargs.pop("position_embeddings")
-    return args, kwargs
 
 
 __all__ = [

@@ -84,7 +84,8 @@ def test_every_column_holds_the_feature_that_was_said(
     if kind == "tensor of tiles":
         sizes = [SIZES[0]] * 4
     family = family_of(model)
-    facts = family.facts(model, family.parts(model))
+    facts = family.facts(model, family.parts(model)).tower
+    assert facts is not None
     packed = pack(model, facts, ids, mask, images, sizes)
     made, projected = prepare(model, ids, mask, images, sizes)
     embeds, rows = made[4], facts.tokens_per_tile
@@ -115,7 +116,8 @@ def test_layouts_name_sizes_and_tile_grids(original: Callable[..., Any]) -> None
     model = original("anyres").model
     family = family_of(model)
     parts = family.parts(model)
-    layouts = family.layouts(parts, pictures("tiles"), SIZES, family.facts(model, parts))
+    call = {"images": pictures("tiles"), "image_sizes": SIZES}
+    layouts = family.images(parts, family.facts(model, parts), call)
     assert [layout.size for layout in layouts] == [(14, 40), (40, 14), (44, 45), (10, 72)]
     assert [layout.tile_grid for layout in layouts] == [(1, 2), (2, 1), (2, 2), (1, 3)]
     assert [layout.tiles for layout in layouts] == TILES

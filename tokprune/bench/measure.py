@@ -19,6 +19,7 @@ Accelerators are synchronised at both ends of a measurement and never inside (``
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,8 +33,7 @@ from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, tur
 from tokprune.bench.instrumented import Instrumented, Stopwatch
 from tokprune.engine.cache import cache_argument
 from tokprune.engine.shared_encoder import ENCODERS
-from tokprune.families import family_of
-from tokprune.inputs.prompts import PIXELS
+from tokprune.families import bind, family_of
 from tokprune.methods.base import Method
 
 #: seconds by part, see above
@@ -161,7 +161,8 @@ def new_cache(model: Any) -> Any:
 def _check(
     model: Any, inputs: Mapping[str, Any], rounds: int, max_new_tokens: int, clock: str
 ) -> None:
-    multimodal = family_of(model).parts(model).multimodal
+    family = family_of(model)
+    multimodal = family.parts(model).multimodal
     if is_patched(model):
         raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
     if any(name in multimodal.__dict__ for name in ENCODERS):
@@ -174,7 +175,7 @@ def _check(
             raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
     if clock not in CLOCKS:
         raise ValueError(f"clock={clock!r} should be one of {', '.join(map(repr, CLOCKS))}")
-    for names in (("input_ids",), tuple(PIXELS.values())):
+    for names in (("input_ids",), (family.pixels, family.video_pixels)):
         if all(inputs.get(name) is None for name in names):
             raise ValueError(
                 f"inputs has no {' or '.join(map(repr, names))}; it should be the processor's "
@@ -188,7 +189,8 @@ class _Passes:
     def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
         self.model, self.shared, self.tokens, self.clock = model, inputs, tokens, clock
         self.device = model.device
-        self.multimodal = family_of(model).parts(model).multimodal
+        bound = bind(model)
+        self.family, self.facts, self.multimodal = bound.family, bound.facts, bound.parts.multimodal
         self.cache_name = cache_argument(model)
 
     def _inputs(self, variant: Variant) -> dict[str, Any]:
@@ -202,15 +204,15 @@ class _Passes:
         inputs = self._inputs(variant)
         with variant.context():
             start = self._now()
-            if inputs.get("pixel_values") is not None:
-                images = {n: inputs[n] for n in ("pixel_values", "image_sizes") if n in inputs}
-                self.multimodal.get_image_features(**images)
-            if (frames := inputs.get("pixel_values_videos")) is not None:
-                config = self.multimodal.config  # not the default of LLaVA-OneVision in 4.57
-                self.multimodal.get_video_features(
-                    frames, vision_feature_layer=config.vision_feature_layer,
-                    vision_feature_select_strategy=config.vision_feature_select_strategy,
-                )  # fmt: skip
+            for name, pixels in zip(ENCODERS, (self.family.pixels, self.family.video_pixels)):
+                if inputs.get(pixels) is None:
+                    continue
+                encode = getattr(self.multimodal, name)
+                # settings of the config are not the defaults of LLaVA-OneVision in 4.57
+                config = vars(self.multimodal.config).items()
+                known = {**{n: v for n, v in config if n.startswith("vision_feature")}, **inputs}
+                names = inspect.signature(encode).parameters
+                encode(**{name: known[name] for name in names if name in known})
             return {"encoder": self._now() - start}
 
     def _prefill(self, inputs: Mapping[str, Any], cache: Any) -> Tensor:
@@ -234,6 +236,9 @@ class _Passes:
                     mask = options["attention_mask"] = torch.cat(
                         [mask, mask.new_ones(len(mask), 1)], dim=1
                     )
+                    if self.facts.axes > 1:  # transformers 5 would count all tokens of the mask
+                        place = mask.sum(1, keepdim=True) - 1 + self.multimodal.rope_deltas
+                        options["position_ids"] = place.expand(self.facts.axes, -1, -1)
                 token = self.model(input_ids=token, **options).logits[:, -1:].argmax(-1)
             end = self._now()
         result = {"prefill": middle - start}

@@ -24,9 +24,12 @@ class CompressedLayer(DynamicLayer):
     """Cache of one decoder layer after tokens were dropped.
 
     ``columns`` [B, n]: original column of the entries cached by compressed prefills, −1 =
-    padding; entries after them are later tokens, all real. ``shift`` [B]: what to subtract from
-    a token's original position to get its position in this layer. ``padded``: whether
-    ``columns`` holds −1 (known on the host).
+    padding; entries after them are later tokens. ``slots`` [B, n]: the columns that they take in
+    masks (:class:`~tokprune.engine.contracts.SequenceView`). ``shift`` [B]: what to subtract from
+    a token's original position to get its position in this layer. ``places`` [B, n] and
+    ``place_shift`` [B]: the same for where sliding windows count the tokens (None: at their
+    slots). ``padded``, ``gaps``: whether ``columns`` holds −1, and positions gaps (known on the
+    host).
     """
 
     keys: Any
@@ -39,15 +42,14 @@ class CompressedLayer(DynamicLayer):
 
     def _forget(self) -> None:
         self.columns: Tensor | None = None
+        self.slots: Tensor | None = None
         self.shift: Tensor | None = None
-        #: rotary positions [B, entries], kept for models with a sliding window only
-        self.positions: Tensor | None = None
-        #: [B] original position of the next token, at the end of a prefill whose cache was pruned
-        self.next_position: Tensor | None = None
-        self.padded = False
+        self.places: Tensor | None = None
+        self.place_shift: Tensor | None = None
+        self.padded = self.gaps = False
         #: original tokens beyond the entries that are really cached
         self.missing = 0
-        self._pending: tuple[Tensor, int, bool] | None = None
+        self._pending: tuple[Tensor, Tensor, int] | None = None
         self._step = False
 
     @classmethod
@@ -62,7 +64,7 @@ class CompressedLayer(DynamicLayer):
             length = layer.get_seq_length()  # a sliding layer has seen more than it holds
             if held:
                 arange = torch.arange(length - held, length, device=layer.keys.device)
-                new.columns = arange.expand(batch, held)
+                new.columns = new.slots = arange.expand(batch, held)
                 new.missing = length - held
         return new
 
@@ -75,20 +77,10 @@ class CompressedLayer(DynamicLayer):
         """Length of the original sequence that this cache stands for."""
         return self.entries + self.missing
 
-    def expect(self, columns: Tensor, original: int, padded: bool, shift: Tensor | None) -> None:
-        """Announce a compressed prefill: original ``columns`` [B, L'] of the ``original`` tokens
-        whose keys the next ``update`` brings; later tokens are shifted by ``shift`` [B]."""
-        self._pending = (columns, original, padded)
-        self.shift = shift
-
-    def window_positions(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the next queries ``new`` [B, q] and of all keys, for a sliding window;
-        remembers them (call once per forward)."""
-        if self.positions is None and self.entries:  # cached before anything was dropped
-            self.positions = self.all_columns()
-        old = self.positions
-        self.positions = new if old is None else torch.cat([old.to(new.device), new], dim=1)
-        return new, self.positions
+    def expect(self, columns: Tensor, slots: Tensor, original: int) -> None:
+        """Announce a compressed prefill: original ``columns`` and ``slots`` [B, L'] of the
+        ``original`` tokens whose keys the next ``update`` brings."""
+        self._pending = (columns, slots, original)
 
     def expect_step(self) -> None:
         """Announce ordinary tokens, none dropped."""
@@ -96,12 +88,14 @@ class CompressedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pending is not None:
-            columns, original, padded = self._pending
+            columns, slots, original = self._pending
             self._pending = None
+            moved = slots is not columns or self.slots is not self.columns
             if self.columns is not None:
+                if moved:
+                    slots = torch.cat([self.all_slots(), slots], dim=1)
                 columns = torch.cat([self.all_columns(), columns], dim=1)
-            self.columns = columns
-            self.padded = self.padded or padded
+            self.columns, self.slots = columns, slots if moved else columns
             self.missing += original - key_states.shape[-2]
         else:
             self._check_announced()
@@ -122,32 +116,58 @@ class CompressedLayer(DynamicLayer):
 
     def all_columns(self) -> Tensor:
         """Original columns of every cached entry, [B, entries]."""
-        assert self.columns is not None
-        later = self.entries - self.columns.shape[1]
-        if later <= 0:
-            return self.columns
-        length = self.get_seq_length()
-        tail = torch.arange(length - later, length, device=self.columns.device)
-        return torch.cat([self.columns, tail.expand(self.columns.shape[0], later)], dim=1)
+        return self._and_later(self.columns)
 
-    def keep_entries(self, index: Tensor, continue_positions: bool, padded: bool = True) -> None:
-        """Keep the cached entries at ``index`` [B, n'] (−1 = padding); ``padded``: whether any of
-        them is padding."""
-        assert self.columns is not None
-        columns = self.all_columns()
+    def all_slots(self) -> Tensor:
+        """The columns that every cached entry takes in masks, [B, entries]."""
+        return self._and_later(self.slots)
+
+    def all_places(self) -> Tensor:
+        """Where sliding windows count every cached entry, [B, entries]."""
+        if self.places is None:
+            return self.all_slots()
+        places = self._and_later(self.places)
+        held = self.places.shape[1]
+        if self.place_shift is not None and places.shape[1] > held:
+            later = places[:, held:] - self.place_shift.to(places.device)[:, None]
+            places = torch.cat([places[:, :held], later], dim=1)
+        return places
+
+    def _and_later(self, columns: Tensor | None) -> Tensor:
+        assert columns is not None
+        later = self.entries - columns.shape[1]
+        if later <= 0:
+            return columns
+        length = self.get_seq_length()
+        tail = torch.arange(length - later, length, device=columns.device)
+        return torch.cat([columns, tail.expand(columns.shape[0], later)], dim=1)
+
+    def keep_entries(self, index: Tensor, next_position: Tensor | None, padded: bool) -> None:
+        """Keep the cached entries at ``index`` [B, n'] (−1 = padding).
+
+        Args:
+            next_position: [B] original position of the next token, which is to stand at the number
+                of real entries; None: positions go on as they are.
+            padded: whether any entry is padding.
+        """
+        columns, slots, places = self.all_columns(), self.all_slots(), self.all_places()
         before = self.entries
         place = index.clamp(min=0)
         gather = place[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys, self.values = self.keys.gather(2, gather), self.values.gather(2, gather)
+        moved = self.slots is not self.columns
         self.columns = columns.gather(1, place).masked_fill(index < 0, -1)
-        if self.positions is not None:
-            self.positions = self.positions.gather(1, place)
+        self.slots = self.columns
+        if moved:
+            self.slots = slots.gather(1, place).masked_fill(index < 0, -1)
         self.missing += before - index.shape[1]
         self.padded = padded
-        if not continue_positions:
-            # the next token, at original position p, is to stand at the number of real entries
-            real = (self.columns >= 0).sum(1)
-            self.shift = self.next_position - real if self.next_position is not None else None
+        real = (self.columns >= 0).sum(1)
+        if self.places is not None or next_position is not None:
+            self.places = places.gather(1, place)
+        if next_position is not None:
+            self.shift = self.place_shift = next_position.to(real.device) - real
+        self.gaps = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -161,9 +181,12 @@ class CompressedLayer(DynamicLayer):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the batch rows of all that is held."""
         held = ("keys", "values") if self.entries else ()
-        for name in (*held, "columns", "shift", "positions", "next_position"):
+        together = self.slots is self.columns
+        for name in (*held, "columns", "slots", "shift", "places", "place_shift"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, change(value))
+        if together:
+            self.slots = self.columns
 
     def crop(self, max_length: int) -> None:
         """Remove the newest tokens (transformers' argument: the new length, or −n tokens; from 5.24
@@ -188,8 +211,6 @@ class CompressedLayer(DynamicLayer):
             )
         self.keys = self.keys[..., : self.entries - remove, :]
         self.values = self.values[..., : self.entries, :]
-        if self.positions is not None:
-            self.positions = self.positions[:, : self.entries]
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -204,9 +225,10 @@ def cache_argument(model: Any) -> str:
 
 
 def cache_in(call: Mapping[str, Any]) -> Any:
-    """The KV cache among the arguments of a call, under either name; None where there is none."""
-    cache = call.get("cache")
-    return call.get("past_key_values") if cache is None else cache
+    """The KV cache among the arguments of a call, under any of its names; None where there is
+    none."""
+    named = (call.get(name) for name in ("cache", "past_key_values", "past_key_value"))
+    return next((cache for cache in named if cache is not None), None)
 
 
 def check_cache(cache: Any) -> None:

@@ -31,6 +31,7 @@ from tokprune.engine.contracts import (
     Reduction,
     Selection,
     SequenceView,
+    TowerFacts,
     TowerTokens,
 )
 from tokprune.errors import ContractError
@@ -67,22 +68,45 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
         for stage in stages:
             _type(where, f"a stage in Plan.{slot}", stage, kind)
     for stage in plan.encoder:
-        own, layers = f"{where}, encoder stage {_name(stage)}", facts.encoder_layers
+        changes = bool(stage.between_layers or stage.after_layers or stage.bias_layers)
+        inside = changes and not (stage.packs and facts.packed)
+        tower = facts.need_tower(repr(method), whole=inside)
+        own, layers = f"{where}, encoder stage {_name(stage)}", tower.encoder_layers
         for name in ("taps", "bias_layers"):
             _layers(own, stage, name, layers, "encoder")
         for name in ("between_layers", "after_layers"):
             # rows that go after the features were taken would be counted, and still be there
-            last = layers if facts.feature_layer is None else facts.feature_layer + 1
+            feature = tower.feature_layer
+            last = layers if feature is None else feature + 1
             _layers(own, stage, name, last, "encoder")
         _word(own, "positions", stage.positions, Positions)
         _word(own, "order", stage.order, Order)
     for stage in plan.prompt:
         _word(f"{where}, prompt stage {_name(stage)}", "positions", stage.positions, Positions)
     for stage in plan.decoder:
+        _has_attention(method, stage, facts)
         for name in ("taps", "transition_layers", "prune_before"):
             own = f"{where}, decoder stage {_name(stage)}"
             _layers(own, stage, name, facts.decoder_layers, "decoder")
     return plan  # type: ignore[no-any-return]
+
+
+def _has_attention(method: Any, stage: DecoderStage, facts: ModelFacts) -> None:
+    """The layers whose attention ranks have one.
+
+    Raises:
+        ValueError: they are linear attention; names the layers that do.
+    """
+    if facts.attention_layers is None:
+        return
+    for layer in sorted({*stage.taps, *stage.ahead}):
+        if layer not in facts.attention_layers:
+            before = layer + (layer in stage.taps)
+            known = sorted(n + (layer in stage.taps) for n in facts.attention_layers)
+            raise ValueError(
+                f"{method!r} ranks by the attention of decoder layer {layer}, which is linear and "
+                f"has none; prune_before={before} should be one of {', '.join(map(str, known))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -157,7 +181,7 @@ class Contracts:
                 _finite(where, "Reduction.hidden", reduction.hidden[real], hidden)
 
     def outcome(
-        self, run: EncoderRun, outcome: EncoderOutcome, tokens: TowerTokens, facts: ModelFacts
+        self, run: EncoderRun, outcome: EncoderOutcome, tokens: TowerTokens, facts: TowerFacts
     ) -> EncoderOutcome:
         where = f"{self.method}, {_name(run)}.finish()"
         _type(where, "its answer", outcome, EncoderOutcome)

@@ -19,7 +19,7 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.engine.masks import backend_of, check_backend, encoder_mask
-from tokprune.engine.tap import install_tap
+from tokprune.engine.tap import Call, install_tap, tapped_backend
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -101,10 +101,10 @@ class TowerPass:
             bias = own if bias is None or own is None else bias + own
         return bias
 
-    def attention(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
-    ) -> None:
-        attention = Attention(q, k, v, scale, causal=False, valid=self.tokens.valid)
+    def attention(self, layer: int, call: Call) -> None:
+        attention = Attention(
+            call.query, call.key, call.value, call.scaling, causal=False, mask=self.tokens.valid
+        )
         for run in self.runs_at("taps", layer):
             run.attention(layer, attention, self.tokens)
 
@@ -196,9 +196,8 @@ class EncoderHooks:
         self.layers, self.stages, self.current, self.tap = layers, stages, current, tap
         #: attention of transformers 4.37, which takes masks of full shape only
         self.legacy = legacy
-        self.backend = "eager"
         if stages:
-            self.backend = check_backend(backend_of(layers[0].self_attn), "vision tower")
+            check_backend(backend_of(layers[0].self_attn), "vision tower")
 
     def install(self) -> list[Any]:
         handles: list[Any] = []
@@ -212,8 +211,7 @@ class EncoderHooks:
                 mask = self._mask_hook(number)
                 handles.append(layer.self_attn.register_forward_pre_hook(mask, with_kwargs=True))
             if taps:
-                hook = self._hook("attention", number)
-                handles.append(self.tap(layer.self_attn, hook, self._running))
+                handles.append(self.tap(layer.self_attn, self._tap(number), self._running))
             if between:
                 norm, mlp = layer.layer_norm2, layer.mlp
                 handles.append(norm.register_forward_pre_hook(self._hook("between", number)))
@@ -226,6 +224,13 @@ class EncoderHooks:
 
     def _running(self) -> bool:
         return self.current() is not None
+
+    def _tap(self, number: int) -> Any:
+        def tap(call: Call) -> None:
+            if (current := self.current()) is not None:
+                current.attention(number, call)
+
+        return tap
 
     def _hook(self, name: str, number: int) -> Any:
         """A method of the pass in progress as a hook, or nothing where there is none."""
@@ -243,7 +248,8 @@ class EncoderHooks:
                 return None
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             bias = current.bias(number)
-            mask = encoder_mask(self.backend, current.tokens.valid, bias, hidden.dtype)
+            backend = check_backend(tapped_backend(module), "vision tower")
+            mask = encoder_mask(backend, current.tokens.valid, bias, hidden.dtype)
             if mask is None:
                 return None
             kwargs["attention_mask"] = (

@@ -12,15 +12,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from tokprune.engine.cache import cache_in, check_cache
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.encoder import TowerPass
-from tokprune.engine.images import attach, attached
-from tokprune.engine.prompt_layout import PromptLayout, layout_from_mask, read_layout
+from tokprune.engine.images import Encoding, attach, attached
+from tokprune.engine.model import Tiles
+from tokprune.engine.observed import ObservedPass
+from tokprune.engine.packed import PackedPass
+from tokprune.engine.prompt_layout import (
+    PromptLayout,
+    layout_from_mask,
+    read_islands,
+    read_layout,
+)
 from tokprune.engine.shared_encoder import ENCODERS, Encoded, share_keys, shared_encoder
 from tokprune.errors import PromptMismatchError, UnsupportedVideoError
 
@@ -73,19 +81,22 @@ class Entry(ABC):
 
     def tower_pass(self, layouts: list[ImageLayout], pixels: Tensor) -> TowerPass:
         """A pass of the vision encoder over the tiles of these images."""
+        tower, facts = self.parts.tower, self.session.facts.tower
+        assert tower is not None
+        assert facts is not None
         tile_images = tuple(i for i, lay in enumerate(layouts) for _ in range(lay.tiles))
-        device = next(self.parts.tower.parameters()).device
+        device = next(tower.module.parameters()).device
         if device.type == "meta":  # offloaded by accelerate: computed where the pixels are
             device = pixels.device
-        tower = TowerInput(
-            self.session.facts,
+        given = TowerInput(
+            facts,
             tile_images,
             device,
             tile_grids=tuple(layout.tile_grid for layout in layouts),
             sizes=tuple(layout.size for layout in layouts),
             videos=tuple(layout.video for layout in layouts),
         )
-        return TowerPass(self.session.plan.encoder, tower, self.session.contracts)
+        return TowerPass(self.session.plan.encoder, given, self.session.contracts)
 
     @staticmethod
     def check_mask(mask: Tensor | None) -> None:
@@ -128,6 +139,7 @@ class Entry(ABC):
         """Take a prompt with images as the one of this forward (text-only prompts pass by)."""
         state = self.session.state
         state.layout = layout
+        state.attention_mask = mask
         if layout is not None:
             if all(not row for row in layout.columns):
                 state.layout = None
@@ -137,9 +149,8 @@ class Entry(ABC):
 
 
 class TransformersEntry(Entry):
-    """LLaVA-shaped models of transformers ≥ 4.57: ``get_image_features`` and, where the model takes
-    videos, ``get_video_features``, then a forward whose ``input_ids`` hold one placeholder per
-    token."""
+    """Models of transformers ≥ 4.57: ``get_image_features`` and, where the model takes videos,
+    ``get_video_features``, then a forward whose ``input_ids`` hold one placeholder per token."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -179,76 +190,111 @@ class TransformersEntry(Entry):
         original = getattr(self.parts.multimodal, name) if shared is None else shared.original[name]
         signature = inspect.signature(original)
         first = next(iter(signature.parameters))
+        images = name == "get_image_features"
+        pixels = self.family.pixels if images else self.family.video_pixels
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs).arguments
-            return features(call[first], call, functools.partial(original, *args, **kwargs))
+            # transformers 4 calls pixels of videos pixel_values here
+            given = {**call.pop("kwargs", {}), **call, pixels: call[first]}
+            return features(call[first], given, functools.partial(original, *args, **kwargs))
 
         self.parts.multimodal.__dict__[name] = wrapper
 
     def _image_features(self, pixels: Tensor, call: dict[str, Any], encode: Any) -> Any:
-        state, layouts = self.session.state, self._layouts(pixels, call)
+        state = self.session.state
+        if state.in_videos:
+            return encode()
+        images = self._images_of(pixels, call)
         self._check_choices(call)
         try:
-            result, state.image_records = self._encode(pixels, layouts, encode)
+            result, encoding = self._encode(pixels, images, encode)
         finally:
-            state.layouts = None
-        for tensor, record in zip(getattr(result, "pooler_output", result), state.image_records):
-            attach(tensor, record)
+            state.pixels = None
+        layouts = images if isinstance(images, list) else state.image_layouts
+        if layouts is not None:
+            state.image_records = encoding.records(layouts)
+        attach(result, encoding)
         return result
 
     def _video_features(self, pixels: Tensor, call: dict[str, Any], encode: Any) -> Any:
-        """The records of all videos travel with the output, one tensor in most releases."""
-        state, layouts = self.session.state, self._video_layouts(pixels)
-        self._check_videos(layouts)
+        state = self.session.state
+        videos = self.family.videos(self.parts, self.session.facts, call)
+        self._check_videos(videos)
         self._check_choices(call)
-        result, records = self._encode(pixels, layouts, encode)
-        state.video_records = [record.split(self.session.plan.video_unit) for record in records]
-        if not isinstance(result, tuple | list | Tensor):
-            attach(result, state.video_records)
+        state.in_videos = True
+        try:
+            result, encoding = self._encode(pixels, videos, encode)
+        finally:
+            state.in_videos = False
+        state.video_records = self._parts_of(encoding, videos)
+        attach(result, encoding)
         return result
 
+    def _parts_of(self, encoding: Encoding, videos: list[ImageLayout]) -> list[list[ImageRecord]]:
+        """The parts of every video that are compressed as one."""
+        unit = self.session.plan.video_unit
+        return [record.split(unit) for record in encoding.records(videos)]
+
     def _encode(
-        self, pixels: Tensor, layouts: list[ImageLayout], encode: Callable[[], Any]
-    ) -> tuple[Any, list[ImageRecord]]:
-        """What ``encode`` returns, run or remembered, and the records of these images."""
+        self, pixels: Tensor, images: list[ImageLayout] | Tiles, encode: Callable[[], Any]
+    ) -> tuple[Any, Encoding]:
+        """What ``encode`` returns, run or remembered, and what is known of these images."""
         shared, state = shared_encoder(self.parts.multimodal), self.session.state
-        state.tower = self.tower_pass(layouts, pixels)
         known = None if shared is None else shared.get(pixels, self.keys)
+        tower: TowerPass | ObservedPass | None = None
+        if self.parts.tower is not None and isinstance(images, list):
+            tower = state.tower = self.tower_pass(images, pixels)
+        elif self.parts.observed is not None and self.session.plan.encoder:
+            tower = state.observed = self._observed_pass(images, pixels)
         try:
             if known is None:
                 result = encode()
-                state.tower.finish()
-                if shared is not None and state.projected is not None:
-                    shared.put(
-                        pixels, self.keys, Encoded(result, state.projected, state.tower.outcomes)
-                    )
+                outcomes = []
+                if tower is not None:
+                    tower.finish()
+                    outcomes = tower.outcomes
+                projected = state.projected
+                if shared is not None:
+                    shared.put(pixels, self.keys, Encoded(result, projected, outcomes))
             else:
-                result, state.projected = known.result, known.projected
-                state.tower.outcomes = known.outcomes
-            return result, self.session.image_records(layouts)
+                result, projected = known.result, known.projected
+                if tower is not None:
+                    tower.outcomes = known.outcomes
         finally:
-            state.tower = state.projected = None
+            state.tower = state.observed = state.projected = None
+        records = functools.partial(
+            self.session.image_records, tower=tower, projected=projected, device=pixels.device
+        )
+        features = getattr(result, "pooler_output", result)
+        if isinstance(images, list):
+            records = functools.partial(_same, records(images))
+        return result, Encoding(images, len(features), records)
 
-    def _layouts(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout]:
-        """Layouts of the images, once for the forward and the encoder call inside it."""
-        known = self.session.state.layouts
+    def _observed_pass(self, images: list[ImageLayout] | Tiles, pixels: Tensor) -> ObservedPass:
+        """A pass of an encoder that stages only look at."""
+        session, observed = self.session, self.parts.observed
+        facts = session.facts.observed
+        assert observed is not None
+        assert facts is not None
+        layouts: list[ImageLayout] | None
+        if isinstance(images, Tiles):
+            layouts = None if images.count is None else [images.image(1)] * images.count
+        else:
+            layouts = images
+        kind = PackedPass if any(s.reduces for s in session.plan.encoder) else ObservedPass
+        return kind(
+            session.plan.encoder, facts, observed, layouts, pixels.device, session.contracts
+        )
+
+    def _images_of(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout] | Tiles:
+        """The images of a call, once for the forward and the encoder call inside it."""
+        known = self.session.state.pixels
         if known is None or known[0] is not pixels:
-            layouts = self.family.layouts(
-                self.parts, pixels, call.get("image_sizes"), self.session.facts,
-                call.get("batch_num_images"),
-            )  # fmt: skip
-            known = self.session.state.layouts = (pixels, layouts)
+            found = self.family.images(self.parts, self.session.facts, call)
+            known = self.session.state.pixels = (pixels, found)
         return known[1]
-
-    def _video_layouts(self, pixels: Tensor) -> list[ImageLayout]:
-        if pixels.dim() != 5:
-            raise ValueError(
-                f"pixel_values_videos has {pixels.dim()} dimensions; it should be [videos, frames, "
-                "channels, height, width]"
-            )
-        return self.family.video_layouts(self.parts, pixels, self.session.facts)
 
     def _check_videos(self, layouts: list[ImageLayout]) -> None:
         """Before the tower runs: no stage takes from it what the model needs next.
@@ -257,11 +303,18 @@ class TransformersEntry(Entry):
             UnsupportedVideoError: a stage drops or merges rows of frames that the model pools.
         """
         plan, facts = self.session.plan, self.session.facts
+        if facts.axes > 1 and "compact" in self.session.renumbers:
+            raise UnsupportedVideoError(
+                f"{self.session.trace.method}: positions='compact' is not defined for videos of "
+                f"{facts.family}, whose positions tell the time; use positions='preserve' (the "
+                "default on this model)"
+            )
         pooled = next((x.token_grid for x in layouts if x.token_grid is not None), None)
-        if pooled is None or not any(stage.reduces_videos for stage in plan.encoder):
+        reduces = any(stage.reduces_videos for stage in plan.encoder)
+        if pooled is None or facts.tower is None or not reduces:
             return
         name = type(self.session.model).__name__
-        (h, w), (a, b) = facts.grid, pooled.grids[0]
+        (h, w), (a, b) = facts.tower.grid, pooled.grids[0]
         raise UnsupportedVideoError(
             f"{self.session.trace.method} drops or merges tokens inside the vision tower, and "
             f"{name} pools the whole {h}×{w} grid of every frame of a video to {a}×{b} after it; "
@@ -296,52 +349,17 @@ class TransformersEntry(Entry):
                 call["inputs_embeds"], mask, past, f"input_ids and pixel_values{videos}"
             )
         else:
-            images, (videos_, times) = self._images(call), self._videos(call)
-            if images is not None or videos_ is not None:
-                layout = self._read_layout(call, mask, past, images or [], videos_ or [], times)
+            layout = self._read_layout(call, mask, past)
         self.admit(layout, mask, cache)
 
-    def _images(self, call: dict[str, Any]) -> list[int] | None:
-        """Prompt tokens of every image of a call; None without any."""
-        pixels = call.get("pixel_values")
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        if pixels is not None and pixels.shape[0] > 0:
-            return [len(x.packed) for x in self._layouts(pixels, call)]
-        if encoded is None:
-            return None
-        records = [attached(f) for f in getattr(encoded, "pooler_output", encoded)]
-        if any(r is None for r in records):
-            raise ValueError(_encoded_before("image"))
-        self.session.state.image_records = records
-        return [r.count for r in records]
-
-    def _videos(self, call: dict[str, Any]) -> tuple[list[list[int]] | None, int]:
-        """Prompt tokens of the parts of every video of a call, None without any; and how many
-        copies of each prompt share the videos."""
-        pixels = call.get("pixel_values_videos")
-        encoded = (call.get("mm_encoder_outputs") or {}).get("video")
-        video_unit = self.session.plan.video_unit
-        if pixels is not None and pixels.shape[0] > 0:
-            layouts = self._video_layouts(pixels)
-            return [[len(part.packed) for part in x.parts(video_unit)] for x in layouts], 1
-        if encoded is None:
-            return None, 1
-        records = attached(encoded)
-        if records is None:
-            raise ValueError(_encoded_before("video"))
-        self.session.state.video_records = records
-        counts = [[part.count for part in video] for video in records]
-        return counts, len(encoded.pooler_output) // max(1, len(records))
-
     def _read_layout(
-        self,
-        call: dict[str, Any],
-        mask: Tensor | None,
-        past: int,
-        images: list[int],
-        videos: list[list[int]],
-        times: int,
-    ) -> PromptLayout:
+        self, call: dict[str, Any], mask: Tensor | None, past: int
+    ) -> PromptLayout | None:
+        """Where the images and videos of a call stand in its prompts; None without any."""
+        images, times = self._given(call, "image")
+        videos, copies = self._given(call, "video")
+        if images is None and videos is None:
+            return None
         ids = call["input_ids"]
         if mask is not None and (mask.dim() != 2 or mask.shape[1] != past + ids.shape[1]):
             self.check_mask(mask)
@@ -349,16 +367,58 @@ class TransformersEntry(Entry):
                 f"attention_mask has {mask.shape[1]} columns; it should have {past + ids.shape[1]} "
                 f"({past} cached and {ids.shape[1]} new tokens)"
             )
-        visual = ids == self.parts.image_token_id
-        if self.parts.video_token_id is not None:
-            visual = visual.long() + 2 * (ids == self.parts.video_token_id)
-        layout = read_layout(visual, mask, past, images, [sum(v) for v in videos], times)
-        return layout.split([*([n] for n in images), *videos])
+        visual, state = self.family.placeholders(self.parts, call), self.session.state
+        times = max(times, copies)
+        if isinstance(images, Tiles):
+            layout, tiles = read_islands(visual, mask, past, images, times)
+            state.image_layouts = [images.image(n) for n in tiles]
+            encoding = self._encoding(call, "image")
+            if encoding is not None:
+                state.image_records = encoding[0].records(state.image_layouts)
+            return layout
+        stills, clips = images or [], videos or []
+        unit = self.session.plan.video_unit
+        parts = [[len(part.packed) for part in clip.parts(unit)] for clip in clips]
+        layout = read_layout(
+            visual, mask, past, [len(x.packed) for x in stills], [sum(p) for p in parts], times,
+            (any(x.broken for x in stills), any(x.broken for x in clips)),
+        )  # fmt: skip
+        return layout.split([*([len(x.packed)] for x in stills), *parts])
+
+    def _given(self, call: dict[str, Any], kind: Literal["image", "video"]) -> tuple[Any, int]:
+        """The images (or tiles) or videos of a call, None without any; and how many copies of each
+        prompt share them."""
+        name = self.family.pixels if kind == "image" else self.family.video_pixels
+        pixels, state = call.get(name), self.session.state
+        if pixels is not None and pixels.shape[0] > 0:
+            if kind == "image":
+                return self._images_of(pixels, call), 1
+            return self.family.videos(self.parts, self.session.facts, call), 1
+        known = self._encoding(call, kind)
+        if known is None:
+            return None, 1
+        encoding, times = known
+        if isinstance(encoding.images, list):
+            if kind == "image":
+                state.image_records = encoding.records(encoding.images)
+            else:
+                state.video_records = self._parts_of(encoding, encoding.images)
+        return encoding.images, times
+
+    def _encoding(self, call: dict[str, Any], kind: str) -> tuple[Encoding, int] | None:
+        """What is known of images or videos that were encoded ahead of the forward."""
+        output = (call.get("mm_encoder_outputs") or {}).get(kind)
+        if output is None:
+            return None
+        known = attached(output)
+        if known is None:
+            name = self.family.pixels if kind == "image" else self.family.video_pixels
+            raise ValueError(
+                "mm_encoder_outputs was computed before the model was patched (or without it); "
+                f"pass {name}, or call get_{kind}_features on the patched model"
+            )
+        return known
 
 
-def _encoded_before(kind: str) -> str:
-    pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
-    return (
-        "mm_encoder_outputs was computed before the model was patched (or without it); pass "
-        f"{pixels}, or call get_{kind}_features on the patched model"
-    )
+def _same(records: list[ImageRecord], layouts: list[ImageLayout]) -> list[ImageRecord]:
+    return records

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from tokprune.engine.model import ImageLayout, ModelFacts, Parts
-from tokprune.engine.tap import TapFunction, install_tap
+from tokprune.engine.model import Block, Deep, ImageLayout, ModelFacts, Parts, Tiles
+from tokprune.engine.tap import Call, TapFunction, capture, install_tap
 from tokprune.engine.widths import ModelShape
 
 if TYPE_CHECKING:
@@ -25,11 +26,14 @@ class Family(ABC):
     name: str
     #: class names of the transformers models this family covers
     model_classes: tuple[str, ...]
-    #: tiles and newline tokens (anyres)
-    tiled: bool = False
+    #: names of the arguments that pixels are passed by
+    pixels: str = "pixel_values"
+    video_pixels: str = "pixel_values_videos"
     #: attention modules as in transformers 4.36/4.37: rotary tables of their own, masks of full
     #: shape [B, 1, queries, keys]
     legacy: bool = False
+    #: flash attention would take its image tokens for text, silently in some releases
+    drops_blocks_under_flash: bool = False
     #: whose classes these are, as :func:`tokprune.load` is told
     package: str = "transformers"
     #: model classes beside these that cannot be patched, and why
@@ -39,25 +43,41 @@ class Family(ABC):
         """Why its models cannot be patched with the packages that are installed; None: they can."""
         return None
 
+    def of(self, model: nn.Module) -> Family:
+        """The family of this very model, where a class covers several."""
+        return self
+
     @abstractmethod
     def parts(self, model: nn.Module) -> Parts: ...
 
     @abstractmethod
-    def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
-        """One layout per image of ``pixel_values``; host work only. ``batch_num_images``: images
-        of each prompt, for families that tile single images only."""
+    def images(
+        self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]
+    ) -> list[ImageLayout] | Tiles:
+        """One layout per image of a call; host work only.
 
-    def video_layouts(
-        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
-    ) -> list[ImageLayout]:
-        """One layout per video of ``pixel_values`` [videos, frames, 3, H, W]; host work only."""
+        Args:
+            call: named arguments of the forward, or of ``get_image_features`` (``generate`` of
+                transformers 5 encodes images ahead of the forward).
+        """
+
+    def videos(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        """One layout per video of a call, as for :meth:`images`."""
         raise NotImplementedError
 
-    @abstractmethod
-    def max_tiles(self, model: nn.Module) -> int: ...
+    def placeholders(self, parts: Parts, call: Mapping[str, Any]) -> Tensor:
+        """[B, L] long: 1 where ``input_ids`` stand for images, 2 for videos, 0 for text."""
+        ids = call["input_ids"]
+        visual: Tensor = (ids == parts.image_token_id).long()
+        if parts.video_token_id is not None:
+            visual = visual + 2 * (ids == parts.video_token_id)
+        return visual
+
+    def deep(self, kwargs: dict[str, Any], first_drop: int) -> list[Deep]:
+        """Features that the model adds between its decoder layers, taken out of the language
+        model's arguments where a drop before layer ``first_drop`` would have it add them to other
+        tokens."""
+        return []
 
     def entry(self, session: Session) -> Entry:
         """How images and prompts get into a model of this family."""
@@ -69,12 +89,10 @@ class Family(ABC):
         """Tap an attention module (:func:`tokprune.engine.tap.install_tap`)."""
         return install_tap(module, function, wanted)
 
-    def window(self, parts: Parts, backend: str) -> int | None:
-        """Width of the decoder's sliding window in tokens, or None."""
-        config = parts.language_model.config
-        if not getattr(config, "use_sliding_window", True):
-            return None
-        return getattr(config, "sliding_window", None)
+    def attention_ahead(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """The attention call of a decoder layer that has not run, on these arguments."""
+        with torch.no_grad():  # scores need no gradient
+            return capture(block.attention, lambda: block.module.forward(*args, **kwargs))
 
     def newline(self, parts: Parts) -> Tensor | None:
         """The learned newline embedding, where the family has one."""

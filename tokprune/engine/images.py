@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens, ModelFacts, VideoUnit
+from tokprune.engine.contracts import ImageTokens, TowerFacts, VideoUnit
 from tokprune.engine.encoder import TowerPass
 from tokprune.errors import UnsupportedVideoError
 
 if TYPE_CHECKING:
-    from tokprune.engine.model import ImageLayout, TokenGrid
+    from tokprune.engine.model import ImageLayout, Tiles, TokenGrid
 
 _ATTRIBUTE = "_tokprune_image"
 
@@ -32,12 +32,13 @@ class ImageRecord:
     """
 
     layout: ImageLayout
-    facts: ModelFacts
+    facts: TowerFacts | None
     device: torch.device
     features: Tensor | None = None
     cell: Tensor | None = None
     score: Tensor | None = None
     tag: Tensor | None = None
+    metric: Tensor | None = None
     group: Tensor | None = None
     raw: Tensor | None = None
     newline: Tensor | None = None
@@ -54,7 +55,8 @@ class ImageRecord:
     @property
     def token_grid(self) -> TokenGrid | None:
         """The grids that its tokens stand on, where they are not those of the tower's tiles."""
-        return self.layout.token_grid if self.cell is None else None
+        grid = self.layout.token_grid
+        return grid if self.cell is None or (grid is not None and grid.nearest is None) else None
 
     def split(self, video_unit: VideoUnit) -> list[ImageRecord]:
         """A video in the parts that are compressed as one.
@@ -73,7 +75,7 @@ class ImageRecord:
         records = []
         for part in parts:
             own = replace(self, layout=part)
-            for name in ("score", "tag", "raw"):
+            for name in ("score", "tag", "metric", "raw"):
                 if (value := getattr(self, name)) is not None:
                     frames = value.unflatten(0, (self.layout.frames, -1))
                     frames = frames[part.first_frame : part.first_frame + part.frames]
@@ -84,26 +86,25 @@ class ImageRecord:
     def tokens(self, embedded: Tensor, columns: Tensor) -> ImageTokens:
         """The image as it stands at the language-model input; ``embedded`` [n, D] are the model's
         own packed features, ``columns`` [n] their prompt columns."""
-        facts = self.facts
-        packed = self.layout.packed.to(self.device)
-        cls_offset = int(facts.cls_in_features)
+        facts, packed = self.facts, self.layout.packed.to(self.device)
         if self.features is None:
             cell, features, column = packed, embedded, columns
             score = self._at_cells(self.score, packed)
-            tag = self._at_cells(self.tag, packed)
+            tag, metric = self._at_cells(self.tag, packed), self._at_cells(self.metric, packed)
         else:
             assert self.cell is not None
             cell, features = self.cell, self.features
             column = self.places(cell, columns)
             # tokens without a place of their own (class token, cropped cells) stand at the start
             column = torch.where(column < 0, columns[0], column)
-            score, tag = self.score, self.tag
+            score, tag, metric = self.score, self.tag, None
         newline = cell < 0 if self.features is None else torch.zeros_like(cell, dtype=torch.bool)
         token_grid, tiles, grids = self.token_grid, self.layout.tiles, None
-        width: Tensor | int = facts.grid[1]
+        width: Tensor | int
         if token_grid is None:
-            grid, per_tile = facts.grid, facts.tokens_per_tile
-            tile, patch = cell // per_tile, cell % per_tile - cls_offset
+            assert facts is not None
+            grid, width, per_tile = facts.grid, facts.grid[1], facts.tokens_per_tile
+            tile, patch = cell // per_tile, cell % per_tile - int(facts.cls_in_features)
         else:
             grid, tiles = token_grid.grids[0], len(token_grid.grids)
             grids = token_grid.grids if len(set(token_grid.grids)) > 1 else None
@@ -124,6 +125,7 @@ class ImageRecord:
             original=self.count,
             score=score,
             tag=tag,
+            metric=metric,
             raw=self.raw if self.features is None else None,
             newline_feature=self.newline,
             size=self.layout.size,
@@ -138,11 +140,12 @@ class ImageRecord:
         (any shape); −1 for the class token and for rows that the packing crops away."""
         token_grid = self.layout.token_grid
         if token_grid is not None:
-            assert token_grid.nearest is not None
-            nearest = token_grid.nearest.to(self.device)
-            cell = torch.where(cell < 0, -1, nearest[cell.clamp(min=0)])
+            if token_grid.nearest is not None:
+                nearest = token_grid.nearest.to(self.device)
+                cell = torch.where(cell < 0, -1, nearest[cell.clamp(min=0)])
             rows = sum(height * width for height, width in token_grid.grids)
         else:
+            assert self.facts is not None
             rows = self.layout.tiles * self.facts.tokens_per_tile
         place = torch.full((rows + 1,), -1, device=self.device)
         # newline tokens (−1) write into the spare last entry
@@ -154,7 +157,8 @@ class ImageRecord:
         if values is None:
             return None
         taken = values[packed.clamp(min=0)]
-        return torch.where(packed < 0, torch.zeros_like(taken), taken)
+        off = (packed < 0).view(-1, *[1] * (taken.dim() - 1))
+        return torch.where(off, torch.zeros_like(taken), taken)
 
 
 def _on_grids(
@@ -171,19 +175,44 @@ def _on_grids(
     return tile, cell - both[0][tile], both[1][tile]
 
 
-def attach(features: Any, record: Any) -> None:
-    """Let records travel with an image's feature tensor, or with the output that holds those of
-    all videos (through ``generate``, beams, …)."""
-    setattr(features, _ATTRIBUTE, record)
+@dataclass(frozen=True)
+class Encoding:
+    """What is known of the images or videos of one encoder call: ``images`` (or tiles), how many
+    entries its features have, and the records of the images when these are known."""
+
+    images: list[ImageLayout] | Tiles
+    entries: int
+    records: Callable[[list[ImageLayout]], list[ImageRecord]]
 
 
-def attached(features: Any) -> Any:
-    return getattr(features, _ATTRIBUTE, None)
+def attach(output: Any, encoding: Encoding) -> None:
+    """Let what is known of the images travel with the output that holds their features (through
+    ``generate``, beams, …), where it is an object that can carry it; the features carry it, too, as
+    accelerate's hooks make outputs anew."""
+    if not isinstance(output, tuple | list | Tensor):
+        for carrier in (output, _first(output)):
+            setattr(carrier, _ATTRIBUTE, encoding)
+
+
+def _first(output: Any) -> Any:
+    """The features of an output, the first where they are several tensors."""
+    features = output.pooler_output
+    return features[0] if isinstance(features, tuple | list) and features else features
+
+
+def attached(output: Any) -> tuple[Encoding, int] | None:
+    """What travels with an output, and how many copies of each prompt share its images; None where
+    nothing does."""
+    encoding: Encoding | None = getattr(output, _ATTRIBUTE, None)
+    if encoding is None and not isinstance(output, tuple | list | Tensor):
+        encoding = getattr(_first(output), _ATTRIBUTE, None)
+    if encoding is None:
+        return None
+    return encoding, max(1, len(output.pooler_output) // max(1, encoding.entries))
 
 
 def build_records(
     layouts: list[ImageLayout],
-    facts: ModelFacts,
     tower: TowerPass,
     projected: Tensor,
     newline: Tensor | None,
@@ -197,7 +226,7 @@ def build_records(
         spatial: survivors of an encoder stage enter by prompt place instead of published order.
         want_raw: keep the unpacked projector output for prompt stages that pool it.
     """
-    device = projected.device
+    device, facts = projected.device, tower.tower.facts
     records = [ImageRecord(layout, facts, device, newline=newline) for layout in layouts]
     tile_of = [0]
     for layout in layouts:
@@ -216,6 +245,7 @@ def build_records(
                     continue
                 own = value[tiles]
                 if (token_grid := record.layout.token_grid) is not None:
+                    assert token_grid.mean is not None
                     own = token_grid.mean(own.float())
                     # a cell is marked where one of its patches is
                     own = own > 0 if name == "tag" else own
@@ -240,7 +270,7 @@ def _fill_reduced(
     spatial: bool,
 ) -> None:
     """Order and place the survivors of one image's tiles."""
-    facts, device = record.facts, record.device
+    facts, device = tower.tower.facts, record.device
     tokens = tower.tokens
     outcome = next((o for o, r in zip(tower.outcomes, tower.stages) if r.reduces), None)
     drop_cls = tower.cut_rows
@@ -263,7 +293,7 @@ def _fill_reduced(
         key = torch.where(at < 0, record.count + key, at)
     alive = torch.ones_like(cell, dtype=torch.bool) if valid is None else valid.clone()
     total = sum(c - drop_cls for c in counts)
-    if (outcome is None or outcome.unpad) and record.facts.tiled:
+    if (outcome is None or outcome.unpad) and facts.tiled:
         # Rows on cells that the packing crops away are lost: how many is the image's secret.
         alive &= (at >= 0) | (cell < 0)
         total = int(alive.sum())

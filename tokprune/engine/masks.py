@@ -1,4 +1,4 @@
-"""Attention masks for sequences whose keys are not the ones transformers counts."""
+"""Attention masks of a shortened sequence: those that the model made, indexed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from tokprune.errors import UnsupportedModelError
 SUPPORTED = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
+def backend_of(module: Any) -> str | None:
+    """Attention backend a transformers module runs on now."""
+    return getattr(module.config, "_attn_implementation", None)
+
+
 def check_backend(name: str | None, where: str) -> str:
     """The attention backend, or an error that names those we can mask."""
     if name not in SUPPORTED:
@@ -22,44 +27,57 @@ def check_backend(name: str | None, where: str) -> str:
     return name
 
 
-def decoder_mask(
-    backend: str,
-    queries: int,
-    keys: int,
-    valid: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    positions: tuple[Tensor, Tensor] | None = None,
-    window: int | None = None,
-) -> Tensor | None:
-    """Causal mask for the last ``queries`` of ``keys`` cached entries, in the backend's form.
+def at(mask: Tensor, queries: Tensor, keys: Tensor, total: int) -> Tensor:
+    """Rows and columns of a mask that the model made for the whole conversation.
 
-    ``valid`` [B, keys] bool marks real keys (None: all are). ``positions`` = (query [B, q], key
-    [B, keys]) rotary positions, for a sliding ``window`` counted in positions.
-    Returns None where the backend's own causal path is right.
+    Its last row and column belong to the last of ``total`` tokens: masks of sliding caches are
+    narrower than the conversation.
+
+    Args:
+        mask: [B or 1, 1, q, k], bool (True: visible) or added to the logits; or [B or 1, k], keys
+            that are no padding.
+        queries: [B, n] column of each query, −1 = padding.
+        keys: [B, m] column of each key, −1 = padding.
+
+    Returns:
+        The same form: [B, 1, n, m] or [B, m]; padding keys, and those before the mask's first
+        column, are hidden.
     """
+    place = (keys - (total - mask.shape[-1])).to(mask.device)
+    gone, place = (place < 0) | (keys < 0).to(mask.device), place.clamp(min=0)
+    if mask.dim() == 2:
+        return mask.expand(len(keys), -1).gather(1, place).masked_fill(gone, 0)
+    mask = mask.expand(len(keys), -1, -1, -1)
+    row = (queries - (total - mask.shape[-2])).clamp(min=0).to(mask.device)
+    rows = mask.gather(2, row[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    both = rows.gather(3, place[:, None, None, :].expand(-1, rows.shape[1], rows.shape[2], -1))
+    return both.masked_fill(gone[:, None, None, :], _blocked(both.dtype))
+
+
+def causal(backend: str, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask of a model that made none, where some of ``keys`` [B, m] are padding (−1), for
+    ``queries`` [B, n]: in the backend's form."""
     if backend.startswith("flash"):
-        if window is not None:
-            raise UnsupportedModelError(
-                "flash attention cannot apply a sliding window to a shortened sequence; load the "
-                "model with attn_implementation='sdpa' or config.sliding_window=None"
-            )
-        return None if valid is None else valid
-    plain = queries == 1 or (backend == "sdpa" and queries == keys)
-    if plain and valid is None and window is None:
-        return None
-    rows = torch.arange(keys - queries, keys, device=device)
-    seen = torch.arange(keys, device=device)[None, :] <= rows[:, None]
-    allowed = seen[None, None]
-    if window is not None and positions is not None:
-        near = positions[0][:, :, None] - positions[1][:, None, :] < window
-        allowed = allowed & near[:, None]
-    if valid is not None:
-        allowed = allowed & valid[:, None, None, :]
+        return keys >= 0
+    seen = (queries[:, :, None] >= keys[:, None, :]) & (keys >= 0)[:, None, :]
+    return in_form(backend, seen[:, None], dtype)
+
+
+def in_form(backend: str, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask [B, 1, n, m] bool in the form that the backend takes."""
     if backend == "sdpa":
         return allowed
-    blocked = torch.finfo(dtype).min
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, blocked)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill_(~allowed, _blocked(dtype))
+
+
+def windowed(base: Tensor, near: Tensor) -> Tensor:
+    """A mask [B, 1, n, m] with the keys hidden that are not ``near`` [B, n, m] bool."""
+    return base.masked_fill(~near[:, None], _blocked(base.dtype))
+
+
+def _blocked(dtype: torch.dtype) -> Any:
+    return False if dtype == torch.bool else torch.finfo(dtype).min
 
 
 def encoder_mask(
@@ -71,10 +89,7 @@ def encoder_mask(
             return None
         if backend.startswith("flash"):
             return valid
-        if backend == "sdpa":
-            return valid[:, None, None, :]
-        zeros = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-        return zeros.masked_fill_(~valid, torch.finfo(dtype).min)[:, None, None, :]
+        return in_form(backend, valid[:, None, None, :], dtype)
     if backend.startswith("flash"):
         raise UnsupportedModelError(
             "proportional attention needs an additive bias, which flash attention does not take; "
@@ -84,8 +99,3 @@ def encoder_mask(
     if valid is None:
         return bias
     return bias.masked_fill(~valid[:, None, None, :], torch.finfo(dtype).min)
-
-
-def backend_of(module: Any) -> str | None:
-    """Attention backend a transformers module runs on."""
-    return getattr(module.config, "_attn_implementation", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,22 +10,25 @@ from torch import Tensor
 from tokprune.engine.cache import CompressedLayer, compressed_layer
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
+from tokprune.engine.layer_calls import View
 
 
 class PrefillCache:
     """The cache of one prefill, or that there is none; ``past`` tokens of earlier turns (in the
     original count) precede the untouched prompt ``native``. ``attention_mask`` [B, past + L] or
-    None."""
+    None. ``source`` [B, L] (CPU): column of the user's prompt that each of a wider one comes from
+    (:mod:`tokprune.engine.widen`); None: it is the user's."""
 
     def __init__(
-        self, cache: DynamicCache | None, past: int, attention_mask: Tensor | None,
-        native: SequenceView, window: int | None,
+        self, past: int, attention_mask: Tensor | None, native: SequenceView,
+        source: Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.cache, self.past, self.attention_mask = cache, past, attention_mask
-        self.native, self.window = native, window
+        self.source = source
+        #: filled in where the first layer is handed one
+        self.cache: DynamicCache | None = None
+        self.past, self.attention_mask, self.native = past, attention_mask, native
         #: by the tensors they were made of, so that layers of one sequence share one object
-        self._columns: dict[Tensor, Tensor] = {}
-        self._shifts: dict[tuple[Tensor, Tensor | None], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
         self._policy_lengths: dict[int, list[int]] = {}
 
     def layer(self, number: int) -> Any:
@@ -37,89 +39,96 @@ class PrefillCache:
 
     # ------------------------------------------------------------------ before a layer
 
-    def announce(
-        self, number: int, sequence: SequenceView
-    ) -> tuple[int, Tensor | None, Tensor | None]:
-        """Tell a layer which tokens it is to cache.
+    def view(self, number: int, sequence: SequenceView) -> tuple[View, Tensor | None]:
+        """What a layer's queries and keys are, if it runs on ``sequence``, and the shift [B] of its
+        earlier turns."""
+        layer = None if self.cache is None else self.layer(number)
+        held = layer if self.past and layer is not None else None
+        slots = places = shift = behind = None
+        padded = gaps = False
+        if isinstance(held, CompressedLayer):
+            slots, places, padded, gaps = held.slots, held.places, held.padded, held.gaps
+            shift, behind = held.shift, held.place_shift
+        entries = 0 if held is None else _entries(held)
 
-        Returns:
-            its entries of earlier turns; their columns [B, entries], −1 = padding (None: no
-            padding); the shift [B] of their positions (None: not shifted).
-        """
+        def make() -> View:
+            queries = self._in_conversation(sequence.slot)
+            keys = queries
+            if entries:
+                before = _all_slots(held)
+                before = before.to(queries.device).expand(len(queries), -1)
+                keys = torch.cat([before, queries], dim=1)
+            own = None
+            if sequence.place is not None or places is not None:
+                new = sequence.slot if sequence.place is None else sequence.place
+                new = new + self.past
+                if behind is not None:
+                    new = new - behind.to(new.device)[:, None]
+                before = keys[:, :entries]
+                if isinstance(held, CompressedLayer):
+                    before = held.all_places().to(new.device)
+                own = (new, torch.cat([before, new], dim=1))
+            total = self.past + self.native.column.shape[1]
+            padding, hole = padded or sequence.padded, gaps or sequence.gaps
+            return View(queries, keys, total, padding, own, hole)
+
+        return self._once(make, "view", sequence, slots, places, entries), shift
+
+    def announce(self, number: int, sequence: SequenceView, view: View) -> None:
+        """Tell a layer which tokens it is to cache."""
         if self.cache is None:
-            return 0, None, None
+            return
         layer = compressed_layer(self.cache, number)
-        entries, past_shift, past_columns = layer.entries, layer.shift, None
-        if entries and layer.padded:
-            past_columns = layer.all_columns()
-        elif entries and self.attention_mask is not None and self._past_padded:
-            columns = layer.all_columns()
-            past_columns = self._without_padding(columns, self.attention_mask[:, : self.past])
-            layer.columns, layer.padded = past_columns, True
-        layer.expect(
-            self._conversation_columns(sequence), self.native.column.shape[1], sequence.padded,
-            self._shift(sequence, past_shift),
+        mask = self.attention_mask
+        if layer.entries and mask is not None and not layer.padded and layer.columns is not None:
+            # earlier turns that were not compressed: padding is no entry
+            early = mask[:, : self.past].to(layer.columns.device)
+            columns = layer.all_columns().expand(len(early), -1)
+            layer.columns = layer.slots = columns.masked_fill(early.gather(1, columns) == 0, -1)
+        column = self._in_conversation(self.users(sequence.column))
+        # in a wider prompt, slots are no columns of the user's: later tokens see all that is there
+        moved = sequence.slot is not sequence.column and self.source is None
+        layer.expect(column, view.queries if moved else column, self.original)
+        layer.shift = self._shift(sequence.shift, layer.shift)
+        layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
+        layer.places = None if view.places is None else view.places[1]
+        layer.padded, layer.gaps = view.padded, view.gaps
+
+    @property
+    def original(self) -> int:
+        """Tokens of the user's prompt."""
+        length = self.native.column.shape[1]
+        return length if self.source is None else int(self.source.max()) + 1
+
+    def users(self, column: Tensor) -> Tensor:
+        """Columns [B, n] of the prompt as columns of the user's."""
+        if self.source is None:
+            return column
+        source = self.source.to(column.device, non_blocking=True)
+        return self._once(  # type: ignore[no-any-return]
+            lambda: source.gather(1, column.clamp(min=0)).masked_fill(column < 0, -1),
+            "users", column,
         )  # fmt: skip
-        return entries, past_columns, past_shift
 
-    def window_positions(self, number: int, position: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Positions of queries and of all keys where attention slides (call once per layer)."""
-        if self.window is None:
-            return None
-        if self.cache is None:
-            return position, position
-        return compressed_layer(self.cache, number).window_positions(position)
+    def _shift(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
+        if new is None or past is None:
+            return past if new is None else new
+        return self._once(lambda: new + past.to(new.device), "shift", new, past)  # type: ignore[no-any-return]
 
-    def _shift(self, sequence: SequenceView, past_shift: Tensor | None) -> Tensor:
-        """[B] original minus layer position of the next token, for layers of this sequence."""
-        here = sequence.next_position
-        if (here, past_shift) not in self._shifts:
-            shift = self.native.next_position.to(here.device) - here
-            if past_shift is not None:
-                shift = shift + past_shift.to(shift.device)
-            self._shifts[here, past_shift] = shift
-        return self._shifts[here, past_shift]
-
-    def _conversation_columns(self, sequence: SequenceView) -> Tensor:
-        """Columns of a sequence counted from the start of the conversation; one object per
-        sequence, so that decode steps recognise layers that hold the same tokens."""
-        column = sequence.column
+    def _in_conversation(self, column: Tensor) -> Tensor:
+        """Columns counted from the start of the conversation; one object per sequence, so that
+        decode steps recognise layers that hold the same tokens."""
         if not self.past:
             return column
-        if column not in self._columns:
-            self._columns[column] = torch.where(column < 0, -1, column + self.past)
-        return self._columns[column]
+        return self._once(  # type: ignore[no-any-return]
+            lambda: torch.where(column < 0, -1, column + self.past), "column", column
+        )
 
-    @cached_property
-    def _past_padded(self) -> bool:
-        """Whether the cached part of the prompt holds padding (read once, later turns only)."""
-        assert self.attention_mask is not None
-        return not bool((self.attention_mask[:, : self.past] != 0).all())
-
-    @staticmethod
-    def _without_padding(columns: Tensor, mask: Tensor) -> Tensor:
-        """Columns [B, n] with −1 where the attention mask has no token."""
-        return columns.masked_fill(mask.to(columns.device).gather(1, columns) == 0, -1)
-
-    # ------------------------------------------------------------------ inside a layer
-
-    def visible_keys(
-        self, number: int, past: int, sequence: SequenceView, position: Tensor
-    ) -> tuple[Tensor | None, tuple[Tensor, int] | None]:
-        """Of a layer's ``past`` cached keys and those of ``sequence``: which are real, [B, keys]
-        (None: all), and their rotary positions with the window's width where attention slides."""
-        cached, device, before = self.layer(number), sequence.column.device, None
-        if past and isinstance(cached, CompressedLayer):
-            before = cached.all_columns()[:, :past] >= 0 if cached.padded else None
-        elif past and self.attention_mask is not None:
-            before = self.attention_mask[:, :past] != 0
-        valid = real_keys(before, past, sequence)
-        if self.window is None:
-            return valid, None
-        old = getattr(cached, "positions", None)
-        if old is None:
-            old = torch.arange(past, device=device).expand(len(position), past)
-        return valid, (torch.cat([old[:, :past].to(device), position], dim=1), self.window)
+    def _once(self, make: Any, *sources: Any) -> Any:
+        key = tuple(x if isinstance(x, int | str) else id(x) for x in sources)
+        if key not in self._kept:
+            self._kept[key] = (sources, make())
+        return self._kept[key][1]
 
     # ------------------------------------------------------------------ after the prefill
 
@@ -135,15 +144,12 @@ class PrefillCache:
         assert self.cache is not None
         ordinary = not isinstance(self.layer(number), CompressedLayer)
         layer = compressed_layer(self.cache, number)
-        assert layer.columns is not None
         # this prefill's entries are the newest; a sliding layer may hold a part of them only
         earlier = layer.entries - sequence.column.shape[1]
         columns = layer.all_columns()
         if ordinary and self.attention_mask is not None:
-            layer.columns = self._without_padding(columns, self.attention_mask)
-        if self.window is not None and layer.positions is None:
-            before, new = columns[:, : max(earlier, 0)], sequence.position[:, max(-earlier, 0) :]
-            layer.positions = torch.cat([before, new.to(columns.device)], dim=1)
+            real = self.attention_mask.to(columns.device).gather(1, columns) != 0
+            layer.columns = layer.slots = columns.masked_fill(~real, -1)
         index = index.to(columns.device)
         moved = torch.where(index < 0, -1, (index + earlier).clamp(min=-1))
         if earlier > 0:
@@ -151,10 +157,30 @@ class PrefillCache:
             moved = torch.cat([first, moved], dim=1)
         lengths = policy.lengths.get(number)
         full = lengths is not None and min(lengths) == index.shape[1] and earlier == 0
-        layer.next_position = self.native.next_position.to(index.device)
-        layer.keep_entries(moved, policy.continue_positions, padded=not full)
+        following = None if policy.continue_positions else self.native_next - self._first_position
+        layer.keep_entries(moved, following, padded=not full)
 
     # ------------------------------------------------------------------ for the trace
+
+    @property
+    def native_next(self) -> Tensor:
+        """[B] rotary position of the token after the untouched prompt."""
+        native = self.native
+        position = native.position.masked_fill(~native.valid.to(native.position.device), -1)
+        return position.amax(-1).reshape(-1, len(native.lengths)).amax(0) + 1
+
+    @property
+    def _first_position(self) -> Tensor:
+        """[B] position of the first token of the conversation: what the family counts from."""
+        native = self.native
+        far = torch.iinfo(native.position.dtype).max
+        valid = native.valid.to(native.position.device)
+        first = native.position.masked_fill(~valid, far).amin(-1)
+        if not self.past:
+            return first
+        mask = self.attention_mask
+        earlier = self.past if mask is None else (mask[:, : self.past] != 0).sum(1).to(first.device)
+        return first - earlier
 
     def lengths(self, number: int, sequence: SequenceView) -> list[int]:
         """KV entries per batch row that a layer holds of this prefill, padding left out."""
@@ -166,27 +192,37 @@ class PrefillCache:
         """Columns of all that a compressed layer holds (a reference, nothing is read)."""
         return getattr(self.layer(number), "columns", None)
 
-    def next_position(self, number: int, sequence: SequenceView) -> Tensor:
-        """[B] rotary position of the next token in a layer."""
+    def next_position(self, number: int, sequence: SequenceView, following: Tensor) -> Tensor:
+        """[B] rotary position of the next token in a layer; ``following``: in the untouched
+        prompt."""
         shift = getattr(self.layer(number), "shift", None)
-        if shift is None:
-            return sequence.next_position
-        return self.native.next_position.to(shift.device) - shift
+        shift = sequence.shift if shift is None else shift
+        return following if shift is None else following.to(shift.device) - shift
 
     @property
     def itemsize(self) -> int:
         """Bytes of a cached number, 0 without a cache."""
-        keys: Any = getattr(self.layer(0), "keys", None)
+        held = (getattr(self.layer(n), "keys", None) for n in range(len(self.layers)))
+        keys: Any = next((x for x in held if x is not None), None)
         return 0 if keys is None else keys.element_size()
 
+    @property
+    def layers(self) -> Any:
+        return () if self.cache is None else self.cache.layers
 
-def real_keys(before: Tensor | None, past: int, sequence: SequenceView) -> Tensor | None:
-    """Which of ``past`` cached keys and of those of ``sequence`` are real, [B, past + L]; None
-    where all are. ``before`` [B, past]: of the cached ones (None: all)."""
-    if before is None and not sequence.padded:
-        return None
-    valid = sequence.valid
-    if not past:
-        return valid
-    before = valid.new_ones(len(valid), past) if before is None else before.to(valid.device)
-    return torch.cat([before, valid], dim=1)
+
+def _entries(layer: Any) -> int:
+    """Entries that an ordinary or a compressed layer really holds."""
+    if isinstance(layer, CompressedLayer):
+        return layer.entries
+    keys = getattr(layer, "keys", None)
+    return 0 if keys is None or not layer.is_initialized else int(keys.shape[-2])
+
+
+def _all_slots(layer: Any) -> Tensor:
+    """Columns [B or 1, entries] in masks of what a layer holds: of an ordinary one the newest that
+    it has seen."""
+    if isinstance(layer, CompressedLayer):
+        return layer.all_slots()
+    length = layer.get_seq_length()
+    return torch.arange(length - _entries(layer), length, device=layer.keys.device)[None]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokprune.errors import PromptMismatchError
+
+if TYPE_CHECKING:
+    from tokprune.engine.model import Tiles
 
 
 @dataclass
@@ -83,6 +87,7 @@ def read_layout(
     image_tokens: Sequence[int],
     video_tokens: Sequence[int] = (),
     times: int = 1,
+    broken: tuple[bool, bool] = (False, False),
 ) -> PromptLayout:
     """Assign the placeholders of a batch, in reading order, to its images and videos.
 
@@ -93,26 +98,23 @@ def read_layout(
         past: number of tokens already cached.
         image_tokens: prompt tokens of each image, in the order of ``pixel_values``.
         video_tokens: the same of videos.
-        times: how often each prompt of a batch with videos is there in a row (samples, beams):
-            all copies show the same videos.
+        times: how often each prompt is there in a row (samples, beams): all copies show the same
+            images and videos.
+        broken: whether text may stand between the tokens of an image, and of a video.
 
     Raises:
         PromptMismatchError: the number of placeholders is not the number of image tokens, or an
             image would be split between two prompts.
     """
-    valid = torch.ones_like(visual) if attention_mask is None else attention_mask[:, past:] != 0
-    # the host synchronisation of a prefill
-    both = torch.stack([visual.to(torch.int8), valid.to(torch.int8)]).cpu()
-    kind, valid = both[0], both[1] != 0
+    kind, valid = _on_host(visual, attention_mask, past)
     tokens = (image_tokens, video_tokens)
     for number, ((name, pixels), counts) in enumerate(zip(_KINDS, tokens)):
-        copies = times if number else 1
-        found, need = int((kind == number + 1).sum()), copies * sum(counts)
+        found, need = int((kind == number + 1).sum()), times * sum(counts)
         if found != need:
             raise PromptMismatchError(
                 f"input_ids holds {found} {name} placeholder tokens, but the {len(counts)} "
                 f"{name}(s) of {pixels} need {need} ({list(counts)}"
-                + (f", {copies} copies" if copies > 1 else "")
+                + (f", {times} copies" if times > 1 else "")
                 + "); build the prompt and the pixels with the model's own processor, in one call"
             )
     if bool(((kind > 0) & ~valid).any()):
@@ -122,15 +124,17 @@ def read_layout(
     segment = torch.full(kind.shape, -1)
     columns: list[list[Tensor]] = []
     image_of: list[list[int]] = []
-    following, begun = [0, 0], 0  # next image and video; first video of this prompt's copies
+    following, begun = [0, 0], [0, 0]  # next image and video; first of this prompt's copies
     for b in range(kind.shape[0]):
         if b % times:
-            following[1] = begun
-        begun = following[1]
+            following = list(begun)
+        begun = list(following)
         found_here: list[tuple[Tensor, int]] = []
         for number, counts in enumerate(tokens):
             places = (kind[b] == number + 1).nonzero().view(-1)
-            for own, image in _assign(places, counts, following[number], b, _KINDS[number][0]):
+            name = _KINDS[number][0]
+            assigned = _assign(places, counts, following[number], b, name, broken[number])
+            for own, image in assigned:
                 found_here.append((own, image + number * len(image_tokens)))
                 following[number] = image + 1
         found_here.sort(key=lambda item: int(item[0][0]))
@@ -141,20 +145,69 @@ def read_layout(
     return PromptLayout(columns, image_of, segment, valid)
 
 
+def read_islands(
+    visual: Tensor, attention_mask: Tensor | None, past: int, tiles: Tiles, times: int = 1
+) -> tuple[PromptLayout, list[int]]:
+    """Every run of placeholders [B, L] as an image, where the model knows of its images the tiles
+    alone; and the tiles of every image. ``times``: as for :func:`read_layout`.
+
+    Raises:
+        PromptMismatchError: a run holds no whole number of tiles, or there are more or fewer than
+            the pixels have.
+    """
+    kind, valid = _on_host(visual, attention_mask, past)
+    layout = layout_from_mask(kind > 0, None, 0)
+    layout = PromptLayout(layout.columns, [], layout.segment, valid)
+    found = int((kind > 0).sum())
+    if tiles.count is not None and found != times * tiles.count * tiles.per_tile:
+        raise PromptMismatchError(
+            f"input_ids holds {found} image placeholder tokens, but the {tiles.count} tile(s) of "
+            f"pixel_values need {times * tiles.count * tiles.per_tile} ({tiles.per_tile} each); "
+            "build the prompt and the pixels with the model's own processor, in one call"
+        )
+    if bool(((kind > 0) & ~valid).any()):
+        raise PromptMismatchError(
+            "attention_mask hides image placeholder tokens; it should be 1 on every image token"
+        )
+    counts: list[int] = []
+    for b, row in enumerate(layout.columns):
+        if b % times:
+            layout.image_of.append(layout.image_of[-1])
+            continue
+        layout.image_of.append(list(range(len(counts), len(counts) + len(row))))
+        for own in row:
+            number, rest = divmod(len(own), tiles.per_tile)
+            if rest:
+                raise PromptMismatchError(
+                    f"input_ids row {b} holds a run of {len(own)} image placeholder tokens, which "
+                    f"is no whole number of tiles of {tiles.per_tile}"
+                )
+            counts.append(number)
+    return layout, counts
+
+
+def _on_host(visual: Tensor, attention_mask: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+    """Kinds of placeholders (0 none) and real tokens [B, L]: the one host synchronisation of a
+    prefill."""
+    valid = torch.ones_like(visual) if attention_mask is None else attention_mask[:, past:] != 0
+    both = torch.stack([visual.to(torch.int8), valid.to(torch.int8)]).cpu()
+    return both[0], both[1] != 0
+
+
 def _assign(
-    places: Tensor, counts: Sequence[int], image: int, row: int, name: str
+    places: Tensor, counts: Sequence[int], image: int, row: int, name: str, broken: bool
 ) -> Iterator[tuple[Tensor, int]]:
     """Columns and number of every image (or video) of one prompt; ``image``: that of the first."""
     start = 0
     while start < len(places):
-        n = counts[image]
+        n = counts[image] if image < len(counts) else len(places) + 1
         if start + n > len(places):
             raise PromptMismatchError(
                 f"input_ids row {row} holds {len(places)} {name} placeholder tokens, which does "
                 f"not end at the boundary of one ({name} {image} needs {n} tokens)"
             )
         own = places[start : start + n]
-        if int(own[-1] - own[0]) + 1 != n:
+        if not broken and int(own[-1] - own[0]) + 1 != n:
             raise PromptMismatchError(
                 f"input_ids row {row}: the {n} placeholder tokens of {name} {image} are not "
                 "contiguous; text stands between them"

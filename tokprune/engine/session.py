@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.cache import CompressedLayer, cache_argument, cache_in
+from tokprune.engine.cache import CompressedLayer, cache_in
 from tokprune.engine.check import Contracts
 from tokprune.engine.compat import new_cache
 from tokprune.engine.contracts import Plan
-from tokprune.engine.encoder import EncoderHooks
+from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
-from tokprune.engine.family import BoundModel
+from tokprune.engine.family import BoundModel, Family
 from tokprune.engine.images import ImageRecord, build_records
 from tokprune.engine.layer_calls import LayerCalls
 from tokprune.engine.masks import backend_of, check_backend
-from tokprune.engine.model import ImageLayout
+from tokprune.engine.model import Block, ImageLayout
+from tokprune.engine.observed import ObservedPass, install_observers
+from tokprune.engine.packed import install_packed
+from tokprune.engine.positions import RotaryCall
 from tokprune.engine.prefill import PrefillPass
 from tokprune.engine.prefill_cache import PrefillCache
+from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.recorder import PrefillRecord, Recorder
-from tokprune.engine.shorten import native_sequence, shorten_prompt
+from tokprune.engine.shorten import native_sequence, select_visual
 from tokprune.engine.state import CurrentState, ForwardState
 from tokprune.engine.step import StepPass
-from tokprune.errors import NonFiniteFeaturesError
+from tokprune.engine.tap import Call
+from tokprune.engine.widen import widen_arguments, widened
+from tokprune.errors import NonFiniteFeaturesError, UnsupportedModelError
 
 __all__ = ["Session", "visual_positions"]
 
@@ -45,9 +52,13 @@ class Session:
         self._current = CurrentState()
         #: made by compress(), not by patch()
         self.nested = False
-        self.backend = check_backend(backend_of(self.parts.language_model), "language model")
+        self._check_backend()
         reducing = [stage for stage in plan.encoder if stage.reduces]
         positions = [s.positions for s in reducing] + [s.positions for s in plan.prompt]
+        #: what the stages do with positions, as far as they say
+        self.renumbers = {
+            getattr(s, "positions", None) for s in (*reducing, *plan.prompt, *plan.decoder)
+        }
         self.compact = all(p == "compact" for p in positions)
         self.spatial = all(stage.order == "spatial" for stage in reducing)
         self.entry: Entry = self.family.entry(self)
@@ -70,18 +81,29 @@ class Session:
             self.handles += self.entry.install()
             decoder = parts.language_model
             self.handles += [
-                parts.projector.register_forward_pre_hook(self._reduced_features),
-                parts.projector.register_forward_hook(self._projector),
                 decoder.register_forward_pre_hook(self._language_model_input, with_kwargs=True),
                 decoder.register_forward_hook(self._decoded),
             ]
-            encoder = EncoderHooks(
-                parts.encoder_layers, plan.encoder, lambda: self.state.tower, self.family.tap,
-                self.family.legacy,
-            )  # fmt: skip
-            self.handles += encoder.install()
-            for number, layer in enumerate(parts.decoder_layers):
-                self._install_decoder_layer(number, layer)
+            if (tower := parts.tower) is not None:
+                self.handles += [
+                    tower.projector.register_forward_pre_hook(self._reduced_features),
+                    tower.projector.register_forward_hook(self._projector),
+                ]
+                encoder = EncoderHooks(
+                    tower.layers, plan.encoder, lambda: self.state.tower, self.family.tap,
+                    self.family.legacy,
+                )  # fmt: skip
+                self.handles += encoder.install()
+            if parts.observed is not None:
+                self.handles += install_observers(
+                    parts.observed, plan.encoder, lambda: self.state.observed, self.family.tap
+                )
+                if any(stage.reduces for stage in plan.encoder):
+                    self.handles += install_packed(parts.observed, lambda: self.state.observed)
+            for module in parts.rotary:
+                self.handles.append(module.register_forward_hook(self._rotary, with_kwargs=True))
+            for number, block in enumerate(parts.decoder_layers):
+                self._install_decoder_layer(number, block)
         except BaseException:
             self.remove()
             raise
@@ -93,18 +115,26 @@ class Session:
         self.entry.remove()
         self.new_state()
 
-    def _install_decoder_layer(self, number: int, layer: Any) -> None:
-        stages, attention = self.plan.decoder, layer.self_attn
-        hooks = [layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)]
-        if any(number in stage.taps for stage in stages):
-            hooks.append(self.family.tap(attention, self._tap(number), self._in_prefill))
+    def _install_decoder_layer(self, number: int, block: Block) -> None:
+        stages = self.plan.decoder
+        before_layer = self._before_layer(number, block)
+        hooks = [block.module.register_forward_pre_hook(before_layer, with_kwargs=True)]
+        if type(self.family).deep is not Family.deep:
+            hooks.append(block.module.register_forward_hook(self._after_layer(number)))
+        tapped = any(number in stage.taps for stage in stages)
+        if tapped or any(number in stage.ahead for stage in stages):
+            function = self._tap(number)
+            wanted = self._in_prefill if tapped else _never
+            hooks.append(self.family.tap(block.attention, function, wanted))
         if any(number in stage.transition_layers for stage in stages):
-            hooks += [
-                attention.register_forward_hook(
-                    self._transition(number, "attention"), with_kwargs=True
-                ),
-                layer.mlp.register_forward_hook(self._transition(number, "mlp"), with_kwargs=True),
-            ]
+            kinds: tuple[tuple[Literal["attention", "mlp"], Any, Any], ...] = (
+                ("attention", block.attention, block.attention_out),
+                ("mlp", block.mlp, block.mlp_out),
+            )
+            for name, module, out in kinds:
+                before, after = self._transition(number, name)
+                hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.append(out.register_forward_hook(after))
         self.handles += hooks
 
     def _in_prefill(self) -> bool:
@@ -112,20 +142,30 @@ class Session:
 
     # ------------------------------------------------------------------ vision
 
-    def image_records(self, layouts: list[ImageLayout]) -> list[ImageRecord]:
-        """What the encoder pass that has just ended left of these images."""
-        tower, projected = self.state.tower, self.state.projected
-        assert tower is not None
-        assert projected is not None
+    def image_records(
+        self, layouts: list[ImageLayout], tower: TowerPass | ObservedPass | None,
+        projected: Tensor | None, device: torch.device,
+    ) -> list[ImageRecord]:  # fmt: skip
+        """What an encoder pass left of these images: ``tower`` and the projector's output [tiles,
+        T, D], where stages can work there."""
+        if not isinstance(tower, TowerPass) or projected is None:
+            records = [ImageRecord(layout, self.facts.tower, device) for layout in layouts]
+            if isinstance(tower, ObservedPass):
+                tower.fill(records)
+            return records
+        assert self.parts.tower is not None
+        if self.parts.tower.scale != 1:
+            projected = projected * self.parts.tower.scale
         want_raw = any(stage.wants_raw for stage in self.plan.prompt)
         newline = self.family.newline(self.parts)
-        return build_records(layouts, self.facts, tower, projected, newline, self.spatial, want_raw)
+        return build_records(layouts, tower, projected, newline, self.spatial, want_raw)
 
     def _reduced_features(self, module: nn.Module, args: Any) -> Any:
         """transformers 4.57 records the hidden states of SigLIP towers inside the blocks' forward,
         before any hook: what a stage did at the feature layer itself would be lost."""
         tower = self.state.tower
-        if tower is None or tower.features is None:
+        owner = self.parts.tower
+        if tower is None or tower.features is None or (owner is not None and owner.reads_output):
             return None
         return tower.features[:, tower.cut_rows :].to(args[0].device), *args[1:]
 
@@ -138,113 +178,146 @@ class Session:
 
     # ------------------------------------------------------------------ forward
 
-    def _calls(self) -> LayerCalls:
-        window = self.family.window(self.parts, self.backend)
-        norm = self.parts.language_model.norm
-        return LayerCalls(self.parts.rotary, self.backend, window, norm, self.family.legacy)
-
     def _language_model_input(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before the language model: shorten the prompt, or prepare a step on a short cache."""
+        """Before the language model: choose what is left of the images, or prepare a step on a
+        short cache. The model then makes masks and positions for the whole prompt."""
         self.entry.language_model_input(kwargs)
+        self._check_backend()
         state, cache = self.state, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
+        real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else state.attention_mask
+        calls = LayerCalls(module, mask, real, self.family.legacy)
         if state.layout is None:
             layers = getattr(cache, "layers", ())
             if any(isinstance(layer, CompressedLayer) for layer in layers):
-                self.entry.check_mask(mask)
-                state.step = StepPass(self._calls(), cache, mask)
+                state.calls, state.step = calls, StepPass(calls, cache)
             return None
         embeds = kwargs["inputs_embeds"]
         past = cache.get_seq_length() if cache is not None else 0
-        if cache is None and _uses_cache(module, kwargs):
-            cache = new_cache(module.config)
-            kwargs.pop("past_key_values", None)  # may be there as None
-            kwargs[cache_argument(module)] = cache
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
-        native = native_sequence(state.layout, position_ids, embeds.device)
+        if self.family.legacy and cache is None and _uses_cache(module, kwargs):
+            kwargs["past_key_values"] = new_cache(module.config)
         state.finite = torch.isfinite(embeds).all()
-        sequence = native
+        layout, source, drop = state.layout, None, None
+        if state.records is not None and self.plan.encoder:
+            wider = widened(layout, state.records)
+            if wider is not None:
+                layout, source = wider
+                real = widen_arguments(kwargs, source, layout.valid, past)
+                embeds = kwargs["inputs_embeds"]
+                calls = LayerCalls(module, real, real, self.family.legacy)
+        native = native_sequence(layout, embeds.device, state.layout.segment.shape[1])
         if (records := state.records) is not None:
-            embeds, sequence, state.entered, state.selections = shorten_prompt(
-                embeds, state.layout, records, self.plan.prompt, native, self.compact,
-                self.contracts,
-            )  # fmt: skip
-        calls = self._calls()
-        state.prefill = prefill = PrefillPass(
-            calls, self.plan.decoder, sequence, native,
-            PrefillCache(cache, past, mask, native, calls.window), self.contracts,
-        )  # fmt: skip
-        if sequence is native:
-            return None
-        kwargs["inputs_embeds"], kwargs["position_ids"] = embeds, sequence.position
-        if past or (calls.window is not None and not self.compact):
-            prefill.detached = True  # the model's own masks would count other tokens
-        if sequence.padded or past:
-            real = sequence.valid.to(torch.long)
-            before = real.new_ones(real.shape[0], past) if mask is None else mask[:, :past]
-            kwargs["attention_mask"] = torch.cat([before.to(real.dtype), real], dim=1)
-        elif cache is not None:
-            kwargs["attention_mask"] = None  # nothing to mask, and no look at the values
-        else:
-            # without cache and mask, gaps in the positions would be taken for packed sequences
-            kwargs["attention_mask"] = sequence.valid.to(torch.long)
-        if kwargs.get("cache_position") is not None:  # up to transformers 5.3
-            kwargs["cache_position"] = torch.arange(
-                past, past + embeds.shape[1], device=embeds.device
+            chosen = select_visual(
+                embeds, layout, records, self.plan.prompt, self.compact, self.contracts
             )
+            kwargs["inputs_embeds"], drop, native.tag = chosen.embeds, chosen.drop, chosen.tag
+            state.entered, state.selections = chosen.images, chosen.answers
+        first = 0 if drop is not None else min(
+            (n for stage in self.plan.decoder for n in stage.prune_before),
+            default=len(self.parts.decoder_layers),
+        )  # fmt: skip
+        state.calls = calls
+        held = PrefillCache(past, real, native, source)
+        state.prefill = PrefillPass(
+            calls, self.plan.decoder, native, held, self.contracts,
+            self.family.attention_ahead, drop, self.family.deep(kwargs, first),
+        )  # fmt: skip
         return args, kwargs
 
-    def _before_layer(self, number: int) -> Any:
+    def _check_backend(self) -> None:
+        backend = check_backend(backend_of(self.parts.language_model), "language model")
+        if backend.startswith("flash") and self.family.drops_blocks_under_flash:
+            raise UnsupportedModelError(
+                f"attn_implementation={backend!r} hides from the tokens of an image in "
+                f"{type(self.model).__name__} those that stand after them, which the model was "
+                "trained to see; use 'sdpa' or 'eager'"
+            )
+
+    def _rotary(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if (calls := self.state.calls) is not None:
+            forward: Any = module.forward
+            calls.rotary.append(RotaryCall(forward, args, kwargs, output))
+
+    def _before_layer(self, number: int, block: Block) -> Any:
         def hook(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             active = self.state.active
-            if active is None:
+            return None if active is None else active.prepare(number, block, args, kwargs)
+
+        return hook
+
+    def _after_layer(self, number: int) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> Any:
+            prefill = self.state.prefill
+            if prefill is None or not prefill.deep:
                 return None
-            hidden = args[0] if args else kwargs["hidden_states"]
-            new = active.prepare(number, layer, hidden, kwargs)
-            if args:
-                return (new, *args[1:]), kwargs
-            kwargs["hidden_states"] = new
-            return args, kwargs
+            whole = isinstance(output, tuple)
+            new = prefill.add_deep(number, output[0] if whole else output)
+            return (new, *output[1:]) if whole and new is not None else new
 
         return hook
 
     def _tap(self, number: int) -> Any:
-        def tap(
-            module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float
-        ) -> None:
+        def tap(call: Call) -> None:
             if (prefill := self.state.prefill) is not None:
-                prefill.attention(number, q, k, v, scale)
+                prefill.attention(number, call)
 
         return tap
 
     def _transition(self, number: int, name: Literal["attention", "mlp"]) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        inputs = threading.local()
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if self.state.prefill is not None:
+                inputs.hidden = args[0] if args else kwargs["hidden_states"]
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
             if (prefill := self.state.prefill) is not None:
-                before = args[0] if args else kwargs["hidden_states"]
-                after = output[0] if isinstance(output, tuple) else output
-                prefill.transition(number, name, before, after)
+                made = output[0] if isinstance(output, tuple) else output
+                prefill.transition(number, name, inputs.__dict__.pop("hidden"), made)
 
-        return hook
+        return before, after
 
-    def _decoded(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _decoded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the language model: prune caches, check features, write the trace."""
         state = self.state
+        state.calls = None
         if state.step is not None:
             self.trace.record_step()
         if state.prefill is None:
-            return
+            return None
         if state.finite is not None:
             _check_finite(state.finite)
-        state.prefill.finish()
+        prefill = state.prefill
+        prefill.finish()
         assert state.layout is not None
         self.trace.record_prefill(
             PrefillRecord(
-                self.bound, self.plan, state.prefill, state.layout, state.records,
+                self.bound, self.plan, prefill, state.layout, state.records,
                 state.entered or [], state.selections or [],
             )
         )  # fmt: skip
+        return _right_aligned(output, prefill, state.layout)
+
+
+def _never() -> bool:
+    return False
+
+
+def _right_aligned(output: Any, prefill: PrefillPass, layout: PromptLayout) -> Any:
+    """The language model's output with padding at the left, as it is where something was dropped:
+    the last hidden state of a row is that of its last token."""
+    if prefill.sequence is not prefill.native or bool(layout.valid[:, -1].all()):  # host tensors
+        return None
+    length = layout.valid.shape[1]
+    key = torch.where(layout.valid, torch.arange(length), -1)
+    index = key.sort(dim=1, stable=True).indices
+    hidden = output[0]
+    index = index.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
+    aligned = hidden.gather(1, index)
+    if isinstance(output, tuple):
+        return (aligned, *output[1:])
+    output.last_hidden_state = aligned
+    return output
 
 
 def _check_finite(finite: Tensor) -> None:

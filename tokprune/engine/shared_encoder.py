@@ -25,7 +25,7 @@ class Encoded:
     outcome of every observing stage."""
 
     result: Any
-    projected: Tensor
+    projected: Tensor | None
     outcomes: list[EncoderOutcome]
 
 
@@ -57,7 +57,8 @@ class SharedEncoder:
                 f"{type(bound.model).__name__}: one encoder pass for several methods is for models "
                 "of transformers ≥ 4.57; models of the original llava package encode every time"
             )
-        self.multimodal, self.projector = parts.multimodal, parts.projector
+        self.multimodal = parts.multimodal
+        self.projector = None if parts.tower is None else parts.tower.projector
         self.pixels: Tensor | None = None
         #: passes of the tower that ran, and that were spared
         self.ran = self.spared = 0
@@ -112,12 +113,16 @@ class SharedEncoder:
             if known is not None:
                 return known.result
             made: list[Tensor] = []
-            handle = self.projector.register_forward_hook(lambda *call: made.append(call[2]))
+            handles = []
+            if self.projector is not None:
+                keep = lambda *call: made.append(call[2])  # noqa: E731
+                handles.append(self.projector.register_forward_hook(keep))
             try:
                 result = original(*args, **kwargs)
             finally:
-                handle.remove()
-            self.put(pixels, (), Encoded(result, made[-1], []))
+                for handle in handles:
+                    handle.remove()
+            self.put(pixels, (), Encoded(result, made[-1] if made else None, []))
             return result
 
         return encode

@@ -1,9 +1,13 @@
-"""The language-model input: the embedded prompt, shortened before its first layer."""
+"""The language-model input: what is left of the images of an embedded prompt.
+
+Nothing is shortened here. The tokens that stay are marked, merged ones and those that move are put
+into columns of their image, and the drop before decoder layer 0 takes them from there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,35 +16,78 @@ from tokprune.engine.check import Contracts
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection, SequenceView
 from tokprune.engine.images import ImageRecord
 from tokprune.engine.prompt_layout import PromptLayout
+from tokprune.errors import ContractError
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Merged tokens of one image: flat places ``slots`` [k] of a batch [B · L] that take ``group``
+    and ``weight`` [n] of the tokens at ``sources`` [n] (see :class:`Selection`)."""
+
+    slots: Tensor
+    sources: Tensor
+    group: Tensor
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class InputDrop:
+    """What is left of a prompt [B, L] before its first decoder layer: ``mask`` [B, L] True where a
+    visual token stays, ``column`` [B, L] the one that stands there now; ``counts`` by row and
+    image (host); ``ordered``: no token has moved (host)."""
+
+    mask: Tensor
+    column: Tensor
+    counts: list[list[int]]
+    compact: bool
+    ordered: bool
+    merged: list[Merged] = field(default_factory=list)
+
+
+@dataclass
+class PromptSelection:
+    """The embedded prompt [B, L, D], as it was where nothing has moved; what goes of it (None:
+    nothing); marks [B, L] or None; what enters the decoder of every image, and the answers."""
+
+    embeds: Tensor
+    drop: InputDrop | None
+    tag: Tensor | None
+    images: list[ImageTokens]
+    answers: list[Selection | None]
 
 
 def native_sequence(
-    layout: PromptLayout, position_ids: Tensor, device: torch.device
+    layout: PromptLayout, device: torch.device, width: int | None = None
 ) -> SequenceView:
-    """The untouched prompt as a sequence (padding marked by column −1)."""
-    batch, length = layout.segment.shape
+    """The untouched prompt as a sequence (padding marked by column −1); its positions are filled
+    in when the model has made them. ``width``: columns of the user's prompt, where it is another
+    one."""
+    length = layout.segment.shape[1]
     arange = torch.arange(length)
     column = torch.where(layout.valid, arange, torch.full_like(arange, -1))
     after = layout.after
     counts = [[len(c) for c in row] for row in layout.columns]
     both = torch.stack([column, layout.segment, after.long()]).to(device, non_blocking=True)
-    position = position_ids.to(device).expand(batch, length)
     return SequenceView(
         column=both[0],
-        position=position,
+        position=both[0],
         segment=both[1],
         after=both[2] != 0,
         counts=counts,
         entering=counts,
         text_after=after.sum(1).tolist(),
         lengths=layout.valid.sum(1).tolist(),
-        next_position=position.masked_fill(both[0] < 0, -1).amax(1) + 1,
+        slot=both[0],
         padded=layout.padded,
+        width=length if width is None else width,
     )
 
 
 def _select(
-    images: list[ImageTokens], stages: Sequence[PromptStage], contracts: Contracts
+    images: list[ImageTokens],
+    last_of_prompt: list[bool],
+    stages: Sequence[PromptStage],
+    contracts: Contracts,
 ) -> tuple[list[ImageTokens], list[Selection | None]]:
     """Run the prompt stages one after the other on all images of a batch."""
     last: list[Selection | None] = [None] * len(images)
@@ -49,9 +96,23 @@ def _select(
         contracts.selections(stage, answers, images)
         for i, answer in enumerate(answers):
             if answer is not None:
+                if last_of_prompt[i] and answer.features is None:
+                    answer = _with_last(answer, images[i])
                 images[i] = _reduced(images[i], answer)
                 last[i] = answer
     return images, last
+
+
+def _with_last(answer: Selection, image: ImageTokens) -> Selection:
+    """The image ends its prompt, where the answer is read: its last token takes the place of the
+    survivor that stands last, and comes last of all."""
+    end = image.column.argmax()
+    if not answer.index.shape[0]:
+        return replace(answer, index=end[None])
+    latest = image.column[answer.index].argmax()
+    arange = torch.arange(answer.index.shape[0], device=end.device)
+    index = torch.where(arange == latest, end, answer.index)
+    return replace(answer, index=index[(index == end).to(torch.int8).sort(stable=True).indices])
 
 
 def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
@@ -68,6 +129,7 @@ def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
         patches=index.shape[0],
         score=None if image.score is None else image.score[index],
         tag=None if image.tag is None else image.tag[index],
+        metric=None if image.metric is None else image.metric[index],
         raw=None,
     )
 
@@ -80,116 +142,109 @@ def _instruction(embeds: Tensor, layout: PromptLayout, row: int) -> Tensor:
     return embeds[row, text.nonzero().view(-1).to(embeds.device)]
 
 
-def shorten_prompt(
+def _slots(own: Tensor, column: Tensor) -> Tensor:
+    """Different columns [k], ascending, of an image at ``own`` [n] for tokens that stand at
+    ``column`` [k], in any order and some of them together: their own where these ascend."""
+    k = column.shape[0]
+    arange = torch.arange(k, device=own.device)
+    rank = torch.searchsorted(own, column.sort().values)
+    rank = (rank - arange).cummax(0).values + arange
+    return own[rank.minimum(own.shape[0] - k + arange)]
+
+
+def select_visual(
     embeds: Tensor,
     layout: PromptLayout,
     records: list[ImageRecord],
     stages: Sequence[PromptStage],
-    sequence: SequenceView,
     compact: bool,
     contracts: Contracts,
-) -> tuple[Tensor, SequenceView, list[ImageTokens], list[Selection | None]]:
-    """Apply encoder results and prompt stages to an embedded prompt.
-
-    ``embeds`` [B, L, D] with the model's own packed features in place; ``sequence`` its native
-    sequence. Where nothing is dropped, moved or merged, ``embeds`` and ``sequence`` come back
-    unchanged (the same objects). Shorter rows are padded on the left.
-    """
+) -> PromptSelection:
+    """Apply encoder results and prompt stages to an embedded prompt ``embeds`` [B, L, D] that holds
+    the model's own packed features."""
     batch, length = embeds.shape[:2]
     device = embeds.device
     images: list[ImageTokens] = []
-    places: list[tuple[int, int]] = []
+    places: list[tuple[int, Tensor]] = []
+    ends: list[bool] = []
     wants_text = any(stage.wants_text for stage in stages)
     for b, row in enumerate(layout.image_of):
         text = _instruction(embeds, layout, b) if wants_text and row else None
+        silent = bool(row) and not bool(layout.after[b].any())
         for s, number in enumerate(row):
-            columns = layout.columns[b][s].to(device)
-            images.append(replace(records[number].tokens(embeds[b, columns], columns), text=text))
-            places.append((b, s))
-    images, answers = _select(images, stages, contracts)
-    untouched = all(a is None for a in answers) and all(
-        records[n].features is None for row in layout.image_of for n in row
-    )
-    if untouched:
-        if any(i.tag is not None for i in images):
-            sequence.tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
-            for (b, s), image in zip(places, images):
-                if image.tag is not None:
-                    sequence.tag[b, layout.columns[b][s].to(device)] = image.tag
-        return embeds, sequence, images, answers
+            record, columns = records[number], layout.columns[b][s].to(device)
+            packed = columns[: record.count]  # without those of a wider prompt
+            images.append(replace(record.tokens(embeds[b, packed], packed), text=text))
+            places.append((b, columns))
+            ends.append(silent and s + 1 == len(row))
+    originals = [image.column for image in images]
+    numbers = [number for row in layout.image_of for number in row]
+    images, answers = _select(images, ends, stages, contracts)
 
-    # rows of the prompt, then those of every image, to gather the new sequence from
-    bank = torch.cat([embeds.flatten(0, 1), *[i.features.to(embeds.dtype) for i in images]])
-    sources, columns_, counts = [], [], []
-    first, ahead = batch * length, iter(images)
-    for b, columns_of_row in enumerate(layout.columns):
-        source, column, own, cursor = [], [], [], 0
-        for at, image in zip(columns_of_row, ahead):
-            text = _text(layout, b, cursor, int(at[0])).to(device)
-            source += [text + b * length, torch.arange(first, first + image.count, device=device)]
-            column += [text, image.column]
-            own.append(image.count)
-            first, cursor = first + image.count, int(at[-1]) + 1
-        text = _text(layout, b, cursor, length).to(device)
-        sources.append(torch.cat([*source, text + b * length]))
-        columns_.append(torch.cat([*column, text]))
-        counts.append(own)
-    lengths = [len(s) for s in sources]
-    padded = min(lengths) < max(lengths)
-    source_, column_ = _left_padded(sources, 0), _left_padded(columns_, -1)
-    new = take(sequence, column_, counts, lengths, padded, compact)
-    new.entering = counts
-    if any(i.tag is not None for i in images):
-        tags = [column_.new_zeros(batch * length, dtype=torch.bool)]
-        tags += [torch.zeros_like(i.newline) if i.tag is None else i.tag for i in images]
-        new.tag = torch.cat(tags)[source_]
-    return bank[source_], new, images, answers
+    column = torch.arange(length, device=device).repeat(batch, 1)
+    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+    tag = None
+    if any(image.tag is not None for image in images):
+        tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    moved: list[tuple[Tensor, Tensor]] = []
+    merged: list[Merged] = []
+    changed, ordered = False, True
+    for i, ((b, own), image, answer) in enumerate(zip(places, images, answers)):
+        reduced = records[numbers[i]].features is not None
+        slots = own
+        if answer is not None or reduced:
+            changed = True
+            if image.count > len(own):
+                raise ContractError(
+                    f"{contracts.method} makes {image.count} tokens of an image that has "
+                    f"{len(own)} in the prompt; it should be at most as many"
+                )
+            if answer is not None and answer.in_order and not reduced:
+                slots = image.column
+            else:
+                slots = _slots(own, image.column)
+                moved.append((slots + b * length, image.features))
+                column[b, slots] = image.column
+                ordered = False
+            mask[b, own] = False
+            mask[b, slots] = True
+            if answer is not None and answer.features is not None and answer.group is not None:
+                before = originals[i]
+                merged.append(
+                    Merged(slots + b * length, before + b * length, answer.group, answer.weight)
+                )
+        if tag is not None and image.tag is not None:
+            tag[b, slots] = image.tag
+    if not changed:
+        return PromptSelection(embeds, None, tag, images, answers)
+    if moved:
+        flat = embeds.flatten(0, 1).clone()
+        flat[torch.cat([at for at, _ in moved])] = torch.cat([x for _, x in moved]).to(flat.dtype)
+        embeds = flat.view_as(embeds)
+    counts: list[list[int]] = [[] for _ in range(batch)]
+    for (b, _), image in zip(places, images):
+        counts[b].append(image.count)
+    drop = InputDrop(mask, column, counts, compact, ordered, merged)
+    return PromptSelection(embeds, drop, tag, images, answers)
 
 
-def _text(layout: PromptLayout, row: int, start: int, end: int) -> Tensor:
-    """Columns of the real tokens of a row between two of its columns (CPU)."""
-    return torch.arange(start, end)[layout.valid[row, start:end]]
-
-
-def _left_padded(rows: list[Tensor], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.stack(
-        [torch.nn.functional.pad(row, (longest - len(row), 0), value=value) for row in rows]
-    )
-
-
-def take(
-    sequence: SequenceView,
-    index: Tensor,
-    counts: list[list[int]],
-    lengths: list[int],
-    padded: bool,
-    compact: bool,
-) -> SequenceView:
-    """A shorter sequence: entries at ``index`` [B, L'] of it (−1 = padding at the left)."""
-    gone = index < 0
-    place = index.clamp(min=0)
-    position = sequence.position.gather(1, place)
-    next_position = sequence.next_position
-    if compact:
-        # renumber from the position of the row's first real token on
-        first = gone.sum(1, keepdim=True).clamp(max=index.shape[1] - 1)
-        rank = torch.arange(index.shape[1], device=index.device)[None, :] - first
-        arange = torch.arange(sequence.column.shape[1], device=index.device)
-        begin = torch.where(sequence.valid, arange, sequence.column.shape[1]).amin(1, keepdim=True)
-        begin = begin.clamp(max=sequence.column.shape[1] - 1)
-        position = (sequence.position.gather(1, begin) + rank).clamp(min=0)
-        next_position = position[:, -1] + 1
-    return SequenceView(
-        column=sequence.column.gather(1, place).masked_fill(gone, -1),
-        position=position.masked_fill(gone, 0),
-        segment=sequence.segment.gather(1, place).masked_fill(gone, -1),
-        after=sequence.after.gather(1, place) & ~gone,
-        counts=counts,
-        entering=sequence.entering,
-        text_after=sequence.text_after,
-        lengths=lengths,
-        next_position=next_position,
-        tag=None if sequence.tag is None else sequence.tag.gather(1, place) & ~gone,
-        padded=padded,
-    )
+def merge_values(values: Tensor, drop: InputDrop) -> Tensor:
+    """What becomes of other values [B, L, D] of the tokens of a prompt: they move and merge with
+    them."""
+    if drop.ordered:
+        return values
+    batch, length, width = values.shape
+    index = drop.column[:, :, None].expand(-1, -1, width)
+    flat, out = values.flatten(0, 1), values.gather(1, index).flatten(0, 1)
+    for own in drop.merged:
+        k = own.slots.shape[0]
+        group = torch.where(own.group < 0, k, own.group)
+        weight = own.weight
+        if weight is None:
+            members = torch.zeros(k + 1, device=values.device)
+            members = members.index_add(0, group, torch.ones_like(group, dtype=members.dtype))
+            weight = 1 / members[group]
+        rows = flat[own.sources].float() * weight[:, None]
+        total = torch.zeros(k + 1, width, device=values.device).index_add(0, group, rows)
+        out[own.slots] = total[:-1].to(out.dtype)
+    return out.view(batch, length, width)

@@ -10,7 +10,9 @@ from torch import Tensor
 from tokprune.engine.contracts import ImageTokens, Selection
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import ImageRecord
-from tokprune.engine.model import ImageLayout
+from tokprune.engine.layer_calls import LayerCalls
+from tokprune.engine.model import ImageLayout, Tiles
+from tokprune.engine.observed import ObservedPass
 from tokprune.engine.prefill import PrefillPass
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.step import StepPass
@@ -23,13 +25,23 @@ class ForwardState:
     #: pass of the vision encoder that is running, and what the projector made of it [tiles, T, D]
     tower: TowerPass | None = None
     projected: Tensor | None = None
-    #: layouts of the images of these pixels
-    layouts: tuple[Tensor, list[ImageLayout]] | None = None
+    #: the same of an encoder that stages only look at
+    observed: ObservedPass | None = None
+    #: images of these pixels
+    pixels: tuple[Tensor, list[ImageLayout] | Tiles] | None = None
+    #: whether videos are encoded now, which some models do by their encoder of images
+    in_videos: bool = False
+    #: those of the prompt, where it is known before they are encoded
+    image_layouts: list[ImageLayout] | None = None
     #: where the images stand in the prompt
     layout: PromptLayout | None = None
     image_records: list[ImageRecord] | None = None
     #: the parts of every video that are compressed as one
     video_records: list[list[ImageRecord]] | None = None
+    #: of every token of the conversation, [B, tokens]
+    attention_mask: Tensor | None = None
+    #: what the model makes for its layers, while they run
+    calls: LayerCalls | None = None
     prefill: PrefillPass | None = None
     step: StepPass | None = None
     #: whether the embedded prompt is finite (0-dimensional bool)

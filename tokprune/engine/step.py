@@ -9,59 +9,67 @@ from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer
 from tokprune.engine.compat import DynamicCache
-from tokprune.engine.layer_calls import LayerCalls
+from tokprune.engine.layer_calls import LayerCalls, View
+from tokprune.engine.model import Block
+from tokprune.engine.positions import shifted
 
 
 class StepPass:
     """Masks and positions of each layer for the tokens that it really holds."""
 
-    def __init__(
-        self, calls: LayerCalls, cache: DynamicCache, attention_mask: Tensor | None
-    ) -> None:
-        self.calls, self.cache, self.attention_mask = calls, cache, attention_mask
-        self._new_valid: tuple[Tensor, bool] | None = None
+    def __init__(self, calls: LayerCalls, cache: DynamicCache) -> None:
+        self.calls, self.cache = calls, cache
         #: tokens of the conversation up to the end of this forward, before any compression
         self.total = 0
+        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
-    def prepare(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        cached = self.cache.layers[number] if len(self.cache.layers) > number else None
-        if not isinstance(cached, CompressedLayer):
-            return hidden
+    def prepare(
+        self, number: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        layer = self.cache.layers[number] if len(self.cache.layers) > number else None
+        if not isinstance(layer, CompressedLayer):
+            return args, kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.total = layer.get_seq_length() + hidden.shape[1]
+        mask = kwargs.get("attention_mask")
+        if mask is not None or layer.padded:
+            view = self._view(layer, hidden)
+            kwargs["attention_mask"] = self.calls.mask(mask, view, block, hidden)
+        elif self.calls.backend.startswith("flash") and block.window is not None:
+            self.calls.mask(None, self._view(layer, hidden), block, hidden)  # refuses gaps
+        if layer.shift is not None:
+            self._shift(layer.shift, block, hidden, kwargs)
+        layer.expect_step()
+        return args, kwargs
+
+    def _view(self, layer: CompressedLayer, hidden: Tensor) -> View:
         batch, q = hidden.shape[:2]
-        start = cached.get_seq_length()
-        self.total = start + q
-        new = self._new(q, hidden.device)
-        padded = cached.padded or new is not None
+        start, entries = layer.get_seq_length(), layer.entries
 
-        def valid() -> Tensor | None:
-            if not padded:
-                return None
-            old = cached.all_columns().to(hidden.device) >= 0
-            return torch.cat([old, old.new_ones(batch, q) if new is None else new], dim=1)
+        def make() -> View:
+            new = torch.arange(start, start + q, device=hidden.device).expand(batch, q)
+            keys = torch.cat([layer.all_slots().to(hidden.device).expand(batch, -1), new], dim=1)
+            places = None
+            if layer.places is not None:
+                own = new
+                if layer.place_shift is not None:
+                    own = new - layer.place_shift.to(new.device)[:, None]
+                places = (own, torch.cat([layer.all_places().to(new.device), own], dim=1))
+            return View(new, keys, start + q, layer.padded, places, layer.gaps)
 
-        position = kwargs["position_ids"]
-        if cached.shift is not None:
-            position, embeddings = self.calls.embeddings(hidden, position, cached.shift)
-            self.calls.place(kwargs, position, embeddings)
-        window = None
-        if self.calls.window is not None:
-            window = cached.window_positions(position.expand(batch, q))
-        name = (cached.columns if padded else None, cached if window else None)
-        kwargs["attention_mask"] = self.calls.mask(hidden, cached.entries + q, valid, name, window)
-        if new is None:
-            cached.expect_step()
-        else:
-            arange = torch.arange(start, start + q, device=hidden.device)
-            cached.expect(arange.masked_fill(~new, -1), q, True, cached.shift)
-        return hidden
+        return self._once(make, layer.slots, layer.places, entries, str(hidden.device))  # type: ignore[no-any-return]
 
-    def _new(self, q: int, device: torch.device) -> Tensor | None:
-        """Which of the new tokens are real, [B, q]: a later chat turn of a batch may be padded.
-        None: all of them."""
-        if q == 1 or self.attention_mask is None:
-            return None
-        if self._new_valid is None:
-            new = self.attention_mask[:, -q:] != 0
-            self._new_valid = (new, not bool(new.all()))
-        new, padded = self._new_valid
-        return new.to(device) if padded else None
+    def _shift(self, shift: Tensor, block: Block, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        native = self._once(lambda: self.calls.rotary_position(kwargs, hidden), "native")
+        moved = self._once(lambda: shifted(native, shift), "moved", shift)
+        column = self._once(
+            lambda: torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1),
+            "column",
+        )
+        self.calls.place(kwargs, block, None, column, moved)
+
+    def _once(self, make: Any, *sources: Any) -> Any:
+        key = tuple(x if isinstance(x, int | str) else id(x) for x in sources)
+        if key not in self._kept:
+            self._kept[key] = (sources, make())
+        return self._kept[key][1]

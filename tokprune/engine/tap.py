@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +23,57 @@ from tokprune.engine.compat import AttentionInterface
 NAME = "tokprune_tap"
 _ATTRIBUTE = "_tokprune_tap"
 
-#: (module, query, key, value, attention_mask, scaling) of a tapped call
-TapFunction = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, float], None]
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of an attention backend: ``query`` [B, H, Lq, d], ``key``, ``value`` [B, Hkv, Lk, d],
+    ``mask`` in the backend's form; ``window``: tokens, where the backend slides them itself;
+    ``rotary``: cos and sin [B, Lq, d] where no argument of the layer holds them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+TapFunction = Callable[[Call], None]
+
+
+class _Captured(BaseException):
+    """Leaves a layer at its attention; never seen outside :func:`capture`."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+
+_capturing = threading.local()
+
+
+def capture(module: Any, run: Callable[[], Any]) -> Call:
+    """The attention call of a tapped module, on which ``run()`` comes to its end.
+
+    Raises:
+        RuntimeError: ``run()`` did not reach the module's attention.
+    """
+    with _capture(module):
+        try:
+            run()
+        except _Captured as captured:
+            return captured.call
+    raise RuntimeError(f"{type(module).__name__} did not call its attention backend")
+
+
+@contextmanager
+def _capture(module: Any) -> Iterator[None]:
+    _capturing.module = module
+    try:
+        yield
+    finally:
+        _capturing.module = None
 
 
 class Tap:
@@ -39,6 +91,13 @@ class Tap:
 def _tap_of(module: Any) -> Tap | None:
     # kept on the module's own config, so that module and tap go together
     return module.config.__dict__.get(_ATTRIBUTE)  # type: ignore[no-any-return]
+
+
+def tapped_backend(module: Any) -> str | None:
+    """The backend that an attention module runs on, tapped or not."""
+    tap = _tap_of(module)
+    config = module.config if tap is None else tap.config
+    return getattr(config, "_attn_implementation", None)
 
 
 class _UnderOwnConfig:
@@ -64,13 +123,22 @@ def _tapped_attention(
 ) -> Any:  # fmt: skip
     tap = _tap_of(module)
     assert tap is not None
+    captured = getattr(_capturing, "module", None) is module
+    call = None
+    if captured or tap.wanted():
+        call = Call(
+            query, key, value, attention_mask,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            kwargs.get("sliding_window"), kwargs.get("softcap"),
+        )  # fmt: skip
+        if captured:
+            raise _Captured(call)
     result = _backend(module, tap.config._attn_implementation)(
         _UnderOwnConfig(module, tap.config), query, key, value, attention_mask,
         scaling=scaling, **kwargs,
     )  # fmt: skip
-    if tap.wanted():
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        tap.function(module, query, key, value, attention_mask, scale)
+    if call is not None:
+        tap.function(call)
     return result
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tokprune.engine.family import Family
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
 from tokprune.families.base import LlavaShaped
+from tokprune.families.pixtral import LlavaPixtral
 
 
 class Llava(LlavaShaped):
@@ -17,12 +20,11 @@ class Llava(LlavaShaped):
     name = "llava-1.5"
     model_classes = ("LlavaForConditionalGeneration",)
 
-    def max_tiles(self, model: nn.Module) -> int:
-        return 1
+    def of(self, model: nn.Module) -> Family:
+        config: Any = model.config
+        return LlavaPixtral() if config.vision_config.model_type == "pixtral" else self
 
-    def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
-        packed = torch.arange(facts.tokens_per_tile)
-        return [ImageLayout(packed, 1)] * pixel_values.shape[0]
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        assert facts.tower is not None
+        packed = torch.arange(facts.tower.tokens_per_tile)
+        return [ImageLayout(packed, 1)] * call[self.pixels].shape[0]

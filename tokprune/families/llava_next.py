@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,22 +31,21 @@ class LlavaNext(LlavaShaped):
         side = config.vision_config.image_size
         return 1 + max((h // side) * (w // side) for h, w in config.image_grid_pinpoints)
 
-    def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
         multimodal: Any = parts.multimodal
-        config = multimodal.config
+        assert facts.tower is not None
+        config, per_tile = multimodal.config, facts.tower.tokens_per_tile
         side = config.vision_config.image_size
-        sizes = [tuple(int(v) for v in size) for size in torch.as_tensor(image_sizes).tolist()]
+        image_sizes = torch.as_tensor(call["image_sizes"]).tolist()
+        sizes = [tuple(int(v) for v in size) for size in image_sizes]
         layouts = []
         for size in sizes:
             tiles = image_size_to_num_patches(list(size), config.image_grid_pinpoints, side)
             # The model's own packing, run on numbers instead of features, says where each
             # feature goes; newline tokens come out as −1.
-            numbers = torch.arange(tiles * facts.tokens_per_tile)
+            numbers = torch.arange(tiles * per_tile)
             packed, _ = multimodal.pack_image_features(
-                [numbers.view(tiles, facts.tokens_per_tile, 1)],
+                [numbers.view(tiles, per_tile, 1)],
                 [list(size)],
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
                 image_newline=torch.tensor([-1]),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
 from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
-from tokprune.families.resampling import pooled_video
+from tokprune.families.resampling import frames_of, pooled_video
 
 
 class LlavaNextVideo(LlavaNext):
@@ -22,24 +23,26 @@ class LlavaNextVideo(LlavaNext):
 
     def parts(self, model: nn.Module) -> Parts:
         parts = super().parts(model)
+        assert parts.tower is not None
         return replace(
             parts,
             video_token_id=parts.multimodal.config.video_token_id,
-            resampler=parts.multimodal.vision_resampler,
+            tower=replace(parts.tower, resampler=parts.multimodal.vision_resampler),
         )
 
     def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
         facts = super().facts(model, parts)
         stride = _stride(parts)
-        small = (facts.grid[0] // stride, facts.grid[1] // stride)
+        assert facts.tower is not None
+        small = (facts.tower.grid[0] // stride, facts.tower.grid[1] // stride)
         return with_videos(facts, parts, small)
 
-    def video_layouts(
-        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
-    ) -> list[ImageLayout]:
+    def videos(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
         assert facts.frame_grid is not None
-        videos, frames = pixel_values.shape[:2]
-        layout = pooled_video(frames, facts.grid, facts.frame_grid, _stride(parts), newline=False)
+        assert facts.tower is not None
+        videos, frames = frames_of(call[self.video_pixels])
+        grid = facts.tower.grid
+        layout = pooled_video(frames, grid, facts.frame_grid, _stride(parts), newline=False)
         return [layout] * videos
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
 )
 
-from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.engine.model import ImageLayout, ModelFacts, Parts, TowerFacts
 from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
-from tokprune.families.resampling import pooled_video, shrunk_map
+from tokprune.families.resampling import frames_of, pooled_video, shrunk_map
 from tokprune.operators.anyres import stitched_bounds
 
 #: the stitched crops are interpolated where they are larger than allowed by more than this
@@ -41,14 +42,14 @@ class LlavaOnevision(LlavaNext):
 
     def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
         facts = super().facts(model, parts)
-        height, width = facts.grid
+        assert facts.tower is not None
+        height, width = facts.tower.grid
         return with_videos(facts, parts, (math.ceil(height / 2), math.ceil(width / 2)))
 
-    def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
-        sizes = [(int(h), int(w)) for h, w in torch.as_tensor(image_sizes).tolist()]
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        assert facts.tower is not None
+        tower, batch_num_images = facts.tower, call.get("batch_num_images")
+        sizes = [(int(h), int(w)) for h, w in torch.as_tensor(call["image_sizes"]).tolist()]
         alone = [True] * len(sizes)
         if batch_num_images is not None:
             counts = torch.as_tensor(batch_num_images).tolist()
@@ -56,21 +57,21 @@ class LlavaOnevision(LlavaNext):
         layouts = []
         for size, tiled in zip(sizes, alone):
             if tiled:
-                layouts.append(_tiles(parts, size, facts))
+                layouts.append(_tiles(parts, size, tower))
             else:
-                packed = torch.cat([torch.arange(facts.tokens_per_tile), torch.tensor([-1])])
+                packed = torch.cat([torch.arange(tower.tokens_per_tile), torch.tensor([-1])])
                 layouts.append(ImageLayout(packed, 1, size))
         return layouts
 
-    def video_layouts(
-        self, parts: Parts, pixel_values: Tensor, facts: ModelFacts
-    ) -> list[ImageLayout]:
+    def videos(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
         assert facts.frame_grid is not None
-        videos, frames = pixel_values.shape[:2]
-        return [pooled_video(frames, facts.grid, facts.frame_grid, None, newline=True)] * videos
+        assert facts.tower is not None
+        videos, frames = frames_of(call[self.video_pixels])
+        grid = facts.tower.grid
+        return [pooled_video(frames, grid, facts.frame_grid, None, newline=True)] * videos
 
 
-def _tiles(parts: Parts, size: tuple[int, int], facts: ModelFacts) -> ImageLayout:
+def _tiles(parts: Parts, size: tuple[int, int], facts: TowerFacts) -> ImageLayout:
     """An image in tiles: base, then the stitched and unpadded crops with a newline per row."""
     config: Any = parts.multimodal.config
     down, across = get_anyres_image_grid_shape(

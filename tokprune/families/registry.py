@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -32,6 +33,11 @@ def register_family(family: Family) -> None:
         _REFUSED.update(family.refused)
 
 
+def refuse_models(reasons: Mapping[str, str]) -> None:
+    """Say why models cannot be patched, by class name; a family that covers a class wins."""
+    _REFUSED.update(reasons)
+
+
 @functools.cache
 def _load_plugins() -> None:
     """Families of other packages, once; those built in win for the classes that they cover."""
@@ -48,13 +54,15 @@ def supported_models() -> list[str]:
 
 
 def why_refused(name: str) -> str | None:
-    """Why a checkpoint of this class is none for transformers' own classes; None: nothing is
-    known."""
+    """Why a checkpoint of this class is none for transformers' own classes; None: it is one, or
+    nothing is known."""
     _load_plugins()
     family = _FAMILIES.get(name)
-    if family is not None and family.package != "transformers":
+    if family is None:
+        return _REFUSED.get(name)
+    if family.package != "transformers":
         return f"it is of another package: package={family.package!r}"
-    return _REFUSED.get(name)
+    return None
 
 
 def family_of(model: nn.Module) -> Family:
@@ -67,7 +75,7 @@ def family_of(model: nn.Module) -> Family:
     _load_plugins()
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:
-            return _FAMILIES[cls.__name__]
+            return _FAMILIES[cls.__name__].of(model)
         if cls.__name__ in _REFUSED:
             raise UnsupportedModelError(
                 f"model {cls.__name__} is not supported: {_REFUSED[cls.__name__]}"

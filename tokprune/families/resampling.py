@@ -14,6 +14,20 @@ from tokprune.engine.model import ImageLayout, TokenGrid
 Bounds = tuple[int, int, int, int]
 
 
+def frames_of(pixels: Tensor) -> tuple[int, int]:
+    """Videos, and frames of each, of pixels [videos, frames, channels, height, width].
+
+    Raises:
+        ValueError: they have another form.
+    """
+    if pixels.dim() != 5:
+        raise ValueError(
+            f"pixel_values_videos has {pixels.dim()} dimensions; it should be [videos, frames, "
+            "channels, height, width]"
+        )
+    return pixels.shape[0], pixels.shape[1]
+
+
 def pooled_video(
     frames: int, grid: tuple[int, int], small: tuple[int, int], stride: int | None, newline: bool
 ) -> ImageLayout:

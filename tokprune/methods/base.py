@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from tokprune.engine.contracts import Plan
+from tokprune.engine.contracts import Plan, Positions
 from tokprune.engine.model import ModelFacts, VideoUnit
 from tokprune.methods.options import Budget, Renamed, check_options, check_video_unit
 
@@ -74,6 +74,8 @@ class Method(ABC):
     knobs: ClassVar[tuple[str, ...]] = ("keep",)
     #: published variants that deserve a line of their own in a sweep, as options
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    #: what ``positions=None`` means where positions have one axis: as published
+    published_positions: ClassVar[Positions] = "compact"
     #: options by the names that settings of the release before have
     renamed: ClassVar[tuple[Renamed, ...]] = ()
 
@@ -95,6 +97,20 @@ class Method(ABC):
             ValueError: an option does not fit the model (names option, value, and what would).
             UnsupportedModelError: the model lacks something the method needs.
         """
+
+    def on(self: M, facts: ModelFacts) -> M:
+        """The method on a model: what its options leave open is decided. ``positions=None`` is as
+        published where positions have one axis, and "preserve" under M-RoPE, where survivors stand
+        on a grid and renumbering them gains next to nothing."""
+        if getattr(self, "positions", "") is not None:
+            return self
+        own = "preserve" if facts.axes > 1 else self.new_positions
+        return dataclasses.replace(self, positions=own)  # type: ignore[call-arg]
+
+    @property
+    def new_positions(self) -> Positions:
+        """The option ``positions``, or as published."""
+        return getattr(self, "positions", None) or self.published_positions
 
     @property
     def stochastic(self) -> bool:

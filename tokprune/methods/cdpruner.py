@@ -75,7 +75,7 @@ class CDPruner(Method):
     scope: Scope = "tile"
     relevance_scope: RelevanceScope = "image"
     theta: float | None = None
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

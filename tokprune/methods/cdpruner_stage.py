@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 class DPPStage(PromptStage):
     def __init__(self, method: CDPruner) -> None:
-        self.method, self.positions = method, method.positions
+        self.method, self.positions = method, method.new_positions
         self.wants_text = isinstance(method.relevance, str) and method.relevance == "text"
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
@@ -52,7 +52,7 @@ class DPPStage(PromptStage):
         for i in busy:
             budgets = parts[i][1]
             own = [chosen[first + g, :k] for g, k in enumerate(budgets)]
-            answers[i] = Selection(torch.cat(own).sort().values)
+            answers[i] = Selection(torch.cat(own).sort().values, in_order=True)
             first += len(budgets)
         return answers
 

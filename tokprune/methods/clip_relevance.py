@@ -40,12 +40,13 @@ class TowerRelevance(ABC):
         Raises:
             UnsupportedModelError: the model's features come from several layers.
         """
-        if facts.feature_layer is None:
+        tower = facts.need_tower("relevance=ClipRelevance(…)")
+        if tower.feature_layer is None:
             raise UnsupportedModelError(
                 f"relevance={self!r} reads one encoder layer, and this model concatenates several "
                 "(config.vision_feature_layer is a list)"
             )
-        return _ScoreStage(self, facts.feature_layer)
+        return _ScoreStage(self, tower.feature_layer)
 
 
 @dataclass(frozen=True, eq=False)

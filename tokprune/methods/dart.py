@@ -65,6 +65,7 @@ class DART(Method):
         Preset("llava-next", 320, {"keep": 324}, _NEXT),
     )
     variants = ({"pivot_order": "norm"},)
+    published_positions = "preserve"
     renamed = (Renamed("layer", "prune_before"),)
 
     keep: Budget
@@ -72,7 +73,7 @@ class DART(Method):
     image_pivots: Annotated[int, AtLeast(1)] = 4
     text_pivots: Annotated[int, AtLeast(0)] = 4
     pivot_order: PivotOrder = "official"
-    positions: Positions = "preserve"
+    positions: Positions | None = None
 
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
@@ -86,9 +87,11 @@ class DART(Method):
 
 class _DARTStage(DecoderStage):
     def __init__(self, method: DART) -> None:
-        self.method = method
+        self.method, self.positions = method, method.new_positions
         self.taps = frozenset({method.prune_before - 1})
         self.prune_before = frozenset({method.prune_before})
+
+    ahead = frozenset()
 
     def start(self) -> DecoderRun:
         return _DARTRun(self.method)
@@ -128,4 +131,4 @@ class _DARTRun(DecoderRun):
             method.pivot_order,
             sequence.valid.cumsum(1) - 1,  # padding at the left does not count
         )
-        return KeepDecision(self.retained.mask.any(1), counts, method.positions)
+        return KeepDecision(self.retained.mask.any(1), counts, method.new_positions)

@@ -52,7 +52,7 @@ class EVS(Method):
     videos_only = True
 
     keep: Budget
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def plan(self, facts: ModelFacts) -> Plan:
         if not facts.videos:
@@ -72,7 +72,7 @@ class EVS(Method):
 
 class _EVSStage(PromptStage):
     def __init__(self, method: EVS) -> None:
-        self.keep, self.positions = method.keep, method.positions
+        self.keep, self.positions = method.keep, method.new_positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         if all(image.frames == 1 for image in images):
@@ -93,5 +93,6 @@ class _EVSStage(PromptStage):
             x = torch.stack([images[i].features[place] for i, place in zip(members, places)])
             kept = evs(x.unflatten(1, (frames, n)), k)
             for i, place, own in zip(members, places, kept):
-                answers[i] = Selection(keep_on_grid(images[i], place[own], frames * n - k))
+                index = keep_on_grid(images[i], place[own], frames * n - k)
+                answers[i] = Selection(index, in_order=True)
         return answers

@@ -56,7 +56,7 @@ class M3(WindowPooling):
         Raises:
             ValueError: their grid has no such scale; lists what it has.
         """
-        window = self.window_for(facts.grid)
+        window = self.window_for(facts.need_tower(self.name, whole=False).grid)
         return Pool(window=window, place=self.place, positions=self.positions)
 
     def window_for(self, grid: tuple[int, int]) -> int:

@@ -23,7 +23,9 @@ class Pool(WindowPooling):
     as the model packs full grids (and shrinks nothing: LLaVA-OneVision's interpolation of large
     images is left out). Of a video every frame is pooled alike, on the grid that it has at the
     language-model input, after the model's own pooling; a newline token at its end stays. Where
-    tiles and frames have different grids, ``keep`` or ``window`` should fit what is passed.
+    tiles and frames have different grids, ``keep`` or ``window`` should fit what is passed. On
+    models whose images have grids of their own, windows at the right and lower edge may be smaller,
+    and ``keep`` is the most that is left.
 
     Args:
         keep: tokens per tile, (H/p)·(W/p) for a whole p: 576, 144, 64, 36, 16, 9, 4 or 1 on a
@@ -49,7 +51,17 @@ class Pool(WindowPooling):
 
     def window_of(self, facts: ModelFacts) -> int:
         """p, for the tiles of a model (:meth:`window_for`)."""
-        return self.window_for(facts.grid)
+        return self.window_for(facts.need_tower(self.name, whole=False).grid)
+
+    def window_fitting(self, grid: tuple[int, int]) -> int:
+        height, width = grid
+        if self.window is not None:
+            return min(self.window, max(grid))
+        most = max(1.0, self.wanted(height * width))
+        p = 1
+        while -(-height // p) * -(-width // p) > most:
+            p += 1
+        return p
 
     def window_for(self, grid: tuple[int, int]) -> int:
         height, width = grid

@@ -75,11 +75,12 @@ class PyramidDrop(DecoderScorer):
     )
 
     renamed = (Renamed("prune_layers", "prune_before"),)
+    published_positions = "compact"
     attention_of = "next layer"
 
     keep: BudgetSchedule = 0.125
     prune_before: PruneBefore = _LAYERS
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class PromptSelector(Method):
     newlines: ClassVar[bool] = False
 
     keep: Budget
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
@@ -107,7 +107,7 @@ class SelectorStage(PromptStage):
     """Runs a selector on the images of a batch; those with equally many candidates together."""
 
     def __init__(self, method: PromptSelector) -> None:
-        self.method, self.positions = method, method.positions
+        self.method, self.positions = method, method.new_positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         method = self.method
@@ -121,7 +121,10 @@ class SelectorStage(PromptStage):
             chosen = method.select_alike([images[i] for i in members], method.count(tokens))
             for i, index in zip(members, chosen, strict=True):
                 index = index.to(images[i].features.device, non_blocking=True)
-                answers[i] = Selection(index.sort().values if method.prompt_order else index)
+                if method.prompt_order:
+                    answers[i] = Selection(index.sort().values, in_order=True)
+                else:
+                    answers[i] = Selection(index)
         return answers
 
 
@@ -142,13 +145,14 @@ class DecoderScorer(Method):
     """
 
     stages: ClassVar[tuple[str, ...]] = ("decoder prefill",)
+    published_positions: ClassVar[Positions] = "preserve"
     #: whose attention :meth:`score` gets: of the layer before a cut, as it ran, or of the layer
     #: after it, computed on what enters it
     attention_of: ClassVar[Literal["previous layer", "next layer"]] = "previous layer"
 
     keep: BudgetSchedule
     prune_before: PruneBefore = 2
-    positions: Positions = "preserve"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,10 +187,14 @@ class ScorerStage(DecoderStage):
     """Runs a scorer before each of its layers."""
 
     def __init__(self, method: DecoderScorer) -> None:
-        self.method = method
+        self.method, self.positions = method, method.new_positions
         self.prune_before = frozenset(method.steps)
         if method.attention_of == "previous layer":
             self.taps = frozenset(layer - 1 for layer in method.steps)
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        return self.prune_before if self.method.attention_of == "next layer" else frozenset()
 
     def start(self) -> DecoderRun:
         return ScorerRun(self.method)
@@ -212,7 +220,7 @@ class ScorerRun(DecoderRun):
             self.score = self.method.score(scoring.attention(hidden, sequence), sequence)
         assert self.score is not None
         return KeepDecision.best(
-            self.score, counts, sequence, self.method.positions, self.method.ranked_together
+            self.score, counts, sequence, self.method.new_positions, self.method.ranked_together
         )
 
     def _counts(self, layer: int, sequence: SequenceView) -> list[list[int]]:

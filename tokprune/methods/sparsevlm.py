@@ -163,4 +163,4 @@ class SparseVLM(Method):
 
     @property
     def new_positions(self) -> Positions:
-        return self.positions or ("preserve" if self._plus else "compact")
+        return self.positions or ("preserve" if self._plus else self.published_positions)

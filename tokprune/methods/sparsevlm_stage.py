@@ -36,10 +36,12 @@ _CHUNK = 128
 
 class SparseStage(DecoderStage):
     def __init__(self, method: SparseVLM) -> None:
-        self.method = method
+        self.method, self.positions = method, method.new_positions
         self.taps = frozenset(layer - 1 for layer in method.steps)
         # before layer 0 the raters are chosen
         self.prune_before = frozenset({0, *method.steps})
+
+    ahead = frozenset()
 
     def start(self) -> DecoderRun:
         return _SparseRun(self.method)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokprune.engine.contracts import Order, Positions
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ModelFacts, TowerFacts
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import Method, check_fits, resolve_keep
 from tokprune.methods.options import Budget
@@ -24,7 +24,7 @@ class TileMethod(Method):
     #: tokens of each tile (count), or fraction of its patches
     keep: Budget | None = None
     order: Order = "published"
-    positions: Positions = "compact"
+    positions: Positions | None = None
     #: what ``keep`` counts on tiled models: a tile, or an image of the most tiles possible
     scope: Scope = "tile"
 
@@ -39,12 +39,13 @@ class TileMethod(Method):
         Raises:
             ValueError: more than there are, or less than one for each tile.
         """
-        keep, most = self.keep, facts.max_tiles
+        tower = facts.need_tower(self.name)
+        keep, most = self.keep, tower.max_tiles
         assert keep is not None
         if self.scope == "tile" or isinstance(keep, float):
-            check_fits(keep, facts, facts.patches)
-            return resolve_keep(keep, facts.patches)
-        check_fits(keep, facts, facts.patches * most)
+            check_fits(keep, facts, tower.patches)
+            return resolve_keep(keep, tower.patches)
+        check_fits(keep, facts, tower.patches * most)
         if keep < most:
             raise ValueError(
                 f"keep={keep} with scope='image' is less than one token for each of the {most} "
@@ -66,7 +67,7 @@ def check_one(method: Method, names: tuple[str, ...]) -> None:
         raise ValueError(f"give exactly one of {' and '.join(names)}; got {got}")
 
 
-def feature_layer(facts: ModelFacts, method: str) -> int:
+def feature_layer(facts: TowerFacts, method: str) -> int:
     """The encoder layer whose output becomes the image features; work behind it would be wasted.
 
     Raises:

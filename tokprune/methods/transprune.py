@@ -83,7 +83,7 @@ class TransPrune(Method):
     alpha: Annotated[float, Range(0, 1)] = 0.5
     direction: Direction = "signed"
     normalize: Normalize = "sample"
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

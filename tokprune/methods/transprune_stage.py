@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 
 class TransPruneStage(DecoderStage):
     def __init__(self, method: TransPrune) -> None:
-        self.method = method
+        self.method, self.positions = method, method.new_positions
         self.prune_before = frozenset(method.steps)
         if method.alpha > 0:
             last = max(method.steps)
             self.transition_layers = frozenset(
                 layer for layer in steps_of(method.transition_layers) if layer < last
             )
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        return frozenset() if self.method.alpha == 1 else self.prune_before
 
     def start(self) -> DecoderRun:
         return _TransPruneRun(self.method)
@@ -74,7 +78,7 @@ class _TransPruneRun(DecoderRun):
         self.score = transition_score(
             ttv, self.instruction, method.alpha, sequence.segment, sequence.segments
         )
-        return KeepDecision.best(self.score, counts, sequence, method.positions)
+        return KeepDecision.best(self.score, counts, sequence, method.new_positions)
 
     def _instruction(
         self, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer

@@ -19,11 +19,12 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.engine.model import ModelFacts
-from tokprune.methods.base import Preset
+from tokprune.methods.base import Preset, check_fits, resolve_keep
 from tokprune.methods.options import AtLeast
 from tokprune.methods.registry import register_method
 from tokprune.methods.tiles import TileMethod, feature_layer
 from tokprune.methods.tower_rows import stitched_places
+from tokprune.methods.visionzip_cells import CellStage, KeysAndAttention
 from tokprune.operators.visionzip import Score, compress
 
 _README = "VisionZip README"
@@ -46,6 +47,10 @@ class VisionZip(TileMethod):
     Published order there: the base tile's tokens, the kept patches of all crops in raster order
     of the stitched image, the crops' class tokens, their contextual tokens. Kept patches on
     padding stay, newline tokens go.
+
+    On models that merge patches after the tower, its last layer is looked at, attention and keys
+    are averaged over the patches of a token, and tokens are kept and merged at the language-model
+    input, tile by tile or frame by frame; there is no class token among them.
 
     Args:
         keep: tokens of each tile (count) or fraction; 27/32 of them, rounded, are dominant. Give
@@ -105,7 +110,8 @@ class VisionZip(TileMethod):
             return dominant, total - dominant
         assert self.dominant is not None
         assert self.contextual is not None
-        rows = facts.patches + int(facts.has_cls)
+        tower = facts.need_tower(self.name)
+        rows = tower.patches + int(tower.has_cls)
         if self.dominant + self.contextual > rows:
             raise ValueError(
                 f"dominant={self.dominant} and contextual={self.contextual} are more than the "
@@ -113,10 +119,31 @@ class VisionZip(TileMethod):
             )
         return self.dominant, self.contextual
 
+    def split_of(self, tokens: int, tiles: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of each of ``tiles`` tiles of ``tokens`` tokens, on models
+        whose images have grids of their own."""
+        if self.keep is None:
+            assert self.dominant is not None
+            assert self.contextual is not None
+            dominant = min(self.dominant, tokens)
+            return dominant, min(self.contextual, tokens - dominant)
+        total = resolve_keep(self.keep, tokens)
+        if self.scope == "image" and isinstance(self.keep, int):
+            total = min(tokens, max(1, self.keep // tiles))
+        dominant = max(1, round(total * 27 / 32))
+        return dominant, total - dominant
+
     def plan(self, facts: ModelFacts) -> Plan:
-        layer = feature_layer(facts, "VisionZip")
+        tower = facts.need_tower(self.name, whole=False)
+        if facts.tower is None:
+            if self.keep is not None:
+                check_fits(self.keep, facts)
+            layer = feature_layer(tower, "VisionZip")
+            observe = KeysAndAttention(layer, self.score)
+            return Plan(encoder=(observe,), prompt=(CellStage(self),))
+        layer = feature_layer(tower, "VisionZip")
         dominant, contextual = self.split(facts)
-        if self.keep is not None and dominant + contextual == facts.patches:
+        if self.keep is not None and dominant + contextual == tower.patches:
             return Plan()
         return Plan(encoder=(_VisionZipStage(self, layer, dominant, contextual),))
 
@@ -126,7 +153,7 @@ class _VisionZipStage(EncoderStage):
         self.score = method.score
         self.dominant, self.contextual = dominant, contextual
         self.taps = self.after_layers = frozenset({layer})
-        self.order, self.positions = method.order, method.positions
+        self.order, self.positions = method.order, method.new_positions
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return _VisionZipRun(self, tower)

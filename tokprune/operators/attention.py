@@ -11,8 +11,9 @@ __all__ = ["attention_rows", "mean_rows"]
 
 
 def attention_rows(
-    q_rows: Tensor, k: Tensor, scaling: float | None = None, allowed: Tensor | None = None
-) -> Tensor:
+    q_rows: Tensor, k: Tensor, scaling: float | None = None, allowed: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax attention of some query rows over all allowed keys, in float32.
 
     Grouped keys are read in place, without a repeated copy.
@@ -22,6 +23,7 @@ def attention_rows(
         k: [..., Hkv, L, d] all keys, same leading dimensions and d.
         scaling: factor of the logits; None means 1/√d.
         allowed: [..., R, L] or [..., 1, L] bool, True where a row may look; None means everywhere.
+        softcap: bound c of the logits, c · tanh(x / c) (Gemma 2); None means none.
 
     Returns:
         [..., H, R, L] float32; a row sums to 1, a row with no allowed key is all 0.
@@ -48,6 +50,8 @@ def attention_rows(
     q = (q_rows.float() * scale).reshape(*lead, k.shape[-3], groups * rows, width)
     logits = torch.matmul(q, k.float().transpose(-1, -2))
     logits = logits.reshape(*lead, heads, rows, k.shape[-2])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if allowed is None:
         return logits.softmax(-1)
     if allowed.dtype != torch.bool:

@@ -6,6 +6,7 @@ can be used alone. Needs torch and transformers, and no test runner.
 """
 
 from tokprune.testing.case import Case
+from tokprune.testing.families import default_families
 from tokprune.testing.family import check_family
 from tokprune.testing.method import check_method
 from tokprune.testing.oracle import (
@@ -34,6 +35,7 @@ __all__ = [
     "check_method",
     "compressed_logits",
     "continuation_tokens",
+    "default_families",
     "make_inputs",
     "oracle_logits",
     "register_tiny",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokprune.api import compress
 from tokprune.methods import Method
+from tokprune.testing.numbering import prompt_positions
 from tokprune.testing.report import Fault
 from tokprune.testing.tiny import TinyFamily
 from tokprune.trace import PrefillTrace, Trace
@@ -38,14 +40,14 @@ class Case:
     family: TinyFamily
     model: Any
     prompts: Prompts
-    #: as ``make_inputs`` takes them; None: the first of :data:`SIZES`
+    #: as ``make_inputs`` takes them; None: those of the family, or of :data:`SIZES`, in turn
     sizes: list[tuple[int, int]] | None = None
 
     def having(self, **changes: Any) -> Case:
         return replace(self, **changes)
 
     def inputs(self, seed: int = 1, pad_side: str = "left") -> dict[str, Tensor]:
-        sizes = self.sizes or SIZES[: self._count("image")]
+        sizes = self.sizes or list(islice(cycle(self.family.sizes or SIZES), self._count("image")))
         return self.family.inputs(
             self.model, self.prompts, sizes or None, seed=seed, pad_side=pad_side
         )
@@ -69,13 +71,8 @@ class Case:
     def prefill(self, inputs: dict[str, Tensor], **options: Any) -> tuple[Any, PrefillTrace]:
         """Output and trace of one forward of the compressed model on a prompt."""
         with self.compress() as trace:
-            out = self.model(**inputs, position_ids=positions(inputs), **options)
+            out = self.model(**inputs, **prompt_positions(self.model, inputs), **options)
         return out, last_of(trace)
-
-
-def positions(inputs: dict[str, Tensor]) -> Tensor:
-    """[B, L] position ids as generate() numbers padded prompts."""
-    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
 
 
 def last_of(trace: Trace) -> PrefillTrace:

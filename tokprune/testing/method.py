@@ -12,8 +12,9 @@ from tokprune.methods import Method, make_method
 from tokprune.testing.case import RAGGED, SEVERAL, SIZES, VIDEOS, Case, dropped
 from tokprune.testing.checks import conversation, decisions, declaration, leftovers, numbers
 from tokprune.testing.checks.host_reads import can_find_host_reads, host_read
+from tokprune.testing.families import default_families
 from tokprune.testing.report import Check, Report
-from tokprune.testing.tiny import Builder, TinyFamily, tiny_families, tiny_family
+from tokprune.testing.tiny import Builder, TinyFamily, tiny_family
 
 
 def check_method(
@@ -28,8 +29,9 @@ def check_method(
 
     Args:
         method: a method object, or a class or registered name with ``options``.
-        families: names of families with a tiny model, or builders of tiny models (default: all
-            that are registered, :func:`tokprune.testing.tiny_families`).
+        families: names of families with a tiny model (:func:`tokprune.testing.tiny_families`), or
+            builders of tiny models. Default: a handful that exercises everything, and those that
+            you registered (:func:`tokprune.testing.default_families`).
         keep_all: options with which the method keeps every token (default: ``{"keep": 1.0}`` where
             it has such an option).
         raise_: raise if a check fails.
@@ -56,7 +58,7 @@ def check_method(
         made = method(**options)
     else:
         made = make_method(method, **options)
-    chosen = [tiny_family(f) for f in (tiny_families() if families is None else families)]
+    chosen = [tiny_family(f) for f in (default_families() if families is None else families)]
     report = Report(repr(made))
     for name, check in (
         ("declared", declaration.is_declared),

@@ -14,18 +14,20 @@ def count_image_tokens(model: Any, size: tuple[int, int] | None = None, alone: b
     """Prompt tokens the model makes of one image of ``size`` (height, width); ``alone``: it is
     the only one of its prompt."""
     bound = bind(model)
-    layouts = bound.family.layouts(
-        bound.parts, torch.zeros(1, 3, 1, 1), [size] if size else None, bound.facts,
-        [1] if alone else [2],
-    )  # fmt: skip
+    call = {
+        "pixel_values": torch.zeros(1, 3, 1, 1), "image_sizes": [size] if size else None,
+        "batch_num_images": [1] if alone else [2],
+    }  # fmt: skip
+    layouts = bound.family.images(bound.parts, bound.facts, call)
+    assert isinstance(layouts, list)
     return len(layouts[0].packed)
 
 
 def count_video_tokens(model: Any, frames: int) -> int:
     """Prompt tokens the model makes of a video of so many frames."""
     bound = bind(model)
-    pixels = torch.zeros(1, frames, 3, 1, 1)
-    return len(bound.family.video_layouts(bound.parts, pixels, bound.facts)[0].packed)
+    call = {"pixel_values_videos": torch.zeros(1, frames, 3, 1, 1)}
+    return len(bound.family.videos(bound.parts, bound.facts, call)[0].packed)
 
 
 def make_inputs(

@@ -7,7 +7,7 @@ but not so small that every token looks alike, so that scores have something to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -171,6 +171,16 @@ class TinyFamily:
     inputs: Callable[..., Inputs] = make_inputs
     #: as :func:`tokprune.testing.take_row`
     row: Callable[..., Inputs] = take_row
+    #: share of the largest logit by which logits of equal computations may differ
+    tolerance: float = 1e-5
+    #: whether prompts may hold several images, videos, and images beside videos
+    several: bool = True
+    videos: bool = False
+    mixed: bool = True
+    #: attention backends that the models have beside flash attention
+    backends: tuple[str, ...] = ("eager", "sdpa")
+    #: (height, width) of images of different grids; None: any will do
+    sizes: tuple[tuple[int, int], ...] | None = None
 
 
 _TINY: dict[str, TinyFamily] = {}
@@ -181,6 +191,7 @@ def register_tiny(
     build: Builder,
     inputs: Callable[..., Inputs] = make_inputs,
     row: Callable[..., Inputs] = take_row,
+    **options: Any,
 ) -> TinyFamily:
     """Make the tiny model of a family known to :func:`tokprune.testing.check_method`.
 
@@ -191,13 +202,14 @@ def register_tiny(
         inputs: makes the inputs of a batch of prompts, as :func:`tokprune.testing.make_inputs`
             does; that one is right for models that take ``pixel_values`` of square tiles.
         row: takes one row out of such a batch, as :func:`tokprune.testing.take_row` does.
+        options: more fields of :class:`TinyFamily`: what the prompts may hold, ``tolerance``.
 
     Raises:
         TypeError: ``build`` cannot be called.
     """
     if not callable(build):
         raise TypeError(f"build={build!r} should be a function that builds a tiny model")
-    _TINY[name] = TinyFamily(name, build, inputs, row)
+    _TINY[name] = TinyFamily(name, build, inputs, row, **options)
     return _TINY[name]
 
 
@@ -221,12 +233,10 @@ def tiny_family(family: str | TinyFamily | Builder) -> TinyFamily:
                 "one with tokprune.testing.register_tiny(name, build)"
             )
         return _TINY[family]
+    from tokprune.testing.families import made_by  # which imports this module
+
+    if (known := made_by(family, list(_TINY.values()))) is not None:
+        return known
     name = bind(family()).family.name
     known = _TINY.get(name)
-    return TinyFamily(name, family, known.inputs, known.row) if known else TinyFamily(name, family)
-
-
-register_tiny("llava-1.5", llava)
-register_tiny("llava-next", llava_next)
-register_tiny("llava-next-video", llava_next_video)
-register_tiny("llava-onevision", llava_onevision)
+    return replace(known, build=family) if known else TinyFamily(name, family)

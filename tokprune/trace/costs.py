@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokprune.engine.family import BoundModel
-from tokprune.engine.model import ImageLayout
+from tokprune.engine.model import ImageLayout, Tiles
+from tokprune.engine.prompt_layout import read_islands
 from tokprune.trace.flops import model_macs, row_macs
 from tokprune.trace.record import PrefillTrace
 
@@ -25,23 +26,28 @@ class Numbers:
 
 
 def images_of_rows(known: BoundModel, inputs: Mapping[str, Any]) -> list[list[ImageLayout]]:
-    """The images of every row of a batch in the order of the prompt, then its videos.
+    """The images of every row of a batch, then its videos.
 
     Args:
-        inputs: ``input_ids`` [B, L]; where there are images, their ``pixel_values`` in the order
-            of the placeholders, and what else the processor gives (``image_sizes``); where there
-            are videos, their ``pixel_values_videos`` [videos, frames, 3, H, W].
+        inputs: ``input_ids`` [B, L], and what else the processor gives, in the order of the
+            placeholders.
     """
     family, parts, facts = known.family, known.parts, known.facts
-    waiting: list[tuple[int | None, Iterator[ImageLayout]]] = []
-    if (pixels := inputs.get("pixel_values")) is not None:
-        sizes = inputs.get("image_sizes")
-        waiting.append((parts.image_token_id, iter(family.layouts(parts, pixels, sizes, facts))))
-    if (frames := inputs.get("pixel_values_videos")) is not None:
-        waiting.append((parts.video_token_id, iter(family.video_layouts(parts, frames, facts))))
     rows: list[list[ImageLayout]] = [[] for _ in inputs["input_ids"]]
-    for placeholder, layouts in waiting:
-        for own, tokens in zip(rows, (inputs["input_ids"] == placeholder).sum(1).tolist()):
+    if not any(inputs.get(name) is not None for name in (family.pixels, family.video_pixels)):
+        return rows
+    visual = family.placeholders(parts, inputs).cpu()
+    waiting: list[tuple[int, Iterator[ImageLayout]]] = []
+    if inputs.get(family.pixels) is not None:
+        images = family.images(parts, facts, inputs)
+        if isinstance(images, Tiles):
+            prompt, tiles = read_islands(visual == 1, None, 0, images)
+            return [[images.image(tiles[n]) for n in own] for own in prompt.image_of]
+        waiting.append((1, iter(images)))
+    if inputs.get(family.video_pixels) is not None:
+        waiting.append((2, iter(family.videos(parts, facts, inputs))))
+    for kind, layouts in waiting:
+        for own, tokens in zip(rows, (visual == kind).sum(1).tolist()):
             while tokens > 0 and (layout := next(layouts, None)) is not None:
                 own.append(layout)
                 tokens -= len(layout.packed)
@@ -51,7 +57,7 @@ def images_of_rows(known: BoundModel, inputs: Mapping[str, Any]) -> list[list[Im
 def unpruned_numbers(known: BoundModel, inputs: Mapping[str, Any]) -> list[Numbers]:
     """The model as it is, for every row of a batch (see :func:`images_of_rows`). Nothing runs."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    visual = known.parts.visual(ids).sum(1).tolist()
+    visual = (known.family.placeholders(known.parts, inputs) > 0).sum(1).tolist()
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     size = known.model.dtype.itemsize
     return [

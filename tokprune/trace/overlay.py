@@ -46,7 +46,8 @@ def overlay(
     One panel per stage that changed something: dropped patches grey, survivors clear with an
     outline, merged tokens as patches of one colour. Tiled models get the base tile above the
     stitched high-resolution image, without the padding that the model's own packing removes. A
-    video is a mosaic of its frames.
+    video is a mosaic of its frames. Models in whose vision encoder no stage works show the cells
+    of their language-model input.
 
     Args:
         trace: of the patched model.
@@ -76,6 +77,7 @@ def overlay(
         raise ValueError(
             f"image: {len(images)} image(s) for batch row {row}, which has {len(traced)} "
             "image(s); pass all of the prompt's images in order"
+            + (" (to this model every tile is one)" if prefill.facts.per_tile else "")
         )
     strips = []
     for shown, parts in zip(images, traced):
@@ -136,8 +138,10 @@ def _caption(stage: StageTokens, layers: int, record: ImageRecord) -> str:
         return f"prompt: {number}"
     first, last = stage.layers
     if stage.stage == "encoder":
-        facts = record.facts
-        return f"encoder, layer {first}: {patches} of {record.layout.tiles * facts.patches}"
+        from tokprune.trace.provenance import tower_of
+
+        most = record.layout.tiles * tower_of(record).patches
+        return f"encoder, layer {first}: {patches} of {most}"
     if last == layers - 1:
         return f"decoder, layer {first}+: {number}"
     return f"decoder, layer{'s' if last > first else ''} {_span(first, last)}: {number}"
@@ -152,18 +156,17 @@ def _span(first: int, last: int) -> str:
 
 def _boards(image: Image.Image, record: ImageRecord, processor: Any, size: int) -> list[_Board]:
     """The base tile, and for tiled models the stitched high-resolution image."""
-    rows, cols = record.facts.grid if record.token_grid is None else record.token_grid.grids[0]
-    cell = max(4, round(size / max(rows, cols)))
-    base = image if record.facts.tiled else _as_seen(image, processor)
-    place = {(0, r, c): (r, c) for r in range(rows) for c in range(cols)}
-    boards = [_Board(_resize(base, cols * cell, rows * cell), cell, (rows, cols), place)]
+    from tokprune.trace.provenance import cells_of_tile
+
+    rows, cols = cells_of_tile(record)
+    grids = () if record.token_grid is None else record.token_grid.grids
     down, across = record.layout.tile_grid
-    if record.token_grid is not None:  # the crops as one smaller map, which shows no padding
-        shape = record.token_grid.grids[1]
-        cell = max(4, round(size / max(shape)))
-        place = {(1, r, c): (r, c) for r in range(shape[0]) for c in range(shape[1])}
-        whole = _resize(image, shape[1] * cell, shape[0] * cell)
-        boards.append(_Board(whole, cell, shape, place))
+    if len(grids) > 1 and not down:
+        return _tiles(image, len(grids), (rows, cols), size)
+    tiled = record.facts is not None and record.facts.tiled
+    boards = [_map(image if tiled else _as_seen(image, processor), 0, (rows, cols), size)]
+    if len(grids) > 1:  # the crops as one smaller map, which shows no padding
+        boards.append(_map(image, 1, grids[1], size))
     elif down and across:
         shape = (down * rows, across * cols)
         cell = max(4, round(size / max(shape)))
@@ -173,20 +176,45 @@ def _boards(image: Image.Image, record: ImageRecord, processor: Any, size: int) 
     return boards
 
 
+def _map(image: Image.Image, tile: int, shape: tuple[int, int], size: int) -> _Board:
+    """An image under the cells of one tile."""
+    cell = max(4, round(size / max(shape)))
+    place = {(tile, r, c): (r, c) for r in range(shape[0]) for c in range(shape[1])}
+    return _Board(_resize(image, shape[1] * cell, shape[0] * cell), cell, shape, place)
+
+
+def _tiles(image: Image.Image, tiles: int, grid: tuple[int, int], size: int) -> list[_Board]:
+    """Tiles of which the model knows no more than their number: crops of the stretched image in as
+    many rows and columns as suit its sides, and the whole image as the last of them."""
+    rows, cols = grid
+    crops, wanted = tiles - 1, math.log(image.width / image.height)
+    fitting = [n for n in range(1, crops + 1) if crops % n == 0]
+    down = min(fitting, key=lambda n: abs(math.log(crops / n**2) - wanted))
+    across = crops // down
+    board = _map(image, 0, (down * rows, across * cols), size)
+    board.place = {
+        (r // rows * across + c // cols, r % rows, c % cols): (r, c) for _, r, c in board.place
+    }
+    return [_map(image, crops, grid, size), board]
+
+
 def _mosaic(frames: Any, records: Sequence[ImageRecord], processor: Any, size: int) -> list[_Board]:
     """All frames of a video, row by row in a near-square mosaic; ``records``: its parts."""
     from PIL import Image
 
+    from tokprune.trace.provenance import cells_of_tile
+
     number = sum(record.layout.frames for record in records)
     given = [] if isinstance(frames, Image.Image) else list(frames)
+    if records[0].facts is None:  # the model may make one grid of several frames
+        given = given[:: max(1, math.ceil(len(given) / number))]
     if len(given) != number:
         got = "an image" if isinstance(frames, Image.Image) else f"{len(given)} frame(s)"
         raise ValueError(
             f"image: {got} for a video of {number} frames; it should be the list of those that "
             "the model saw"
         )
-    token_grid = records[0].token_grid
-    rows, cols = records[0].facts.grid if token_grid is None else token_grid.grids[0]
+    rows, cols = cells_of_tile(records[0])
     across = math.ceil(math.sqrt(number))
     shape = (math.ceil(number / across) * rows, across * cols)
     cell = max(4, round(size / max(shape)))
@@ -204,9 +232,9 @@ def _stitched(image: Image.Image, record: ImageRecord, shape: tuple[int, int], c
     """Fitted into the tiles with its aspect ratio, padding around it, as the processor does."""
     from PIL import Image
 
-    from tokprune.trace.provenance import original_cells
+    from tokprune.trace.provenance import cells_of_tile, original_cells
 
-    rows, cols = record.facts.grid
+    rows, cols = cells_of_tile(record)
     width, height = shape[1] * cell, shape[0] * cell
     scale = min(width / image.width, height / image.height)
     fitted = _resize(

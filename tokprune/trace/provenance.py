@@ -8,12 +8,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from tokprune.engine.contracts import TowerFacts
     from tokprune.engine.drops import Drop
     from tokprune.engine.images import ImageRecord
     from tokprune.trace import ImageTrace, PrefillTrace
 
 #: (tile, row, col) of a patch; tile 0 is the base image. In a video the tile is the number of the
-#: frame, on the grid of its pooled cells; the map that a model shrinks all crops to is tile 1
+#: frame, on the grid of its pooled cells; the map that a model shrinks all crops to is tile 1.
+#: Where no stage works inside the encoder, cells and tiles are those of the language-model input
 Cell: TypeAlias = "tuple[int, int, int]"
 Kind: TypeAlias = 'Literal["patch", "newline", "class"]'
 
@@ -74,6 +76,19 @@ class StageTokens:
         }
 
 
+def cells_of_tile(record: ImageRecord) -> tuple[int, int]:
+    """(height, width) of the grid of cells of an image's first tile or frame."""
+    if record.token_grid is not None:
+        return record.token_grid.grids[0]
+    return tower_of(record).grid
+
+
+def tower_of(record: ImageRecord) -> TowerFacts:
+    """Facts of the tower whose patches the tokens of an image are named by."""
+    assert record.facts is not None
+    return record.facts
+
+
 def original_cells(record: ImageRecord) -> list[Cell]:
     """Patches that the model's own packing puts into the prompt, in prompt order."""
     places = _Places(record)
@@ -87,7 +102,7 @@ class _Places:
     """From numbers of feature rows to cells."""
 
     def __init__(self, record: ImageRecord) -> None:
-        self.facts, self.first_frame = record.facts, record.layout.first_frame
+        self.record, self.first_frame = record, record.layout.first_frame
         #: grids on which the rows are numbered, where they are not those of the tower's tiles
         self.grids = None if record.token_grid is None else record.token_grid.grids
         #: cell at the language-model input that shows each patch, for survivors of the tower where
@@ -106,9 +121,10 @@ class _Places:
                 if number < height * width:
                     return tile + self.first_frame, *divmod(number, width)
                 number -= height * width
-        tile, row = divmod(number, self.facts.tokens_per_tile)
-        patch = row - int(self.facts.cls_in_features)
-        return None if patch < 0 else (tile + self.first_frame, *divmod(patch, self.facts.grid[1]))
+        facts = tower_of(self.record)
+        tile, row = divmod(number, facts.tokens_per_tile)
+        patch = row - int(facts.cls_in_features)
+        return None if patch < 0 else (tile + self.first_frame, *divmod(patch, facts.grid[1]))
 
 
 class _Cells(_Places):
@@ -126,7 +142,8 @@ class _Cells(_Places):
 
     def of_patch(self, tile: int, patch: int) -> int:
         """Number of the feature row of a patch."""
-        return tile * self.facts.tokens_per_tile + patch + int(self.facts.cls_in_features)
+        facts = tower_of(self.record)
+        return tile * facts.tokens_per_tile + patch + int(facts.cls_in_features)
 
     def token(self, number: int, column: int, sources: tuple[Cell, ...], newline: bool) -> Token:
         cell = self.cell(number)
@@ -146,17 +163,39 @@ def _sources(groups: list[list[int]], grid: tuple[int, int]) -> dict[int, list[C
     return held
 
 
+def _of_packed(record: ImageRecord, cells: _Cells) -> list[tuple[Cell, ...]]:
+    """Cells whose patches each token holds that a packed encoder made of the patches left in it."""
+    segments, token_grid = record.layout.segments, record.token_grid
+    assert segments is not None
+    assert token_grid is not None
+    height, width = token_grid.grids[0]
+    area, start = segments.full[0] // (height * width), 0
+    found = []
+    for patches, (height, width) in zip(record.history[-1][1].tolist(), token_grid.grids):
+        left = [cells.cell(start + patch // area) for patch in patches if patch >= 0]
+        own = [cell for cell in left if cell is not None]
+        for at in range(0, len(own), area):
+            found.append(tuple(dict.fromkeys(own[at : at + area])))
+        start += height * width
+    return found
+
+
 def _at_language_model(image: ImageTrace, record: ImageRecord, cells: _Cells) -> list[Token]:
     """Tokens of an image before the prompt stages."""
-    if record.group is None or record.cell is None:
+    if record.cell is None:
         tokens = []
         for number, column in zip(cells.packed, cells.columns):
             cell = cells.cell(number)
             own = () if cell is None else (cell,)
             tokens.append(cells.token(number, column, own, newline=number < 0))
         return tokens
-    held = _sources(record.group.tolist(), record.facts.grid)
     first = cells.columns[0]
+    if record.group is None:
+        return [
+            cells.token(cell, cells.column.get(cell, first), held, newline=False)
+            for cell, held in zip(record.cell.tolist(), _of_packed(record, cells))
+        ]
+    held = _sources(record.group.tolist(), tower_of(record).grid)
     return [
         cells.token(cell, cells.column.get(cell, first), tuple(held.get(j, ())), newline=False)
         for j, cell in enumerate(record.cell.tolist())
@@ -210,14 +249,13 @@ def decoder_tokens(
 
 def _encoder_stages(image: ImageTrace, record: ImageRecord) -> list[StageTokens]:
     """Survivors of every reducing encoder layer."""
-    cells, grid = _Cells(image, record), record.facts.grid
-    stages = []
+    cells, stages = _Cells(image, record), []
     for (layer, slots), groups in zip(record.history, record.history_groups):
-        tokens = []
+        tokens, width = [], tower_of(record).grid[1]
         for tile, (rows, group) in enumerate(zip(slots.tolist(), groups.tolist())):
             held: dict[int, list[Cell]] = {}
             for patch, row in enumerate(group):
-                held.setdefault(row, []).append((tile, *divmod(patch, grid[1])))
+                held.setdefault(row, []).append((tile, *divmod(patch, width)))
             for row, slot in enumerate(rows):
                 if slot < 0:
                     continue

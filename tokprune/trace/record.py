@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 class LayerTrace:
     """Sequence of one decoder layer in a prefill (tensors [B, L], on the model's device).
 
-    ``column``: original prompt column of each entry, −1 = padding; ``position``: its rotary
-    position; ``segment``: image number inside the batch row, −1 for text; ``counts[b][s]``:
-    visual tokens per image; ``lengths[b]``: all real tokens; ``cached[b]``: KV entries of this
-    prefill that the layer holds after it (fewer than ``lengths`` where a method prunes the
-    cache, 0 without a cache). ``entries`` [B, n]: conversation column of everything that a
-    compressed layer holds after the prefill, earlier turns included, −1 = padding; None for an
-    ordinary cache layer or without a cache. ``next_position`` [B]: rotary position that the next
+    ``column``: original prompt column of each entry, −1 = padding; ``slot``: the one that masks see
+    it at (:class:`~tokprune.engine.contracts.SequenceView`); ``position``: its rotary position,
+    [3, B, L] under M-RoPE; ``segment``: image number inside the batch row, −1 for text;
+    ``counts[b][s]``: visual tokens per image; ``lengths[b]``: all real tokens; ``cached[b]``: KV
+    entries of this prefill that the layer holds after it (fewer than ``lengths`` where a method
+    prunes the cache, 0 without a cache). ``entries`` [B, n]: conversation column of everything
+    that a compressed layer holds after the prefill, earlier turns included, −1 = padding; None for
+    an ordinary cache layer or without a cache. ``next_position`` [B]: rotary position that the next
     token gets in this layer.
     """
 
     column: Tensor
+    slot: Tensor
     position: Tensor
     segment: Tensor
     counts: list[list[int]]
@@ -120,10 +122,13 @@ class PrefillTrace:
     def tower_rows(self, record: ImageRecord) -> list[tuple[list[int], list[int]]]:
         """Per encoder layer: rows of each tile in its attention and in its MLP, class token
         included. A reduction after a block counts from the next layer on."""
-        now = [self.facts.patches + int(self.facts.has_cls)] * record.layout.tiles
-        after = _reductions(record, int(self.facts.has_cls))
+        tower = self.facts.tower
+        if tower is None:
+            return []
+        now = [tower.patches + int(tower.has_cls)] * record.layout.tiles
+        after = _reductions(record, int(tower.has_cls))
         rows = []
-        for layer in range(self.facts.encoder_layers):
+        for layer in range(tower.encoder_layers):
             changes = after.get(layer, [])
             attended = mlp = now
             if changes and layer in self.between_layers:
@@ -134,10 +139,12 @@ class PrefillTrace:
 
     def tower_output(self, record: ImageRecord) -> list[int]:
         """Rows of each tile at the end of the encoder, class token included."""
-        after = _reductions(record, int(self.facts.has_cls))
+        tower = self.facts.tower
+        assert tower is not None
+        after = _reductions(record, int(tower.has_cls))
         if after:
             return after[max(after)][-1]
-        return [self.facts.patches + int(self.facts.has_cls)] * record.layout.tiles
+        return [tower.patches + int(tower.has_cls)] * record.layout.tiles
 
     def past_lengths(self) -> list[int]:
         """Tokens of earlier turns per batch row, padding left out, before any compression."""
@@ -229,10 +236,11 @@ class Trace:
                 )
                 flat += 1
         cache = prefill.cache
+        following = cache.native_next
         layers = [
             LayerTrace(
-                v.column, prefill.positions[n], v.segment, v.counts, v.lengths,
-                cache.lengths(n, v), cache.columns(n), cache.next_position(n, v),
+                cache.users(v.column), v.slot, prefill.positions[n], v.segment, v.counts, v.lengths,
+                cache.lengths(n, v), cache.columns(n), cache.next_position(n, v, following),
             )
             for n, v in enumerate(prefill.sequences)
         ]  # fmt: skip
@@ -242,7 +250,7 @@ class Trace:
             images=traces,
             layers=layers,
             drops=prefill.drops,
-            original_lengths=prefill.native.lengths,
+            original_lengths=layout.valid.sum(1).tolist(),
             past=past,
             shape=record.bound.shape,
             between_layers=frozenset().union(*(s.between_layers for s in record.plan.encoder)),

@@ -6,10 +6,14 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokprune.trace.flops import Macs, prefill_macs, unpruned_macs
+from torch import Tensor
+
+from tokprune.trace.flops import Macs, encoder_rows, prefill_macs, unpruned_macs
 from tokprune.trace.provenance import image_stages
 
 if TYPE_CHECKING:
+    from tokprune.engine.images import ImageRecord
+    from tokprune.engine.model import ModelFacts
     from tokprune.trace import ImageTrace, PrefillTrace, Trace
 
 
@@ -45,6 +49,7 @@ def to_dict(trace: Trace) -> dict[str, Any]:
     return {
         **head,
         "nothing_removed": nothing_removed(prefill),
+        "limits": _limits(prefill.facts),
         "batch": len(prefill.original_lengths),
         "past": prefill.past,
         "decode_steps": prefill.decode_steps,
@@ -75,13 +80,14 @@ def to_dict(trace: Trace) -> dict[str, Any]:
 
 def _grid(prefill: PrefillTrace, image: ImageTrace) -> dict[str, Any]:
     """Cells of a tile (or frame) that tokens are named by; the frames of a video."""
-    record = image.record
-    if record is None:
-        return {"grid": list(prefill.facts.grid)}
-    if record.token_grid is None:
-        grids = [prefill.facts.grid]
-    else:
+    record, tower = image.record, prefill.facts.tower
+    grids = [] if tower is None else [tower.grid]
+    if record is not None and record.token_grid is not None:
         grids = list(dict.fromkeys(record.token_grid.grids))
+    if not grids:
+        return {}
+    if record is None:
+        return {"grid": list(grids[0])}
     told: dict[str, Any] = {"grid": list(grids[0])}
     if len(grids) > 1:
         told["map"] = list(grids[1])
@@ -90,9 +96,17 @@ def _grid(prefill: PrefillTrace, image: ImageTrace) -> dict[str, Any]:
     return told
 
 
+def _positions(position: Tensor) -> list[list[Any]]:
+    """Of every batch row a number, or (t, h, w), for each token."""
+    if position.dim() == 2:
+        return position.tolist()  # type: ignore[no-any-return]
+    return position.permute(1, 2, 0).tolist()  # type: ignore[no-any-return]
+
+
 def _encoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
-    """Per encoder layer: rows of each tile of each image, class tokens included."""
-    rows = [prefill.tower_rows(record) for record in prefill.records]
+    """Per encoder layer: rows of each tile of each image, class tokens included; where no stage
+    works in the encoder, rows of what attends to each other, and of each frame."""
+    rows = [_rows(prefill, record) for record in prefill.records]
     return [
         {
             "layer": layer,
@@ -100,8 +114,15 @@ def _encoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
             "mlp_rows": [image[layer][1] for image in rows],
             "macs": macs.encoder[layer],
         }
-        for layer in range(prefill.facts.encoder_layers if rows else 0)
+        for layer in range(len(rows[0]) if rows else 0)
     ]
+
+
+def _rows(prefill: PrefillTrace, record: ImageRecord) -> list[tuple[list[int], list[int]]]:
+    """Per encoder layer: rows of an image in its attention and in its MLP."""
+    if prefill.facts.tower is not None:
+        return prefill.tower_rows(record)
+    return encoder_rows(prefill.shape, record)
 
 
 def _decoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
@@ -110,7 +131,7 @@ def _decoder(prefill: PrefillTrace, macs: Macs) -> list[dict[str, Any]]:
     for number, layer in enumerate(prefill.layers):
         key = (layer.column, layer.position)  # tensors hash by identity
         if key not in places:
-            pairs = zip(layer.column.tolist(), layer.position.tolist())
+            pairs = zip(layer.column.tolist(), _positions(layer.position))
             kept = [[(c, p) for c, p in zip(cs, ps) if c >= 0] for cs, ps in pairs]
             places[key] = ([[c for c, _ in r] for r in kept], [[p for _, p in r] for r in kept])
         entries.append(
@@ -146,7 +167,21 @@ def summary(trace: Trace) -> str:
         lines[1] += "; tokens: means per prompt, KV and FLOPs: the whole batch"
     if nothing_removed(prefill):
         lines.append("NOTHING WAS REMOVED: every layer saw all visual tokens.")
+    lines += _limits(prefill.facts)
     return "\n".join([*lines, _table(prefill, macs), *_totals(prefill, macs, unpruned)])
+
+
+def _limits(facts: ModelFacts) -> list[str]:
+    """What budgets count and what is promised, where a family differs from the others."""
+    lines = []
+    if facts.per_tile:
+        lines.append("Every tile counts as an image: the model cannot tell which are of one image.")
+    if facts.attention_layers is not None:
+        lines.append(
+            "Layers of linear attention ran on the shorter sequence: a token that was dropped left "
+            "their recurrence."
+        )
+    return lines
 
 
 def _visuals(prefill: PrefillTrace) -> str:
@@ -203,18 +238,19 @@ def _table(prefill: PrefillTrace, macs: Macs) -> str:
 
 def _encoder_runs(prefill: PrefillTrace) -> list[tuple[int, int, int, int]]:
     """Runs of encoder layers with equal MLP rows: (first, last, patches, rows)."""
-    records = prefill.records
+    records, tower, shape = prefill.records, prefill.facts.tower, prefill.shape
     if not records:
         return []
-    every = [prefill.tower_rows(record) for record in records]
-    tiles = sum(record.layout.tiles for record in records)
+    every = [_rows(prefill, record) for record in records]
+    tiles = sum(len(rows[0][1]) for rows in every if rows)
+    classes = tiles * (shape.class_tokens if tower is None else int(tower.has_cls))
     runs: list[tuple[int, int, int, int]] = []
-    for layer in range(prefill.facts.encoder_layers):
+    for layer in range(len(shape.encoder)):
         total = sum(sum(rows[layer][1]) for rows in every)
         if runs and runs[-1][3] == total:
             runs[-1] = (runs[-1][0], layer, *runs[-1][2:])
         else:
-            runs.append((layer, layer, total - tiles * int(prefill.facts.has_cls), total))
+            runs.append((layer, layer, total - classes, total))
     return runs
 
 

@@ -37,7 +37,7 @@ from tokprune.engine.contracts.vision import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.model import ModelFacts, VideoUnit
+from tokprune.engine.model import ModelFacts, TowerFacts, VideoUnit
 
 __all__ = [
     "Attention",
@@ -58,6 +58,7 @@ __all__ = [
     "ScoringLayer",
     "Selection",
     "SequenceView",
+    "TowerFacts",
     "TowerInput",
     "TowerTokens",
     "visible_rows",

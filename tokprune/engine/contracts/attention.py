@@ -11,18 +11,29 @@ from tokprune.operators.attention import attention_rows
 
 
 def visible_rows(
-    index: Tensor, keys: int, valid: Tensor | None, window: tuple[Tensor, int] | None
-) -> Tensor:
-    """Keys that causal queries at ``index`` [B, R] among ``keys`` tokens see: bool [B, R, keys].
+    index: Tensor, keys: int, mask: Tensor | None, window: int | None = None, causal: bool = True
+) -> Tensor | None:
+    """Keys that some queries see: bool [B, R, keys], or None where they see all.
 
-    ``valid`` [B, keys]: real keys (None: all); ``window``: rotary positions [B, keys] and width
-    where attention slides.
+    ``index`` [B, R]: rows of a mask [.., queries, keys], else places among the ``keys`` tokens.
+
+    ``mask``: as the attention backend was given it: [B or 1, 1, queries, keys] (bool, or added to
+    the logits), [B, keys] (real keys; causality is then the backend's own, and so is its
+    ``window``), or None (the same, all keys real).
     """
-    allowed = torch.arange(keys, device=index.device)[None, None, :] <= index[:, :, None]
+    if mask is not None and mask.dim() == 4:
+        rows = mask[:, 0].expand(len(index), -1, -1)
+        rows = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+    if not causal:
+        return None if mask is None else mask[:, None, :]
+    valid = None if mask is None else mask != 0
+    rank = torch.arange(keys, device=index.device)
+    rank = rank.expand(len(index), keys) if valid is None else valid.cumsum(1) - 1
+    own = rank.gather(1, index)
+    allowed = rank[:, None, :] <= own[:, :, None]
     if window is not None:
-        position, width = window
-        own = position.gather(1, index)
-        allowed = allowed & (own[:, :, None] - position[:, None, :] < width)
+        allowed = allowed & (own[:, :, None] - rank[:, None, :] < window)
     return allowed if valid is None else allowed & valid[:, None, :]
 
 
@@ -30,7 +41,8 @@ class Attention:
     """One attention call as a tap sees it; computes only the rows that are asked for.
 
     ``query`` [B, H, Lq, d] and ``key``, ``value`` [B, Hkv, Lk, d] as the backend gets them
-    (after rotary, heads not repeated); ``valid`` [B, Lk] marks real keys (None: all).
+    (after rotary, heads not repeated); ``mask`` as :func:`visible_rows` takes it; ``valid``
+    [B, Lk] marks real rows of a vision encoder (None: all).
     """
 
     def __init__(
@@ -41,17 +53,22 @@ class Attention:
         scaling: float,
         *,
         causal: bool,
-        valid: Tensor | None,
+        mask: Tensor | None = None,
         past: int = 0,
-        window: tuple[Tensor, int] | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
         rotary: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
-        self.scaling, self.causal, self.valid, self.past = scaling, causal, valid, past
+        self.scaling, self.causal, self.mask, self.past = scaling, causal, mask, past
         #: gives cos and sin [B, Lq, d] of the decoder's rotary embedding at the queries' positions
         self.rotary = rotary
-        #: (rotary positions of the keys [B, Lk], width) where attention slides
-        self.window = window
+        self.window, self.softcap = window, softcap
+
+    @property
+    def valid(self) -> Tensor | None:
+        """[B, Lk] bool: real rows of a vision encoder; None: all."""
+        return None if self.causal else self.mask
 
     def rows(self, index: Tensor) -> Tensor:
         """Softmax rows of the queries at ``index`` [B, R]: float32 [B, H, R, L].
@@ -62,10 +79,12 @@ class Attention:
         b, h, length, d = self.query.shape
         gather = index[:, None, :, None].expand(b, h, index.shape[1], d)
         keys = self.key.shape[2]
-        allowed = None if self.valid is None else self.valid[:, None, :]
-        if self.causal:
-            allowed = visible_rows(index + keys - length, keys, self.valid, self.window)
-        rows = attention_rows(self.query.gather(2, gather), self.key, self.scaling, allowed)
+        rows_of_mask = self.mask is not None and self.mask.dim() == 4
+        place = index if rows_of_mask else index + keys - length
+        allowed = visible_rows(place, keys, self.mask, self.window, self.causal)
+        rows = attention_rows(
+            self.query.gather(2, gather), self.key, self.scaling, allowed, self.softcap
+        )
         return rows[..., self.past :]
 
     def received(self, others_only: bool = False, block: int = 64) -> Tensor:
@@ -86,7 +105,7 @@ class Attention:
                 rows = rows.masked_fill(~self.valid[:, part, None], 0.0)
             total = total + rows.sum(1)
         real = tokens if self.valid is None else self.valid.sum(1, keepdim=True)
-        return total / (real - others_only if others_only else real)
+        return total / (real - int(others_only))
 
     def cls_row(self) -> Tensor:
         """Row of the class token (query 0), head by head: float32 [B, H, Lk]."""

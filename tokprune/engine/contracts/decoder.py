@@ -19,9 +19,12 @@ from tokprune.operators.topk import segment_topk
 class SequenceView:
     """The sequence as it is now, entering some decoder layer (prefill).
 
-    Tensors are [B, L]: ``column``: prompt column, −1 = padding; ``position``: rotary position;
-    ``segment``: number of the image inside its batch row (0…S−1), −1 for text, newline tokens
-    included with their image; ``after``: real text after the last visual token of the row;
+    Tensors are [B, L]: ``column``: prompt column, −1 = padding; ``slot``: the column that it takes
+    in masks, −1 = padding: the same, but that slots always ascend (the k survivors of an image
+    that stand in another order, or merged ones without a place, take k columns of it);
+    ``position``: rotary position, [3, B, L] under M-RoPE; ``segment``: number of the image inside
+    its batch row (0…S−1), −1 for text, newline tokens included with their image; ``after``: real
+    text after the last visual token of the row;
     ``tag``: marks from the encoder run or None. Host side: ``counts[b][s]`` visual tokens alive,
     ``entering[b][s]`` the same when they entered the decoder, ``text_after[b]`` real text tokens
     after the last visual token, ``lengths[b]`` real tokens.
@@ -35,10 +38,19 @@ class SequenceView:
     entering: list[list[int]]
     text_after: list[int]
     lengths: list[int]
-    #: [B] rotary position that the token after this sequence gets
-    next_position: Tensor
+    slot: Tensor
+    #: [B] what the tokens after this sequence stand before their original positions; None: nothing
+    shift: Tensor | None = None
     tag: Tensor | None = None
     padded: bool = False
+    #: [B, L] where sliding windows count the tokens, once positions were closed up, and [B] what
+    #: later tokens stand there before their columns; None: at their slots
+    place: Tensor | None = None
+    place_shift: Tensor | None = None
+    #: whether a row has gaps in its positions (host)
+    gaps: bool = False
+    #: columns of the prompt that it comes from (host)
+    width: int = 0
 
     @property
     def valid(self) -> Tensor:
@@ -47,6 +59,11 @@ class SequenceView:
     @property
     def visual(self) -> Tensor:
         return self.segment >= 0
+
+    @property
+    def ends_in_image(self) -> list[bool]:
+        """Rows whose last real token is a visual one, from which the answer is read (host)."""
+        return [not text and any(own) for text, own in zip(self.text_after, self.entering)]
 
     @property
     def segments(self) -> int:
@@ -88,7 +105,9 @@ class KeepDecision:
     Merges: ``hidden`` [B, L, D] replaces the sequence before the drop (a merged token takes the
     place of one of the tokens it stands for); ``group`` [B, L]: the place that holds each token
     from now on, −1 if dropped (None: each its own). ``order`` [B, L] long: sort key ≥ 0 of the
-    new sequence (None: as before)."""
+    new sequence (None: as before). ``last_stays``: where a row ends in an image, ``mask`` and
+    ``counts`` hold its last token, which always stays (False: the engine sees to it, and reads the
+    counts of such batches back)."""
 
     mask: Tensor
     counts: list[list[int]] | None = None
@@ -96,6 +115,7 @@ class KeepDecision:
     hidden: Tensor | None = None
     group: Tensor | None = None
     order: Tensor | None = None
+    last_stays: bool = False
 
     @classmethod
     def best(
@@ -117,6 +137,18 @@ class KeepDecision:
                 is left with is then known to the device alone, unless nothing or everything goes.
         """
         segment, wanted = sequence.segment, counts
+        if any(sequence.ends_in_image):
+            # the answer is read from the row's last token, which therefore stays
+            ends = torch.tensor(sequence.ends_in_image)[:, None].to(score.device)
+            arange = torch.arange(score.shape[1], device=score.device)
+            last = ends & (arange == sequence.last_row().to(score.device))
+            if not score.is_floating_point():
+                score = score.float()
+            score = score.masked_fill(last, torch.inf)
+            counts = wanted = [
+                [max(n, int(end and s + 1 == len(row) and now[s] > 0)) for s, n in enumerate(row)]
+                for row, now, end in zip(counts, sequence.counts, sequence.ends_in_image)
+            ]
         if together:
             segment, wanted = torch.where(sequence.visual, 0, -1), [[sum(row)] for row in counts]
         width = max(map(len, wanted), default=0)
@@ -126,7 +158,7 @@ class KeepDecision:
         shared = together and any(
             len(row) > 1 and row != now for row, now in zip(counts, sequence.counts)
         )
-        return cls(mask, None if shared else counts, positions)
+        return cls(mask, None if shared else counts, positions, last_stays=True)
 
 
 @dataclass
@@ -144,29 +176,22 @@ class CachePolicy:
 
 
 class ScoringLayer(ABC):
-    """Query and key projections of the decoder layer about to run, for methods that rank with
-    them (they are computed for this purpose: the layer itself runs on the survivors only)."""
+    """The decoder layer about to run, for methods that rank with its attention (queries and keys
+    are computed for this purpose: the layer itself runs on the survivors only)."""
 
     @abstractmethod
+    def attention(self, hidden: Tensor, sequence: SequenceView) -> Attention:
+        """Attention of the layer on ``hidden`` [B, L, D], as it would run on all of it. Layers
+        that may be asked are those of :attr:`DecoderStage.ahead`."""
+
     def probabilities(self, hidden: Tensor, rows: Tensor, sequence: SequenceView) -> Tensor:
         """Softmax rows of the queries at ``rows`` [B, R] over all visible keys of ``hidden``
-        [B, L, D], rotated at the current positions: float32 [B, H, R, L]."""
-
-    def attention(self, hidden: Tensor, sequence: SequenceView) -> Attention:
-        """The same as an :class:`Attention`, of which only ``rows`` can be asked."""
-        return _AttentionAhead(self, hidden, sequence)
+        [B, L, D]: float32 [B, H, R, L]."""
+        return self.attention(hidden, sequence).rows(rows)
 
     @abstractmethod
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The decoder's final norm, which it applies to its last layer, on ``hidden`` [B, L, D]."""
-
-
-class _AttentionAhead(Attention):
-    def __init__(self, layer: ScoringLayer, hidden: Tensor, sequence: SequenceView) -> None:
-        self.layer, self.hidden, self.sequence = layer, hidden, sequence
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.layer.probabilities(self.hidden, index, self.sequence)
 
 
 class DecoderRun:
@@ -203,6 +228,13 @@ class DecoderStage(ABC):
     transition_layers: frozenset[int] = frozenset()
     prune_before: frozenset[int] = frozenset()
     has_cache_policy: bool = False
+    #: of the sequences that the run shortens, where the stage knows
+    positions: Positions | None = None
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        """Layers of ``prune_before`` whose own attention the run may ask for, before they run."""
+        return self.prune_before
 
     @abstractmethod
     def start(self) -> DecoderRun: ...

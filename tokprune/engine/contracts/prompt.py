@@ -20,7 +20,8 @@ class ImageTokens:
     ``features`` [n, D] after the projector; ``tile``, ``row``, ``col`` [n] long: tile number
     (0 = base) and cell on that tile's grid, −1 for newline tokens and for the class token;
     ``column`` [n]: prompt column; ``newline`` [n] bool; ``patches``: how many are no newline
-    (host); ``score``, ``tag`` [n]: what an encoder run left, or None; ``tiles``, ``grid``: host;
+    (host); ``score``, ``tag`` [n], ``metric`` [n, d]: what an encoder run left, or None;
+    ``tiles``, ``grid``: host;
     ``raw`` [tiles, N, D]: projector output before packing, or None if the encoder was reduced;
     ``newline_feature`` [D] or None; ``text`` [m, D]: embeddings of its prompt's text after the
     last image (of all its text where none follows), only for stages with ``wants_text``.
@@ -39,6 +40,7 @@ class ImageTokens:
     original: int
     score: Tensor | None = None
     tag: Tensor | None = None
+    metric: Tensor | None = None
     raw: Tensor | None = None
     newline_feature: Tensor | None = None
     #: (height, width) of the image in pixels, where the family knows it (host)
@@ -65,7 +67,7 @@ class ImageTokens:
     def windows(self) -> list[tuple[int, int, int, int]]:
         """Of every tile the cells that show the image and no padding: (top, bottom, left,
         right), half open; host."""
-        if self.video or self.grids is not None:
+        if self.video or self.grids is not None or self.tile_grid == (0, 0):
             return [(0, height, 0, width) for height, width in self.tile_grids()]
         return tile_windows(self.grid, self.tile_grid, self.size)
 
@@ -80,11 +82,15 @@ class ImageTokens:
 class Selection:
     """Answer of a prompt stage for one image: ``index`` [k] rows to keep, in the order in which
     they enter the prompt; for merges ``features`` [k, D] replaces their vectors and ``group``
-    [n] names the output row that holds each input row (−1 = dropped)."""
+    [n] names the output row that holds each input row (−1 = dropped), and ``weight`` [n] with how
+    much of its vector (None: the mean of the rows of a group)."""
 
     index: Tensor
     features: Tensor | None = None
     group: Tensor | None = None
+    weight: Tensor | None = None
+    #: ``index`` ascends (host): nothing has to move
+    in_order: bool = False
 
 
 class PromptStage(ABC):

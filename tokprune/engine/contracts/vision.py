@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
 
 from tokprune.engine.contracts.attention import Attention
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import TowerFacts
 
 Positions = Literal["compact", "preserve"]
 Order = Literal["published", "spatial"]
@@ -25,12 +26,27 @@ class TowerInput:
     (height, width) in pixels, None where nothing is padded. ``videos[i]``: whether it is a video,
     whose frames are its tiles, in order."""
 
-    facts: ModelFacts
+    facts: TowerFacts
     image_of_tile: tuple[int, ...]
     device: torch.device
     tile_grids: tuple[tuple[int, int], ...] = ()
     sizes: tuple[tuple[int, int] | None, ...] = ()
     videos: tuple[bool, ...] = ()
+    #: patches that become a token stand one after the other, cell after cell
+    packed: bool = False
+    #: frames of the image that a packed encoder's frame belongs to
+    frames: int = 1
+
+    def by_cell(self, values: Tensor) -> Tensor:
+        """Values [B, N] of patches, each replaced by the mean of those that become one token."""
+        m, (height, width) = self.facts.merges, self.facts.grid
+        if m == 1:
+            return values
+        if self.packed:
+            cells = values.unflatten(1, (-1, m * m)).mean(-1)
+            return cells.repeat_interleave(m * m, dim=1)
+        cells = avg_pool2d(values.view(-1, 1, height, width), m)
+        return interpolate(cells, scale_factor=m, mode="nearest").flatten(1)
 
     @property
     def tiles_per_image(self) -> list[int]:
@@ -101,14 +117,15 @@ class Reduction:
 class EncoderOutcome:
     """What an encoder run says at the end, row-aligned with the final patch rows.
 
-    ``score`` and ``tag`` [tiles, T]: carried to the prompt and the decoder stages; ``key``
-    [tiles, T]: integer sort key of the published order inside one image (None: tile by tile,
-    row by row), with an entry for the class token where the model keeps it; ``unpad``:
-    rows on cells that the model's own packing crops away are dropped.
+    ``score`` and ``tag`` [tiles, T], ``metric`` [tiles, T, d]: carried to the prompt and the
+    decoder stages; ``key`` [tiles, T]: integer sort key of the published order inside one image
+    (None: tile by tile, row by row), with an entry for the class token where the model keeps it;
+    ``unpad``: rows on cells that the model's own packing crops away are dropped.
     """
 
     score: Tensor | None = None
     tag: Tensor | None = None
+    metric: Tensor | None = None
     key: Tensor | None = None
     unpad: bool = True
 
@@ -142,6 +159,8 @@ class EncoderStage(ABC):
     between_layers: frozenset[int] = frozenset()
     after_layers: frozenset[int] = frozenset()
     bias_layers: frozenset[int] = frozenset()
+    #: made for encoders that pack their images: a run sees one frame, and drops rows in ``after``
+    packs: bool = False
     #: order in which the surviving tokens enter the prompt
     order: Order = "spatial"
     #: positions of the shortened prompt

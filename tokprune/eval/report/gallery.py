@@ -47,7 +47,7 @@ def make_gallery(
             notes.append(f"item {item} is not in benchmark {benchmark.name} any more")
             continue
         try:
-            seen = _shown(benchmark, questions[item])
+            seen = _shown(benchmark, questions[item], at[item][0])
         except (OSError, ValueError) as error:
             notes.append(f"the {benchmark.media} of item {item} cannot be made: {error}")
             continue
@@ -177,17 +177,24 @@ def _hue(row: int, column: int) -> tuple[int, int, int]:
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def _shown(benchmark: Benchmark, item: Any) -> Image.Image:
-    """The image of an item, or its frames side by side, as the model sees them."""
+def _shown(benchmark: Benchmark, item: Any, record: Mapping[str, Any]) -> Image.Image:
+    """The image of an item, or its frames side by side, as the model sees them: CLIP's central
+    square, or all of it where an overlay ``record`` has a grid of its own."""
+    grid = record.get("grid")
     if benchmark.media != "video":
-        return _square(benchmark.image(item).convert("RGB"))
+        image = benchmark.image(item).convert("RGB")
+        return image if grid else _square(image)
     from PIL import Image
 
-    frames = [_square(frame.convert("RGB")) for frame in benchmark.video(item)]
-    side, across = frames[0].width, _across(len(frames))
-    mosaic = Image.new("RGB", (across * side, -(-len(frames) // across) * side), "white")
+    frames = [frame.convert("RGB") for frame in benchmark.video(item)]
+    # the model may make one grid of several frames
+    frames = frames[:: -(-len(frames) // record.get("frames", len(frames)))]
+    if not grid or grid[0] == grid[1]:
+        frames = [_square(frame) for frame in frames]
+    (width, height), across = frames[0].size, _across(len(frames))
+    mosaic = Image.new("RGB", (across * width, -(-len(frames) // across) * height), "white")
     for number, frame in enumerate(frames):
-        mosaic.paste(frame, (number % across * side, number // across * side))
+        mosaic.paste(frame, (number % across * width, number // across * height))
     return mosaic
 
 

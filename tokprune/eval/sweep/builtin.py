@@ -95,9 +95,11 @@ class BuiltinHarness:
     def _together(self, job: Job, main: list[OpenTrial]) -> Iterator[Step]:
         """All trials on a batch before the next batch."""
         trials = [task.trial for task in main]
-        tokens = job.loaded.facts.patches
-        if self.benchmark.media == "video":
+        tower = job.loaded.facts.tower
+        if tower is None or self.benchmark.media == "video":
             tokens = next(trial.entry["budget"] for trial in trials if trial.id == "none")
+        else:
+            tokens = tower.patches
         gallery = gallery_items(self.items), gallery_trials(trials, tokens)
         evaluator = Evaluator(job.loaded, self.benchmark, gallery)
         yield Step(stage=("answers", sum(len(task.rows) for task in main)))

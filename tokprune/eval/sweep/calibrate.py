@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokprune.calibration import MeanTokens, fitting, mean_tokens, nearest
 from tokprune.errors import UnsupportedModelError, UnsupportedVideoError
@@ -15,10 +15,14 @@ from tokprune.eval.sweep.reduced_input import ReducedInput, downsample_factor
 from tokprune.eval.sweep.variants import Variant
 from tokprune.methods import Method
 
+if TYPE_CHECKING:
+    from tokprune.eval.sweep.evaluator import Batch
+
 #: steps of the pixels that a smaller image keeps, and the share of a budget that it may miss
 _SIZES, _MISS = 512, 0.1
 
-#: steps of a share per patch of a tile, where images differ in their number of tokens
+#: steps of a share per patch of a tile (where no stage works in the tower: per token of the largest
+#: image), where images differ in their number of tokens
 _STEPS = 4
 
 
@@ -51,30 +55,28 @@ class Calibrator:
 
     Args:
         loaded: the model, not patched.
-        inputs: a batch of prompts with one image or one video each.
+        batch: questions about one image or one video each.
         match: "mean" or "last".
-        tokens_at: mean visual tokens of the same images or videos made smaller.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        inputs: Any,
-        match: str,
-        tokens_at: Callable[[ReducedInput], float],
-    ) -> None:
-        self.loaded, self.inputs, self.match, self.tokens_at = loaded, inputs, match, tokens_at
-        visual = loaded.parts.visual(inputs["input_ids"]).sum(1)
+    def __init__(self, loaded: LoadedModel, batch: Batch, match: str) -> None:
+        self.loaded, self.inputs, self.match = loaded, batch.inputs, match
+        self.tokens_at = batch.tokens_at
+        visual = (loaded.family.placeholders(loaded.parts, self.inputs) > 0).sum(1)
         #: mean visual tokens of the unpruned images
         self.visual_tokens = float(visual.float().mean())
-        frames = inputs.get("pixel_values_videos")
+        video, facts = batch.benchmark.media == "video", loaded.facts
         #: frames of every video, None for images
-        self.frames = None if frames is None else int(frames.shape[1])
-        facts = loaded.facts
-        self._tiled = facts.tiled and frames is None
+        self.frames = len(batch.visuals[0]) if video else None
+        most = int(visual.max())
+        #: whether images of other sizes have other numbers of tokens
+        self._varied = not video and (
+            facts.tower.tiled if facts.tower is not None
+            else bool((visual != facts.max_visual_tokens).any())
+        )  # fmt: skip
         #: the most that one of them can have
-        self.most = facts.max_visual_tokens if frames is None else int(visual.max())
-        self._equal = bool((visual == visual[0]).all()) and not self._tiled
+        self.most = most if video or facts.tower is None else facts.max_visual_tokens
+        self._equal = bool((visual == most).all()) and not self._varied
         self._measured: dict[str, MeanTokens] = {}
 
     def measure(self, method: Method) -> MeanTokens:
@@ -90,7 +92,8 @@ class Calibrator:
         keep_of: Callable[[int], int | float]
         if budget.share is not None and not self._equal:
             # a share of each image's own tokens; whole patches of a tile are among the steps
-            knobs = _STEPS * self.loaded.facts.patches
+            tower = self.loaded.facts.tower
+            knobs = _STEPS * (self.most if tower is None else tower.patches)
             scale, keep_of = self.visual_tokens / knobs, lambda k: k / knobs
         else:
             scale, knobs, keep_of = 1.0, self.most, lambda k: k
@@ -143,7 +146,7 @@ class Calibrator:
         """
         target = budget.tokens(self.visual_tokens)
         nominal = downsample_factor(self.visual_tokens, target)
-        if not self._tiled:
+        if not self._varied:
             return Reduced(ReducedInput(nominal), self.visual_tokens)
 
         def sized(size: int) -> ReducedInput:

@@ -17,7 +17,7 @@ from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.overlays import overlay_record
 from tokprune.eval.sweep.reduced_input import ReducedInput, blank, each
 from tokprune.eval.sweep.trials import Trial
-from tokprune.inputs.prompts import PIXELS, encode
+from tokprune.inputs.prompts import encode
 from tokprune.trace import Trace
 from tokprune.trace.costs import Numbers, traced_numbers, unpruned_numbers
 
@@ -58,7 +58,8 @@ class Batch:
     def pixels(self) -> Any:
         """Pixels, None where they cannot be made (the questions then run one by one)."""
         try:
-            return self.inputs[PIXELS[self.benchmark.media]]
+            family, video = self.loaded.family, self.benchmark.media == "video"
+            return self.inputs[family.video_pixels if video else family.pixels]
         except Exception:
             return None
 
@@ -86,8 +87,8 @@ class Batch:
 
     def tokens_at(self, reduced: ReducedInput) -> float:
         """Mean visual tokens of the images or videos made smaller."""
-        ids = self._shown(reduced)["input_ids"]
-        return float(self.loaded.parts.visual(ids).sum()) / len(ids)
+        visual = self.loaded.family.placeholders(self.loaded.parts, self._shown(reduced)) > 0
+        return float(visual.sum()) / len(visual)
 
     def _shown(self, reduced: ReducedInput) -> Any:
         return self._encode([reduced(visual) for visual in self.visuals])
@@ -95,8 +96,9 @@ class Batch:
     def _encode(self, visuals: list[Any]) -> Any:
         questions = [item.question + self.benchmark.prompt_suffix for item in self.items]
         return encode(
-            self.loaded.processor, questions, visuals, self.loaded.device, self.benchmark.media
-        )
+            self.loaded.processor, questions, visuals, self.loaded.device, self.benchmark.media,
+            self.loaded.model,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from tokprune.eval.benchmarks.base import Item
 from tokprune.eval.sweep.trials import Trial
 from tokprune.trace import Trace
+from tokprune.trace.provenance import cells_of_tile
 
 #: the gallery shows the budget nearest to this share of an image's tokens
 _SHARE = 0.11
@@ -47,27 +48,38 @@ def overlay_record(trace: Trace, row: int, item: str, trial: str) -> dict[str, A
     layer = alive[-1] if alive else len(layers) - 1
     tokens = [t for t in trace.kept(layer, row) if t.kind == "patch"]
     merged = any(len(t.sources) > 1 for t in tokens)
+    tiles, grid = _grid(trace, row)
+
+    def number(tile: int) -> int:
+        return (tile + 1) % tiles if tiles else tile
+
     record: dict[str, Any] = {
         "item": item,
         "trial": trial,
         "layer": layer,
-        "kept": [[t.row, t.col, t.tile] for t in tokens],
+        "kept": [[t.row, t.col, number(t.tile)] for t in tokens],
         "merged": merged,
-        **_video(trace, row),
+        **grid,
     }
     if merged:
-        record["sources"] = [[[row, col, tile] for tile, row, col in t.sources] for t in tokens]
+        record["sources"] = [
+            [[row, col, number(tile)] for tile, row, col in t.sources] for t in tokens
+        ]
     return record
 
 
-def _video(trace: Trace, row: int) -> dict[str, Any]:
+def _grid(trace: Trace, row: int) -> tuple[int, dict[str, Any]]:
     """Of a video: its ``frames``, which are the tiles of the patches, and the ``grid`` (height,
-    width) of each."""
+    width) of each. Of an image on a grid of the language-model input: that ``grid``, and before it
+    the number of tiles whose last shows the whole image, which is to be tile 0 (0: it is)."""
     assert trace.last is not None
     (parts, *_) = trace.last.visuals(row)
     records = [part.record for part in parts if part.record is not None]
-    if not records or not records[0].layout.video:
-        return {}
-    token_grid = records[0].token_grid
-    grid = records[0].facts.grid if token_grid is None else token_grid.grids[0]
-    return {"frames": sum(record.layout.frames for record in records), "grid": list(grid)}
+    if not records:
+        return 0, {}
+    layout, grid = records[0].layout, list(cells_of_tile(records[0]))
+    if layout.video:
+        return 0, {"frames": sum(record.layout.frames for record in records), "grid": grid}
+    if records[0].facts is not None or layout.token_grid is None:
+        return 0, {}
+    return len(layout.token_grid.grids), {"grid": grid}

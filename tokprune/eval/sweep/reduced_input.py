@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokprune.inputs.clips import evenly_spaced
+
 #: the controls that show less
 REDUCED_INPUTS = ("downsample", "frames")
 #: processors cannot tell height from colour channels on images with sides like these
@@ -43,11 +45,6 @@ class ReducedInput:
 def each(visual: Any, change: Callable[[Any], Any]) -> Any:
     """An image changed, or every frame of a list of them."""
     return [change(frame) for frame in visual] if isinstance(visual, list) else change(visual)
-
-
-def evenly_spaced(frames: list[Any], number: int) -> list[Any]:
-    """The frames in the middle of that many equal stretches of a video."""
-    return [frames[(2 * n + 1) * len(frames) // (2 * number)] for n in range(number)]
 
 
 def downsample_factor(visual_tokens: float, budget: float) -> float:

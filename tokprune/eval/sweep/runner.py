@@ -199,7 +199,7 @@ class Sweep:
         with sharing(self.loaded, settings) as shared:
             if shared is not None:
                 shared.remember(batch.pixels)
-            calibrator = Calibrator(self.loaded, batch.inputs, settings.match, batch.tokens_at)
+            calibrator = Calibrator(self.loaded, batch, settings.match)
             check_budgets(settings.budgets(), calibrator.most)
             maker = TrialMaker(calibrator, common)
             usable = known if unchanged else {}

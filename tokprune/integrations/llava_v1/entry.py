@@ -16,6 +16,7 @@ from tokprune.engine.cache import cache_in
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.entry import Entry
 from tokprune.engine.images import ImageRecord
+from tokprune.engine.masks import backend_of
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.session import Session
 from tokprune.errors import PromptMismatchError
@@ -63,8 +64,8 @@ class PrepareEntry(Entry):
         self._wrap("prepare_inputs_labels_for_multimodal", self._prepare)
         self._wrap("generate", self._generate)
         handles: list[Any] = [self.model.register_forward_hook(self.leave, always_call=True)]
-        for layer in self.parts.decoder_layers:
-            handles.append(longer_tables(layer.self_attn.rotary_emb, self._length))
+        for block in self.parts.decoder_layers:
+            handles.append(longer_tables(block.attention.rotary_emb, self._length))
         return handles
 
     def remove(self) -> None:
@@ -101,16 +102,20 @@ class PrepareEntry(Entry):
         ids, images = call["input_ids"], call["images"]
         if images is None or ids.shape[1] == 1:  # text, or a step
             return original()
+        facts = self.session.facts.tower
+        assert facts is not None
         packed = pack(
-            self.model, self.session.facts, ids, call["attention_mask"], images,
+            self.model, facts, ids, call["attention_mask"], images,
             call.get("image_sizes"),
         )  # fmt: skip
         state = self.session.state
-        state.tower = self.tower_pass(packed.layouts, images[0])
+        tower = state.tower = self.tower_pass(packed.layouts, images[0])
         try:
             result = original()
-            state.tower.finish()
-            records = self.session.image_records(packed.layouts)
+            tower.finish()
+            records = self.session.image_records(
+                packed.layouts, tower, state.projected, images[0].device
+            )
         finally:
             state.tower = state.projected = None
         embeds = result[4]
@@ -132,7 +137,7 @@ class PrepareEntry(Entry):
             wants_maps = self.parts.language_model.config.output_attentions
         if (
             wants_maps
-            and self.session.backend == "sdpa"
+            and backend_of(self.parts.language_model) == "sdpa"
             and (state.layout is not None or isinstance(cache, DynamicCache))
         ):
             raise ValueError(

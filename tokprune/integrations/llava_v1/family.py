@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from tokprune.engine.compat import LEGACY
 from tokprune.engine.family import Family
-from tokprune.engine.model import ImageLayout, ModelFacts, Parts
-from tokprune.engine.tap import TapFunction
+from tokprune.engine.model import Block, ImageLayout, ModelFacts, Parts, Tower
+from tokprune.engine.tap import Call, TapFunction
 from tokprune.errors import UnsupportedModelError
-from tokprune.families.base import decoder_layers_of, encoder_layers_of, feature_layer
-from tokprune.integrations.llava_v1.attention import ProjectionTap, RotaryTables
+from tokprune.families.base import decoder_blocks, encoder_layers_of, llava_facts, tower_facts
+from tokprune.integrations.llava_v1.attention import ProjectionTap, attention_call, window_of
 from tokprune.integrations.llava_v1.packing import PLACEHOLDER, is_anyres, pack
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class LlavaV1(Family):
 
     name = "llava-v1"
     model_classes = ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM")
+    pixels = "images"
     legacy = True
     package = "llava"
     refused = REFUSED
@@ -67,37 +69,27 @@ class LlavaV1(Family):
                 "config.rope_scaling of type 'dynamic' makes rotary frequencies depend on the "
                 "number of tokens, which compression changes; use 'linear' or None"
             )
-        layers: list[Any] = decoder_layers_of(decoder)
         return Parts(
             multimodal=model,
-            tower=clip,
-            encoder_layers=encoder_layers_of(clip),
-            projector=decoder.mm_projector,
             language_model=decoder,
-            decoder_layers=layers,
-            rotary=RotaryTables(layers[0].self_attn.rotary_emb),
+            decoder_layers=[
+                replace(block, window=window_of(block.attention))
+                for block in decoder_blocks(decoder)
+            ],
             image_token_id=PLACEHOLDER,
+            encoder=clip,
+            tower=Tower(clip, encoder_layers_of(clip), decoder.mm_projector),
         )
 
     def facts(self, model: Any, parts: Parts) -> ModelFacts:
-        tower = model.get_vision_tower()
-        side, layers = tower.num_patches_per_side, len(parts.encoder_layers)
-        keeps_cls = tower.select_feature == "cls_patch"
-        tokens = side * side + int(keeps_cls)
-        tiles, tiled = self.max_tiles(model), is_anyres(model.config)
-        return ModelFacts(
-            family=self.name,
-            encoder_layers=layers,
-            feature_layer=feature_layer(tower.select_layer, layers),
-            grid=(side, side),
-            tokens_per_tile=tokens,
-            has_cls=True,
-            cls_in_features=keeps_cls,
-            max_tiles=tiles,
-            tiled=tiled,
-            max_visual_tokens=tiles * tokens + (side * (tiles - 1) if tiled else 0),
-            decoder_layers=len(parts.decoder_layers),
-        )
+        assert parts.tower is not None
+        wrapper = model.get_vision_tower()
+        tower = tower_facts(
+            parts.tower, wrapper.config, wrapper.select_layer,
+            keeps_cls=wrapper.select_feature == "cls_patch", max_tiles=self.max_tiles(model),
+            tiled=is_anyres(model.config),
+        )  # fmt: skip
+        return llava_facts(self.name, parts, tower)
 
     def max_tiles(self, model: Any) -> int:
         if not is_anyres(model.config):
@@ -108,12 +100,11 @@ class LlavaV1(Family):
             pinpoints = ast.literal_eval(pinpoints)
         return 1 + max((width // side) * (height // side) for width, height in pinpoints)
 
-    def layouts(
-        self, parts: Parts, pixel_values: Any, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
-        ids = torch.tensor([[0, PLACEHOLDER]] * len(pixel_values))
-        return pack(parts.multimodal, facts, ids, None, pixel_values, image_sizes).layouts
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        assert facts.tower is not None
+        images, sizes = call["images"], call.get("image_sizes")
+        ids = torch.tensor([[0, PLACEHOLDER]] * len(images))
+        return pack(parts.multimodal, facts.tower, ids, None, images, sizes).layouts
 
     def newline(self, parts: Parts) -> Tensor | None:
         return getattr(parts.language_model, "image_newline", None)
@@ -124,9 +115,12 @@ class LlavaV1(Family):
         return PrepareEntry(session)
 
     def tap(self, module: Any, function: TapFunction, wanted: Callable[[], bool]) -> Any:
-        rotary = getattr(module, "rotary_emb", None)
-        return ProjectionTap(module, function, wanted, rotary and RotaryTables(rotary))
+        return ProjectionTap(module, function, wanted)
 
-    def window(self, parts: Parts, backend: str) -> int | None:
-        # Mistral's sdpa masks in 4.37 leave the window out
-        return None if backend == "sdpa" else super().window(parts, backend)
+    def attention_ahead(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        module = block.attention
+        with torch.no_grad():
+            x = block.module.input_layernorm(args[0] if args else kwargs["hidden_states"])
+            return attention_call(
+                module, module.q_proj(x), module.k_proj(x), module.v_proj(x), kwargs
+            )

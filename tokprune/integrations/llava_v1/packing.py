@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.contracts import ModelFacts
+from tokprune.engine.contracts import TowerFacts
 from tokprune.engine.model import ImageLayout
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.errors import PromptMismatchError
@@ -65,7 +65,7 @@ class _Numbers:
 
 
 def pack(
-    model: Any, facts: ModelFacts, ids: Tensor, mask: Tensor | None, images: Any, sizes: Any
+    model: Any, facts: TowerFacts, ids: Tensor, mask: Tensor | None, images: Any, sizes: Any
 ) -> Packed:
     """How the package packs a batch: its own code, run on numbers instead of features.
 

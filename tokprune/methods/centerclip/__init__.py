@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from tokprune.engine.contracts import Plan
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ModelFacts, TowerFacts
+from tokprune.methods.base import check_fits
 from tokprune.methods.centerclip.prompt import SegmentStage
 from tokprune.methods.centerclip.tower import TowerStage
 from tokprune.methods.options import AtLeast, Budget
@@ -35,7 +36,8 @@ class CenterCLIP(TileMethod):
         keep: tokens of each video, shared evenly between its segments, or of each tile of a still
             image; a count or a fraction.
         segments: S of a video; fewer where it has fewer frames, or ``keep`` fewer tokens.
-        place: where still images are clustered: "tower", right after the layer that the model
+        place: where still images are clustered (always at the language-model input on models that
+            merge patches after the tower): "tower", right after the layer that the model
             reads (no fine-tuning needed); "encoder", before encoder layer ``layer`` (the paper's,
             meant for fine-tuned towers; stills only, see :func:`tokprune.reduce_frames` for
             videos); "projector", at the language-model input.
@@ -94,22 +96,28 @@ class CenterCLIP(TileMethod):
         )  # fmt: skip
 
     def plan(self, facts: ModelFacts) -> Plan:
+        if facts.tower is None:
+            if self.place == "encoder" or self.scope == "image":
+                facts.need_tower(f"centerclip with place={self.place!r}, scope={self.scope!r}")
+            check_fits(self.keep, facts)  # type: ignore[arg-type]
+            return Plan(prompt=(SegmentStage(self, None),))
+        tower = facts.tower
         if facts.videos and isinstance(self.keep, int):
             # counted for a video, it may be more than an image has
-            budget = min(self.keep, facts.patches)
+            budget = min(self.keep, tower.patches)
         else:
             budget = self.tile_budget(facts)
-        whole = budget == facts.patches
+        whole = budget == tower.patches
         at_input = (SegmentStage(self, budget),)
         if self.place == "projector":
             return Plan(prompt=() if whole and not facts.videos else at_input)
         videos = at_input if facts.videos else ()
-        layer = feature_layer(facts, "CenterCLIP")
+        layer = feature_layer(tower, "CenterCLIP")
         if self.place == "encoder":
-            layer = self._first_layer(facts, layer) - 1
+            layer = self._first_layer(tower, layer) - 1
         return Plan(encoder=() if whole else (TowerStage(self, layer, budget),), prompt=videos)
 
-    def _first_layer(self, facts: ModelFacts, last: int) -> int:
+    def _first_layer(self, facts: TowerFacts, last: int) -> int:
         """First encoder layer that sees the medoids.
 
         Raises:

@@ -39,15 +39,15 @@ Clusters = tuple[Segment, Tensor, Tensor, Tensor]
 
 
 class SegmentStage(PromptStage):
-    """Videos always, still images only with ``place="projector"``.
+    """Videos always, still images only with ``place="projector"`` or without ``budget``.
 
     Args:
-        budget: tokens to keep of each tile of a still image.
+        budget: tokens to keep of each tile of a still image; None: ``keep`` of its own cells.
     """
 
-    def __init__(self, method: CenterCLIP, budget: int) -> None:
+    def __init__(self, method: CenterCLIP, budget: int | None) -> None:
         self.method, self.budget, self.clusterer = method, budget, method.clusterer()
-        self.positions = method.positions
+        self.positions = method.new_positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         alike: dict[tuple[int, int, int], list[Segment]] = {}
@@ -71,7 +71,8 @@ class SegmentStage(PromptStage):
     def _segments(self, number: int, image: ImageTokens) -> list[Segment]:
         if image.video:
             return self._of_video(number, image)
-        return self._of_still(number, image) if self.method.place == "projector" else []
+        at_input = self.budget is None or self.method.place == "projector"
+        return self._of_still(number, image) if at_input else []
 
     def _of_video(self, number: int, image: ImageTokens) -> list[Segment]:
         n = image.grid[0] * image.grid[1]
@@ -91,7 +92,10 @@ class SegmentStage(PromptStage):
             cells = window_cells(window, width) + start
             start += height * width
             tokens = place[cells.to(place.device, non_blocking=True)]
-            keep = min(self.budget, len(cells))
+            keep = self.budget
+            if keep is None:
+                keep = resolve_keep(self.method.keep, len(cells))
+            keep = min(keep, len(cells))
             segments.append(Segment(number, tokens, len(cells), 1, keep))
         return segments
 
@@ -112,7 +116,7 @@ class SegmentStage(PromptStage):
         dropped = sum(segment.size - segment.keep for segment, *_ in clusters)
         index = keep_on_grid(image, torch.cat([stay for _, stay, *_ in clusters]), dropped)
         if self.method.aggregate is None:
-            return Selection(index)
+            return Selection(index, in_order=True)
         features = image.features.clone()
         row_of = torch.full_like(image.column, -1)
         row_of[index] = torch.arange(len(index), device=index.device)

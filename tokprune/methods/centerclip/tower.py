@@ -39,7 +39,7 @@ class TowerStage(EncoderStage):
     def __init__(self, method: CenterCLIP, layer: int, budget: int) -> None:
         self.method, self.budget, self.clusterer = method, budget, method.clusterer()
         self.after_layers = frozenset({layer})
-        self.order, self.positions = method.order, method.positions
+        self.order, self.positions = method.order, method.new_positions
 
     @property
     def reduces_videos(self) -> bool:

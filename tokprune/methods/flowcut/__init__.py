@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions
+from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions, TowerFacts
 from tokprune.methods.base import Method, Preset, check_fits, resolve_keep
 from tokprune.methods.flowcut.decoder import DecoderCut
-from tokprune.methods.flowcut.tower import TowerStage, last_cut
+from tokprune.methods.flowcut.tower import PackedStage, TowerStage, last_cut
 from tokprune.methods.options import AtLeast, Budget, Range, Renamed
 from tokprune.methods.registry import register_method
 from tokprune.operators.flow import Reduce, Semantic, ValueNorm
@@ -34,6 +34,10 @@ class FlowCut(Method):
     holds the base tile's patches, then those of all crops in raster order of the stitched
     image; patches on padding and newline tokens go (the official code appends one newline to an
     image of a single tile, which does not occur here).
+
+    On Qwen2-VL every frame is cut by itself down to twice its share of the budget; four patches
+    that are left make a token, in order, and take the first places of the image (official port);
+    the decoder then cuts to the budget. Other encoders that merge patches are refused.
 
     With n > 1 images in a prompt each is ranked alone and has a budget of its own.
 
@@ -93,14 +97,15 @@ class FlowCut(Method):
     prune_before: Annotated[int, AtLeast(1)] = 2
     decoder_cut: bool | None = None
     order: Order = "published"
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
         return {"prune_before": max(1, decoder_layers // 2)} if decoder_layers < 4 else {}
 
     def cuts_in_decoder(self, facts: ModelFacts) -> bool:
-        return facts.tiled if self.decoder_cut is None else self.decoder_cut
+        tiled = facts.tower is not None and facts.tower.tiled
+        return tiled if self.decoder_cut is None else self.decoder_cut
 
     def tower_patches(self, facts: ModelFacts) -> int:
         """Patches that the tower keeps of each tile.
@@ -108,39 +113,63 @@ class FlowCut(Method):
         Raises:
             ValueError: the budget is more than there is, or not one patch per tile.
         """
-        cls = int(facts.cls_in_features)
+        tower = facts.need_tower(self.name)
+        cls = int(tower.cls_in_features)
         check_fits(self.keep, facts)
         if self.tower_keep is not None:
-            check_fits(self.tower_keep, facts, facts.tokens_per_tile, "tower_keep")
-            rows = resolve_keep(self.tower_keep, facts.tokens_per_tile)
+            check_fits(self.tower_keep, facts, tower.tokens_per_tile, "tower_keep")
+            rows = resolve_keep(self.tower_keep, tower.tokens_per_tile)
         else:
-            tiles = facts.max_tiles
-            total = resolve_keep(self.keep, tiles * facts.tokens_per_tile)
+            tiles = tower.max_tiles
+            total = resolve_keep(self.keep, tiles * tower.tokens_per_tile)
             if not self.cuts_in_decoder(facts):
                 rows = total // tiles
             else:
-                rows = total // 2 if facts.tiled else 2 * total
+                rows = total // 2 if tower.tiled else 2 * total
         if rows - cls < 1:
             raise ValueError(
                 f"keep={self.keep} leaves {rows} of the tokens of each tile inside the vision tower"
                 + (", the class token among them" if cls else "")
                 + f"; it should leave at least {1 + cls}"
             )
-        return min(rows - cls, facts.patches)
+        return min(rows - cls, tower.patches)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        patches = self.tower_patches(facts)
-        few = patches < facts.patches
-        plan = Plan(encoder=(TowerStage(self, patches, last_cut(facts)),) if few else ())
+        if facts.tower is None and facts.packed:
+            return self._plan_packed(facts)
+        patches, tower = self.tower_patches(facts), facts.need_tower(self.name)
+        few = patches < tower.patches
+        plan = Plan(encoder=(TowerStage(self, patches, last_cut(tower)),) if few else ())
         if not self.cuts_in_decoder(facts) or (isinstance(self.keep, float) and self.keep == 1):
             return plan
         cut = DecoderCut(
-            self._decoder_keep(facts, patches), self.prune_before, self.positions,
+            self._decoder_keep(tower, patches), self.prune_before, self.new_positions,
             self.semantic, self.value_norm,
         )  # fmt: skip
         return Plan(encoder=plan.encoder, decoder=cut.plan(facts).decoder)
 
-    def _decoder_keep(self, facts: ModelFacts, patches: int) -> Budget:
+    def _plan_packed(self, facts: ModelFacts) -> Plan:
+        """As the official port to Qwen2-VL: twice the budget leaves the tower, and the decoder cuts
+        once more."""
+        check_fits(self.keep, facts)
+        if self.tower_keep is not None:
+            raise ValueError(
+                f"tower_keep={self.tower_keep} is for towers of tiles; on {facts.family} twice the "
+                "budget leaves the tower; it should be None"
+            )
+        if isinstance(self.keep, float) and self.keep == 1:
+            return Plan()
+        seen = facts.need_tower(self.name, whole=False)
+        keep = self.keep if isinstance(self.keep, int) else max(0.5, self.keep)
+        cut = DecoderCut(
+            keep, self.prune_before, self.new_positions, self.semantic, self.value_norm
+        )
+        return Plan(
+            encoder=(PackedStage(self, seen.encoder_layers - 1),),
+            decoder=() if self.decoder_cut is False else cut.plan(facts).decoder,
+        )
+
+    def _decoder_keep(self, facts: TowerFacts, patches: int) -> Budget:
         """The budget in terms of the tokens that enter the decoder: ``patches`` of each tile."""
         if isinstance(self.keep, int):
             return self.keep

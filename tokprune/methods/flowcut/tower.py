@@ -12,12 +12,13 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
-    ModelFacts,
     Reduction,
+    TowerFacts,
     TowerInput,
     TowerTokens,
 )
 from tokprune.errors import UnsupportedModelError
+from tokprune.methods.base import resolve_keep
 from tokprune.methods.tower_rows import behind_class_token, stitched_places
 from tokprune.operators.flow import (
     FlowKeep,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 _GLOBAL_EPS = 1e-7
 
 
-def last_cut(facts: ModelFacts) -> int:
+def last_cut(facts: TowerFacts) -> int:
     """The layer of the cut down to the budget: one more runs before the features are read.
 
     Raises:
@@ -62,15 +63,32 @@ class TowerStage(EncoderStage):
         self.method, self.patches, self.last = method, patches, last
         self.taps = frozenset(range(last + 1))
         self.between_layers = frozenset(range(last, -1, -method.period))
-        self.order, self.positions = method.order, method.positions
+        self.order, self.positions = method.order, method.new_positions
 
     def start(self, tower: TowerInput) -> EncoderRun:
-        return TowerRun(self, tower)
+        return TowerRun(self, tower, self.patches)
+
+
+class PackedStage(TowerStage):
+    """The same in an encoder that packs its images: every frame by itself, down to twice its share
+    of the budget; the last block is the last cut."""
+
+    packs = True
+
+    def __init__(self, method: FlowCut, last: int) -> None:
+        super().__init__(method, 0, last)
+        self.after_layers, self.between_layers = self.between_layers, frozenset()
+
+    def start(self, tower: TowerInput) -> EncoderRun:
+        area = tower.facts.merges**2
+        tokens = tower.facts.tokens_per_tile // area * tower.frames
+        wanted = max(1, 2 * resolve_keep(self.method.keep, tokens) // tower.frames)
+        return TowerRun(self, tower, area * wanted)
 
 
 class TowerRun(EncoderRun):
-    def __init__(self, stage: TowerStage, tower: TowerInput) -> None:
-        self.stage, self.tower = stage, tower
+    def __init__(self, stage: TowerStage, tower: TowerInput, patches: int) -> None:
+        self.stage, self.tower, self.patches = stage, tower, patches
         #: attention row of this layer and average of scores so far, [B, patches alive]
         self.row: Tensor | None = None
         self.average: Tensor | None = None
@@ -79,7 +97,7 @@ class TowerRun(EncoderRun):
             self.reduce = torch.tensor(tower.image_of_tile, device=tower.device)
 
     def _done(self, tokens: TowerTokens) -> bool:
-        return max(tokens.counts) - tokens.first_patch <= self.stage.patches
+        return max(tokens.counts) - tokens.first_patch <= self.patches
 
     def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
         if self._done(tokens):
@@ -109,8 +127,11 @@ class TowerRun(EncoderRun):
         patches = Reduction(keep.index.to(hidden.device), counts=keep.counts if ragged else None)
         return behind_class_token(hidden, tokens.first_patch, patches)
 
+    def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
+        return self.between(layer, hidden, tokens)
+
     def _keep(self, remaining: int, tokens: TowerTokens) -> FlowKeep | None:
-        method, target = self.stage.method, self.stage.patches
+        method, target = self.stage.method, self.patches
         score, row, valid = self.average, self.row, tokens.patch_valid
         assert score is not None
         assert row is not None

@@ -52,13 +52,14 @@ class LayerMerger(TileMethod):
         return steps_down_to(rules, tokens, class_token, left)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        last, cls = feature_layer(facts, type(self).__name__), int(facts.has_cls)
-        tokens, left = facts.patches + cls, None
+        tower = facts.need_tower(self.name)
+        last, cls = feature_layer(tower, type(self).__name__), int(tower.has_cls)
+        tokens, left = tower.patches + cls, None
         if self.keep is not None:
             left = self.tile_budget(facts) + cls
             if left == tokens:
                 return Plan()
-        steps = self.schedule(tokens, facts.has_cls, facts.encoder_layers, last, left)
+        steps = self.schedule(tokens, tower.has_cls, tower.encoder_layers, last, left)
         if not any(step.r for step in steps):
             return Plan()
-        return Plan(encoder=(MergeStage(self.recipe, steps, last, self.order, self.positions),))
+        return Plan(encoder=(MergeStage(self.recipe, steps, last, self.order, self.new_positions),))

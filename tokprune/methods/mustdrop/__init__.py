@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions
+from tokprune.engine.contracts import ModelFacts, Order, Plan, Positions, PromptStage
 from tokprune.methods.base import Knob, Method, Preset, check_fits, check_layers_fit, resolve_keep
 from tokprune.methods.depth import last_steps
+from tokprune.methods.mustdrop.cells import MergeCells
 from tokprune.methods.mustdrop.encoder import KeepTagged, MergeStage, key_layer, merge_layer
 from tokprune.methods.mustdrop.filters import FilterStage
 from tokprune.methods.options import BudgetSchedule, LayerNumbers, Range, Renamed, is_whole
@@ -65,7 +66,9 @@ class MustDrop(Method):
     newline tokens, as in the official code. With several images in a prompt each has its own
     shares and budget; the text after the last one asks. Where no text follows, everything is
     kept, with a warning. Towers without class token take the mean attention that a token receives
-    in the key layer for the key set (an extension of ours).
+    in the key layer for the key set (an extension of ours). On models that merge patches after the
+    tower, windows are of the tokens that come out of it, merged at the language-model input, and a
+    key token is one whose patches receive most attention on average.
 
     Args:
         keep: visual tokens per image after the last filter, a count or a fraction of the tokens
@@ -134,13 +137,13 @@ class MustDrop(Method):
     key_layer: int = -1
     prune_before: Annotated[int | tuple[int, ...], LayerNumbers(1)] = _LAYERS
     cache_policy: bool = True
-    decode_positions: DecodePositions = "cache_length"
+    decode_positions: DecodePositions | None = None
     order: Order = "published"
     share_r: ShareR = "image"
     spatial: bool = True
     variant: Variant = "official"
     retained: int | None = None
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,17 +203,42 @@ class MustDrop(Method):
         # at the least value nothing is weak, at the largest all but the key tokens
         return Knob(at, (1e-7, 2.0 * max(1.0, 1.0 / ratio)), hint)
 
+    @property
+    def counts_cache(self) -> bool:
+        """Whether decode steps stand at the number of cached entries."""
+        return self.decode_positions != "continue"
+
+    def on(self, facts: ModelFacts) -> MustDrop:
+        if facts.axes > 1:
+            if self.decode_positions == "cache_length":
+                raise ValueError(
+                    "decode_positions='cache_length' counts positions on one axis, and those of "
+                    f"{facts.family} have {facts.axes}; it should be 'continue' or None"
+                )
+            return dataclasses.replace(super().on(facts), decode_positions="continue")
+        return super().on(facts)
+
     def plan(self, facts: ModelFacts) -> Plan:
         if self.keep is not None:
             check_fits(self.keep, facts)
-        merged = merge_layer(self, facts) if self.spatial else None
-        keys = key_layer(self, facts, merged) if self.filters and self.key_rate else None
+        merged = keys = None
+        tower, wants_keys = facts.tower, bool(self.filters and self.key_rate)
+        prompt: tuple[PromptStage, ...] = ()
+        if self.spatial and tower is None:
+            prompt = (MergeCells(self),)
+        if wants_keys or (self.spatial and tower is not None):
+            tower = facts.need_tower(self.name, whole=self.spatial and tower is not None)
+            merged = merge_layer(self, tower) if self.spatial and not prompt else None
+            keys = key_layer(self, tower, merged) if wants_keys else None
         if self.filters:
             check_layers_fit(self.prune_before, facts, first=1)
-        port = self.variant == "lightcompress" and facts.tiled
-        nothing = merged is None and keys is None
+        if self.variant == "lightcompress" and tower is not None and tower.tiled:
+            prompt = (KeepTagged(self.new_positions),)
+        encoder: tuple[MergeStage, ...] = ()
+        if tower is not None and (merged is not None or keys is not None):
+            encoder = (MergeStage(self, tower, merged, keys),)
         return Plan(
-            encoder=() if nothing else (MergeStage(self, facts, merged, keys),),
-            prompt=(KeepTagged(self.positions),) if port else (),
+            encoder=encoder,
+            prompt=prompt,
             decoder=(FilterStage(self),) if self.filters else (),
         )

@@ -14,11 +14,11 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    ModelFacts,
     Positions,
     PromptStage,
     Reduction,
     Selection,
+    TowerFacts,
     TowerInput,
     TowerTokens,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokprune.methods.mustdrop import MustDrop
 
 
-def merge_layer(method: MustDrop, facts: ModelFacts) -> int:
+def merge_layer(method: MustDrop, facts: TowerFacts) -> int:
     """The encoder layer whose output is merged.
 
     Raises:
@@ -68,7 +68,7 @@ def merge_layer(method: MustDrop, facts: ModelFacts) -> int:
     return layer
 
 
-def key_layer(method: MustDrop, facts: ModelFacts, merged: int | None) -> int:
+def key_layer(method: MustDrop, facts: TowerFacts, merged: int | None) -> int:
     """The encoder layer whose attention ranks the key tokens, after the merge in layer ``merged``.
 
     Raises:
@@ -87,14 +87,14 @@ def key_layer(method: MustDrop, facts: ModelFacts, merged: int | None) -> int:
 
 class MergeStage(EncoderStage):
     def __init__(
-        self, method: MustDrop, facts: ModelFacts, merged: int | None, keys: int | None
+        self, method: MustDrop, facts: TowerFacts, merged: int | None, keys: int | None
     ) -> None:
         self.method = method
         #: the port drops instead of merging on tiled models
         self.only_mark = method.variant == "lightcompress" and facts.tiled
         self.after_layers = frozenset() if merged is None else frozenset({merged})
         self.taps = frozenset() if keys is None else frozenset({keys})
-        self.order, self.positions = method.order, method.positions
+        self.order, self.positions = method.order, method.new_positions
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return MergeRun(self, tower)
@@ -137,6 +137,9 @@ class MergeRun(EncoderRun):
             row = attention.cls_row()
         else:
             row = torch.nn.functional.pad(attention.received(), (1, 0))[:, None]
+        if self.tower.facts.merges > 1:
+            cells = self.tower.by_cell(row[:, :, 1:].mean(1))
+            row = torch.nn.functional.pad(cells, (1, 0))[:, None]
         self.keys = key_tokens(row, self.stage.method.key_rate, tokens.patch_valid)
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:

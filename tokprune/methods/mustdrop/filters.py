@@ -41,10 +41,12 @@ class Filtered:
 
 class FilterStage(DecoderStage):
     def __init__(self, method: MustDrop) -> None:
-        self.method = method
+        self.method, self.positions = method, method.new_positions
         self.prune_before = frozenset(method.steps)
         self.taps = frozenset(layer - 1 for layer in method.steps)
         self.has_cache_policy = method.cache_policy
+
+    ahead = frozenset()
 
     def start(self) -> DecoderRun:
         return FilterRun(self.method)
@@ -97,7 +99,7 @@ class FilterRun(DecoderRun):
             place = rank(score).argsort(-1)
             order = torch.where(tag, 2, 1) * place.shape[1] - place
             decision = KeepDecision.best(order, self._counts(layer, sequence), sequence)
-        decision.positions = self.method.positions
+        decision.positions = self.method.new_positions
         self.filters.append(Filtered(score, decision.mask, sequence))
         return decision
 
@@ -126,9 +128,9 @@ class FilterRun(DecoderRun):
     def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
         """Layers between the first filter and the last keep what is alive at the end."""
         steps, final = self.method.steps, sequences[-1]
-        counted = self.method.decode_positions == "cache_length"
+        counted = self.method.counts_cache
         end = max((layer for layer, _ in self.drops), default=0)
-        if counted and self.method.positions == "preserve":
+        if counted and self.method.new_positions == "preserve":
             end = max(steps)  # the number of entries is another position even without a drop
         if not end:
             return None

@@ -36,7 +36,7 @@ class WindowPooling(Method):
 
     keep: Budget | None = None
     place: Literal["after", "before"] = "after"
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +49,11 @@ class WindowPooling(Method):
         Raises:
             ValueError: the grid has no such window; lists what there is.
         """
+
+    def window_fitting(self, grid: tuple[int, int]) -> int:
+        """p, for the grid of an image on a model whose images have grids of their own, which no
+        window may divide: those at its right and lower edge are then smaller."""
+        return self.window_for(grid)
 
     def wanted(self, cells: int) -> float:
         """Tokens that ``keep`` asks for of a tile."""
@@ -63,7 +68,12 @@ class WindowPooling(Method):
     def plan(self, facts: ModelFacts) -> Plan:
         windows: list[int] = []
         problems: list[ValueError] = []
-        for grid in filter(None, (facts.grid, facts.frame_grid)):
+        tower = facts.tower
+        if tower is None:  # grids are known image by image
+            if self.place == "before":
+                facts.need_tower(f"{self.name} with place='before'")
+            return Plan(prompt=(PoolStage(self.window_fitting, False, self.new_positions, False),))
+        for grid in filter(None, (tower.grid, facts.frame_grid)):
             try:
                 windows.append(self.window_for(grid))
             except ValueError as problem:
@@ -72,13 +82,13 @@ class WindowPooling(Method):
             raise problems[0]
         nothing = not problems and max(windows) == 1
         if self.place == "after":
-            stage = PoolStage(self.window_for, facts.tiled, self.positions)
+            stage = PoolStage(self.window_for, tower.tiled, self.new_positions)
             return Plan() if nothing else Plan(prompt=(stage,))
-        if facts.tiled:
+        if tower.tiled:
             raise ValueError(
                 "place='before' is not possible on a model with tiles and newline tokens, which "
                 "it packs after the projector; use place='after'"
             )
-        layer = feature_layer(facts, f"{type(self).__name__} with place='before'")
-        early = EarlyPoolStage(self.window_for(facts.grid), layer, self.positions)
+        layer = feature_layer(tower, f"{type(self).__name__} with place='before'")
+        early = EarlyPoolStage(self.window_for(tower.grid), layer, self.new_positions)
         return Plan() if nothing else Plan(encoder=(early,))

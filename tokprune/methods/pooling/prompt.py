@@ -21,15 +21,16 @@ class PoolStage(PromptStage):
     Args:
         window_for: p of a grid (height, width).
         tiled: the model ends rows of tiles with newline tokens.
+        wants_raw: pool stills from the projector output of every tile, which the engine then keeps,
+            rather than from their tokens.
     """
 
-    #: the engine keeps the projector output of every tile
-    wants_raw = True
-
     def __init__(
-        self, window_for: Callable[[tuple[int, int]], int], tiled: bool, positions: Positions
-    ) -> None:
+        self, window_for: Callable[[tuple[int, int]], int], tiled: bool, positions: Positions,
+        wants_raw: bool = True,
+    ) -> None:  # fmt: skip
         self.window_for, self.tiled, self.positions = window_for, tiled, positions
+        self.wants_raw = wants_raw
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         return [self._one(image, self.window_for(image.grid)) for image in images]
@@ -37,23 +38,38 @@ class PoolStage(PromptStage):
     def _one(self, image: ImageTokens, p: int) -> Selection | None:
         if p == 1:
             return None
-        return self._video(image, p) if image.video else self._still(image, p)
+        if image.video or not self.wants_raw:
+            return self._tiles(image, p)
+        return self._still(image, p)
 
-    def _video(self, image: ImageTokens, p: int) -> Selection:
-        """Every frame, from the tokens at the language-model input; newline tokens stay."""
-        (height, width), frames, features = image.grid, image.frames, image.features
+    def _tiles(self, image: ImageTokens, p: int) -> Selection:
+        """Every tile or frame, from the tokens at the language-model input; newline tokens stay."""
+        (height, width), frames, features = image.grid, image.tiles, image.features
+        if image.grids is not None or image.patches != frames * height * width:
+            raise ValueError(
+                "pool needs the whole grid of every tile, and an earlier method has already "
+                "dropped or merged patches; leave one of them out"
+            )
         index = rearrange(index_of_cells(image), "(frame cell) -> frame cell", frame=frames)
-        pooled = grid_avg_pool(features[index], window=p, grid=image.grid)
-        stand_ins = index[:, centres(image.grid, p, index.device)]
+        down, across = -(-height // p), -(-width // p)
+        cell = torch.arange(height * width, device=index.device)
+        window = cell // width // p * across + cell % width // p
+        if height % p or width % p:
+            pooled = _window_means(features[index], window, down * across)
+        else:
+            pooled = grid_avg_pool(features[index], window=p, grid=image.grid)
+        y = (torch.arange(down, device=index.device) * p + p // 2).clamp(max=height - 1)
+        x = (torch.arange(across, device=index.device) * p + p // 2).clamp(max=width - 1)
+        stand_ins = index[:, (y[:, None] * width + x).flatten()]
         last = torch.arange(frames * height * width, image.count, device=index.device)
-        windows = height // p * (width // p)
+        windows = down * across
         return Selection(
             torch.cat([stand_ins.flatten(), last]),
             torch.cat([pooled.flatten(0, 1).to(features.dtype), features[last]]),
             torch.where(
                 image.newline,
                 frames * windows + image.newline.cumsum(0) - 1,
-                image.tile * windows + window_at(image.row, image.col, p, width),
+                image.tile * windows + image.row // p * across + image.col // p,
             ),
         )
 
@@ -93,3 +109,11 @@ def _newlines(image: ImageTokens) -> Tensor:
     rank = torch.where(image.newline, image.newline.cumsum(0) - 1, image.count)
     places = torch.zeros(image.count + 1, dtype=torch.long, device=rank.device)
     return places.scatter(0, rank, torch.arange(image.count, device=rank.device))
+
+
+def _window_means(x: Tensor, window: Tensor, windows: int) -> Tensor:
+    """Means [tiles, windows, D] of the cells of ``x`` [tiles, N, D] in each ``window`` [N]."""
+    total = torch.zeros(len(x), windows, x.shape[2], device=x.device)
+    members = torch.zeros(windows, device=x.device)
+    members = members.index_add(0, window, torch.ones_like(window, dtype=members.dtype))
+    return total.index_add(1, window, x.float()) / members[:, None]

@@ -71,7 +71,7 @@ class ToDRE(Method):
     tau: Annotated[float, Range(0, 1)] = 0.10
     prune_before: Annotated[int | tuple[int, ...], LayerNumbers(1)] | None = None
     stage2: bool = True
-    positions: Positions = "compact"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,8 +87,11 @@ class ToDRE(Method):
 
     def plan(self, facts: ModelFacts) -> Plan:
         if self.keep is not None:
-            patches = facts.max_tiles * facts.tokens_per_tile
-            check_fits(self.keep, facts, None if facts.videos else patches)
+            tower = facts.tower
+            most = None
+            if tower is not None and not facts.videos:
+                most = tower.max_tiles * tower.tokens_per_tile
+            check_fits(self.keep, facts, most)
         depth = facts.decoder_layers
         relative = max(1, 7 * depth // 8)
         layers = steps_of(relative if self.prune_before is None else self.prune_before)
@@ -100,9 +103,12 @@ class ToDRE(Method):
         decoder = (RelevanceStage(self.tau, layers, depth),) if self.stage2 else ()
         if self.keep is None or (isinstance(self.keep, float) and self.keep == 1):
             return Plan(decoder=decoder)
-        observe = self.pivot == "cls" and facts.has_cls
+        encoder: tuple[ClassAttention, ...] = ()
+        seen = facts.tower or facts.observed
+        if self.pivot == "cls" and seen is not None and seen.has_cls:
+            encoder = (ClassAttention(seen.encoder_layers - 1),)
         return Plan(
-            encoder=(ClassAttention(facts.encoder_layers - 1),) if observe else (),
+            encoder=encoder,
             prompt=(DiversityStage(self, self.keep),),
             decoder=decoder,
         )

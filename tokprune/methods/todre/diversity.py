@@ -67,11 +67,14 @@ class _ClassAttentionRun(EncoderRun):
 
 class DiversityStage(PromptStage):
     def __init__(self, method: ToDRE, keep: Budget) -> None:
-        self.method, self.keep, self.positions = method, keep, method.positions
+        self.method, self.keep, self.positions = method, keep, method.new_positions
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
         orders = self.order(images)
-        return [None if order is None else Selection(order.sort().values) for order in orders]
+        return [
+            None if order is None else Selection(order.sort().values, in_order=True)
+            for order in orders
+        ]
 
     def order(self, images: Sequence[ImageTokens]) -> list[Tensor | None]:
         """Rows of each image in selection order, the pivot first; None: nothing to drop.

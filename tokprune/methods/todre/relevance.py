@@ -41,6 +41,8 @@ class RelevanceStage(DecoderStage):
         # after the last layer there is a decision, and nothing left to drop from
         self.prune_before = frozenset(layer for layer in layers if layer < depth)
 
+    ahead = frozenset()
+
     def start(self) -> DecoderRun:
         return RelevanceRun(self.tau)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.cache import cache_argument
-from tokprune.testing.case import GREEDY, Case, positions
+from tokprune.testing.case import GREEDY, Case
+from tokprune.testing.numbering import later_positions, prompt_positions
 from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 from tokprune.testing.report import Fault
 
@@ -20,15 +21,16 @@ def second_turn(case: Case) -> str:
     inputs = one.inputs()
     start = inputs["input_ids"].shape[1]
     with case.compress(), torch.no_grad():
-        cache = case.model(**inputs, position_ids=positions(inputs)).past_key_values
+        numbers = prompt_positions(case.model, inputs)
+        cache = case.model(**inputs, **numbers, use_cache=True).past_key_values
         stepwise = copy.deepcopy(cache)
 
         def feed(tokens: Tensor, first: int, cache: Any) -> Tensor:
-            end = first + tokens.shape[1]
+            mask = torch.ones(1, first + tokens.shape[1], dtype=torch.long)
             return case.model(
                 input_ids=tokens,
-                attention_mask=torch.ones(1, end, dtype=torch.long),
-                position_ids=torch.arange(first, end)[None],
+                attention_mask=mask,
+                **later_positions(case.model, mask, tokens.shape[1]),
                 **{cache_argument(case.model): cache},
             ).logits[:, -1]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from tokprune.families import bind
-from tokprune.testing.case import Case, last_of, positions
+from tokprune.testing.case import Case, last_of
+from tokprune.testing.numbering import prompt_positions
 from tokprune.testing.oracle import assert_same_logits
 from tokprune.testing.report import Fault
 from tokprune.trace import PrefillTrace
@@ -55,13 +56,10 @@ def batch_equals_singles(case: Case, pad_side: str = "left") -> str:
     for row in range(len(case.prompts)):
         one = case.row(inputs, row)
         mask = inputs["attention_mask"][row]
-        # a compressed sequence comes back right-aligned, one that was left alone as it was padded
-        whole = out.logits.shape[1] == len(mask)
-        at = int(mask.nonzero().max()) if whole else -1
         where = f"row {row} of the {pad_side}-padded batch"
         if "image" not in case.prompts[row] and "video" not in case.prompts[row]:
             with torch.no_grad():
-                single = case.model(**one, position_ids=positions(one))
+                single = case.model(**one, **prompt_positions(case.model, one))
         else:
             single, alone = case.prefill(one)
             columns = _columns(together, row, int(mask.nonzero()[0]))
@@ -71,7 +69,7 @@ def batch_equals_singles(case: Case, pad_side: str = "left") -> str:
             if words is not None:
                 raise Fault(f"{where} is compressed in another way than alone; {words}")
         assert_same_logits(
-            out.logits[row : row + 1, at], single.logits[:, -1], f"against the row alone, {where}:"
+            out.logits[row : row + 1, -1], single.logits[:, -1], f"against the row alone, {where}:"
         )
     return f"each of {len(case.prompts)} rows keeps what it keeps alone ({pad_side} padding)"
 
@@ -112,7 +110,8 @@ def repeats(case: Case) -> str:
     results = []
     with case.compress() as trace, torch.no_grad():
         for given in (inputs, other, inputs):
-            logits = case.model(**given, position_ids=positions(given)).logits
+            numbers = prompt_positions(case.model, given)
+            logits = case.model(**given, **numbers).logits
             results.append((logits, last_of(trace)))
     (first, before), _, (again, after) = results
     for row in range(len(case.prompts)):

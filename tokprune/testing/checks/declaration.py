@@ -6,21 +6,22 @@ import dataclasses
 import inspect
 import re
 
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ModelFacts, TowerFacts
 from tokprune.families import bind
 from tokprune.methods import Method, available_methods, make_method
 from tokprune.testing.case import Case
 from tokprune.testing.report import Fault
 
 #: the models that presets are published for, as they are
-_LLAVA = ModelFacts(
-    family="llava-1.5", encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576,
-    has_cls=True, cls_in_features=False, max_tiles=1, tiled=False, max_visual_tokens=576,
-    decoder_layers=32,
+_CLIP = TowerFacts(
+    encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576, has_cls=True,
+    cls_in_features=False,
 )  # fmt: skip
+_LLAVA = ModelFacts("llava-1.5", decoder_layers=32, max_visual_tokens=576, tower=_CLIP)
 _NEXT = dataclasses.replace(
-    _LLAVA, family="llava-next", max_tiles=5, tiled=True, max_visual_tokens=5 * 576 + 24 * 4
-)
+    _LLAVA, family="llava-next", max_visual_tokens=5 * 576 + 24 * 4,
+    tower=dataclasses.replace(_CLIP, max_tiles=5, tiled=True),
+)  # fmt: skip
 PUBLISHED = {
     "llava-1.5": _LLAVA,
     "llava-next": _NEXT,

@@ -38,10 +38,8 @@ def host_read(case: Case) -> str | None:
     ``case.model`` is moved to the meta device, for good.
     """
     model, inputs = case.model, case.inputs()
-    parts, ids = bind(model).parts, inputs["input_ids"]
-    kind = (ids == parts.image_token_id).long()
-    if parts.video_token_id is not None:
-        kind += 2 * (ids == parts.video_token_id)
+    bound, ids = bind(model), inputs["input_ids"]
+    kind = bound.family.placeholders(bound.parts, inputs)
     del inputs["attention_mask"]
     read = entry.read_layout
     with ExitStack() as stack:

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.family import BoundModel
-from tokprune.engine.model import ImageLayout
 from tokprune.families import bind
 from tokprune.testing.case import Case
 from tokprune.testing.report import Fault
+from tokprune.trace.costs import images_of_rows
 
 
 def binds(model: Any) -> str:
@@ -20,12 +19,16 @@ def binds(model: Any) -> str:
     bound = bind(model)
     parts = bound.parts
     inside = {id(module) for module in model.modules()}
-    for name in ("multimodal", "tower", "projector", "language_model"):
-        if id(getattr(parts, name)) not in inside:
+    named = {"multimodal": parts.multimodal, "language_model": parts.language_model}
+    layers = {"decoder_layers": [block.module for block in parts.decoder_layers]}
+    if parts.tower is not None:
+        named |= {"tower.module": parts.tower.module, "tower.projector": parts.tower.projector}
+        layers["tower.layers"] = parts.tower.layers
+    for name, module in named.items():
+        if id(module) not in inside:
             raise Fault(f"parts.{name} is no module of the model")
-    for name in ("encoder_layers", "decoder_layers"):
-        layers = getattr(parts, name)
-        if not layers or any(id(layer) not in inside for layer in layers):
+    for name, modules in layers.items():
+        if not modules or any(id(module) not in inside for module in modules):
             raise Fault(f"parts.{name} should be the blocks of the model, at least one")
     return f"{type(model).__name__}: family {bound.family.name!r}"
 
@@ -40,37 +43,30 @@ def facts_are_true(case: Case) -> str:
     bound = bind(case.model)
     facts, parts = bound.facts, bound.parts
     _equal("family", facts.family, bound.family.name, "the family's name is")
-    _equal("encoder_layers", facts.encoder_layers, len(parts.encoder_layers), "the tower has")
     _equal("decoder_layers", facts.decoder_layers, len(parts.decoder_layers), "the decoder has")
     _equal("videos", facts.videos, parts.video_token_id is not None, "parts.video_token_id says")
-    if facts.feature_layer is not None and not 0 <= facts.feature_layer < facts.encoder_layers:
-        raise Fault(
-            f"facts.feature_layer is {facts.feature_layer}; it should be a layer of the tower (0 "
-            f"to {facts.encoder_layers - 1}), or None"
-        )
-    seen = _forward(case, case.inputs())
-    rows = facts.patches + int(facts.has_cls)
-    _equal("grid and facts.has_cls", rows, seen["tower"].shape[1], "rows of a tile in the tower:")
-    _equal("tokens_per_tile", facts.tokens_per_tile, seen["projector"].shape[1], "projected rows:")
-    most = max(len(layout.packed) for layout in _layouts(bound, case.inputs()))
+    most = max(len(layout.packed) for row in images_of_rows(bound, case.inputs()) for layout in row)
     if most > facts.max_visual_tokens:
         raise Fault(
             f"facts.max_visual_tokens is {facts.max_visual_tokens}, but an image has {most} tokens"
         )
-    return f"{facts.patches} patches a tile, {facts.decoder_layers} decoder layers, as in a forward"
-
-
-def _layouts(bound: BoundModel, inputs: dict[str, Tensor]) -> list[ImageLayout]:
-    """Images, then videos, of a batch."""
-    found: list[ImageLayout] = []
-    if "pixel_values" in inputs:
-        found += bound.family.layouts(
-            bound.parts, inputs["pixel_values"], inputs.get("image_sizes"), bound.facts,
-            inputs.get("batch_num_images"),
-        )  # fmt: skip
-    if "pixel_values_videos" in inputs:
-        found += bound.family.video_layouts(bound.parts, inputs["pixel_values_videos"], bound.facts)
-    return found
+    tower = facts.tower
+    if tower is None:
+        if parts.tower is not None or not facts.no_tower:
+            raise Fault("facts.tower is None: parts.tower should be, too, and no_tower say why")
+        return f"{facts.decoder_layers} decoder layers, as in a forward"
+    assert parts.tower is not None
+    _equal("tower.encoder_layers", tower.encoder_layers, len(parts.tower.layers), "the tower has")
+    if tower.feature_layer is not None and not 0 <= tower.feature_layer < tower.encoder_layers:
+        raise Fault(
+            f"facts.tower.feature_layer is {tower.feature_layer}; it should be a layer of the "
+            f"tower (0 to {tower.encoder_layers - 1}), or None"
+        )
+    seen, rows = _forward(case, case.inputs()), tower.patches + int(tower.has_cls)
+    _equal("tower.grid and has_cls", rows, seen["tower"].shape[1], "rows of a tile in the tower:")
+    shown = seen["projector"].shape[1]
+    _equal("tower.tokens_per_tile", tower.tokens_per_tile, shown, "projected rows:")
+    return f"{tower.patches} patches a tile, {facts.decoder_layers} decoder layers, as in a forward"
 
 
 @torch.no_grad()
@@ -78,6 +74,7 @@ def _forward(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What goes through the unpatched model: rows of the first ``tower`` block [tiles, T, D],
     output of the ``projector`` [tiles, F, D], ``embeds`` [B, L, D] that enter the decoder."""
     parts = bind(case.model).parts
+    assert parts.tower is not None
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -85,8 +82,8 @@ def _forward(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
     with ExitStack() as stack:
         for handle in (
-            parts.encoder_layers[0].register_forward_hook(lambda m, a, out: keep("tower", out)),
-            parts.projector.register_forward_hook(lambda m, a, out: keep("projector", out)),
+            parts.tower.layers[0].register_forward_hook(lambda m, a, out: keep("tower", out)),
+            parts.tower.projector.register_forward_hook(lambda m, a, out: keep("projector", out)),
             parts.language_model.register_forward_pre_hook(
                 lambda m, a, kwargs: keep("embeds", kwargs["inputs_embeds"]), with_kwargs=True
             ),
@@ -106,8 +103,9 @@ def layouts_fit(case: Case, sizes: list[tuple[int, int]]) -> str:
     single = [case.having(prompts=[[2, "image", 3]], sizes=[size]) for size in sizes]
     for own in [*single, case]:
         inputs = own.inputs()
-        tokens = [len(layout.packed) for layout in _layouts(bind(own.model), inputs)]
-        found = int(bind(own.model).parts.visual(inputs["input_ids"]).sum())
+        bound = bind(own.model)
+        tokens = [len(x.packed) for row in images_of_rows(bound, inputs) for x in row]
+        found = int((bound.family.placeholders(bound.parts, inputs) > 0).sum())
         if found != sum(tokens):
             raise Fault(
                 f"the prompt of images {own.sizes} has {found} placeholders, the layouts "
@@ -128,8 +126,12 @@ def layouts_fit(case: Case, sizes: list[tuple[int, int]]) -> str:
 def packs_in_order(case: Case) -> str:
     """Each prompt token has the feature that the layout says it takes."""
     bound = bind(case.model)
+    if bound.parts.tower is None:
+        return "not checked: no stage works in the tower, and its features come in order"
     inputs = case.inputs()
-    layouts, seen = _layouts(bound, inputs), _forward(case, inputs)
+    rows_, seen = images_of_rows(bound, inputs), _forward(case, inputs)
+    # images of all rows, then videos, as the projector sees them
+    layouts = [x for kind in (False, True) for row in rows_ for x in row if x.video is kind]
     visual = bound.parts.visual(inputs["input_ids"])
     tokens, features = seen["embeds"][visual], seen["projector"]
     tiles = sum(layout.tiles for layout in layouts)

@@ -7,15 +7,16 @@ import copy
 import torch
 
 from tokprune.engine.cache import cache_argument
+from tokprune.families import bind
 from tokprune.testing.case import GREEDY, Case, dropped, last_of
+from tokprune.testing.generated import forced_logits, generated_oracle, recorded_layers
+from tokprune.testing.hybrid import is_hybrid, layer_by_layer
+from tokprune.testing.numbering import later_positions
 from tokprune.testing.oracle import (
     assert_same_logits,
-    compressed_logits,
     continuation_tokens,
-    entering,
+    mask_tower,
     merges,
-    oracle_logits,
-    replayed_logits,
     steps_are_known,
 )
 from tokprune.testing.report import Fault
@@ -27,16 +28,14 @@ def _said(prefill: PrefillTrace) -> str:
     return f"{whole - dropped(prefill)} of {whole} visual tokens in the last layer"
 
 
-def equals_oracle(
-    case: Case, steps: int = 4, window: int | None = None
-) -> tuple[str, PrefillTrace]:
-    """Prefill and ``steps`` cached steps equal the unpruned model with the dropped keys hidden, or
-    where tokens were merged, its decoder on the merged ones.
+def equals_oracle(case: Case, steps: int = 4, tolerance: float = 1e-5) -> tuple[str, PrefillTrace]:
+    """Prefill and ``steps`` cached steps of ``generate()`` equal the unpruned model with the
+    dropped keys hidden, or where tokens were merged, its decoder on the merged ones.
 
     Args:
         case: a model in float32.
         steps: cached steps after the prompt.
-        window: width of the model's sliding window in positions, if it has one that binds.
+        tolerance: share of the largest logit.
 
     Returns:
         What was found, and the trace of the prefill.
@@ -46,33 +45,38 @@ def equals_oracle(
     """
     inputs = case.inputs()
     continuation = continuation_tokens(len(case.prompts), steps)
-    with case.compress() as trace, entering(case.model) as seen:
-        got = compressed_logits(case.model, inputs, continuation)
+    with case.compress() as trace, recorded_layers(case.model) as seen:
+        got = forced_logits(case.model, inputs, continuation)
     prefill = last_of(trace)
     counts_are_true(prefill)
-    if merged := merges(prefill):
-        want = replayed_logits(case.model, prefill, seen, continuation, window)
-    else:
-        want = oracle_logits(case.model, inputs, prefill, continuation, window)
+    merged = merges(prefill)
+    handles = mask_tower(case.model, prefill)
+    try:
+        reference = layer_by_layer if is_hybrid(case.model) else generated_oracle
+        want = reference(case.model, inputs, prefill, continuation, seen if merged else None)
+    finally:
+        for handle in handles:
+            handle.remove()
     against = "its decoder on what was merged" if merged else "the dropped keys hidden"
     if merged and not steps_are_known(prefill):
         got, want, against = got[:, :1], want[:, :1], f"{against} (steps not compared)"
     hint = "" if merged else "; a stage that merges should say so (Selection.group)"
-    assert_same_logits(got, want, f"against the unpruned model with {against}, the logits", hint)
+    what = f"against the unpruned model with {against}, the logits"
+    assert_same_logits(got, want, what, hint, tolerance)
     return f"{_said(prefill)}; equal to the unpruned model with {against}", prefill
 
 
 def keeps_everything(case: Case) -> str:
     """With a method that keeps everything no bit of the prefill and of a cached step changes."""
     inputs, model = case.inputs(), case.model
-    step = {
-        "input_ids": continuation_tokens(len(case.prompts), 1),
-        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
-    }
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    step = {"input_ids": continuation_tokens(len(case.prompts), 1), "attention_mask": mask}
     with torch.no_grad():
-        want = model(**inputs)
+        want = model(**inputs, use_cache=True)
+        if bind(model).facts.axes > 1:  # the others number their tokens as they like
+            step |= later_positions(model, mask, 1)
         with case.compress() as trace:
-            got = model(**inputs)
+            got = model(**inputs, use_cache=True)
             after = model(**step, **{cache_argument(model): got.past_key_values}).logits
         plain = model(**step, **{cache_argument(model): want.past_key_values}).logits
     prefill = last_of(trace)
