@@ -1,0 +1,131 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5: images of any size, M-RoPE, videos."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokprune.engine.family import Family
+from tokprune.engine.model import (
+    Deep,
+    ImageLayout,
+    ModelFacts,
+    ObservedTower,
+    Parts,
+    TowerFacts,
+)
+from tokprune.families.base import decoder_facts, decoder_parts
+from tokprune.families.grids import PACKED, SegmentsOf, grid_images, whole_frames, windowed_frames
+
+
+class Qwen2VL(Family):
+    """``Qwen2VLForConditionalGeneration``: 2×2 patches become a token; rotary positions have three
+    axes (time, height, width), which survivors keep by default."""
+
+    name = "qwen2-vl"
+    model_classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration",)
+    #: text stands between the frames of a video
+    broken_videos = False
+    #: rows of the encoder may be dropped patch by patch
+    drops = True
+
+    def parts(self, model: Any) -> Parts:
+        inner, config = model.model, model.config
+        parts = decoder_parts(
+            inner, inner.language_model, config.image_token_id, config.video_token_id, inner.visual
+        )
+        tower, blocks = inner.visual, tuple(inner.visual.blocks)
+        observed = ObservedTower(tower, [block.attn for block in blocks], packed=True, raster=False)
+        if self.drops:
+            observed = replace(observed, blocks=blocks, merger=tower.merger)
+        return replace(parts, observed=observed)
+
+    def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
+        merge, depth = _vision(parts).spatial_merge_size, len(parts.encoder.blocks)
+        tower = TowerFacts(depth, self.whole_layer(parts), (0, 0), 0, False, False, merges=merge)
+        reason = PACKED.format(m=merge)
+        return decoder_facts(
+            self.name, parts, axes=3, observed=tower, packed=self.drops, no_tower=reason
+        )
+
+    def whole_layer(self, parts: Parts) -> int:
+        """The last encoder layer that sees whole frames."""
+        return len(parts.encoder.blocks) - 1
+
+    def window(self, parts: Parts) -> int | None:
+        """Cells each way of the windows that the encoder moves its rows to."""
+        return None
+
+    def segments(self, parts: Parts) -> SegmentsOf:
+        """What attends to each other in the encoder."""
+        return whole_frames
+
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        merge = _vision(parts).spatial_merge_size
+        segments, window = self.segments(parts), self.window(parts)
+        return grid_images(call["image_grid_thw"], merge, segments, window=window)
+
+    def videos(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        merge, broken = _vision(parts).spatial_merge_size, self.broken_videos
+        segments, window = self.segments(parts), self.window(parts)
+        return grid_images(call["video_grid_thw"], merge, segments, True, broken, window)
+
+
+class Qwen25VL(Qwen2VL):
+    """``Qwen2_5_VLForConditionalGeneration``: most blocks of its encoder see windows."""
+
+    name = "qwen2.5-vl"
+    model_classes = ("Qwen2_5_VLForConditionalGeneration",)
+    drops = False
+
+    def segments(self, parts: Parts) -> SegmentsOf:
+        return windowed_frames(self.window(parts) * _vision(parts).spatial_merge_size)
+
+    def window(self, parts: Parts) -> int:
+        config = _vision(parts)
+        return int(config.window_size // config.spatial_merge_size // config.patch_size)
+
+    def whole_layer(self, parts: Parts) -> int:
+        return int(max(_vision(parts).fullatt_block_indexes))
+
+
+class Qwen3VL(Qwen2VL):
+    """``Qwen3VLForConditionalGeneration`` and the MoE: features of inner encoder layers are added
+    after the first decoder layers (deepstack); text stands between the frames of a video."""
+
+    name = "qwen3-vl"
+    model_classes = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
+    broken_videos = True
+    drops = False
+
+    def deep(self, kwargs: dict[str, Any], first_drop: int) -> list[Deep]:
+        layers, mask = kwargs.get("deepstack_visual_embeds"), kwargs.get("visual_pos_masks")
+        if layers is None or mask is None or first_drop >= len(layers):
+            return []
+        kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
+        found = []
+        for number, values in enumerate(layers):
+            own = mask.to(values.device)
+            row = (own.flatten().cumsum(0) - 1).clamp(min=0).view(own.shape)
+            found.append(Deep(number, torch.where(own[:, :, None], values[row], 0)))
+        return found
+
+
+class Qwen35(Qwen2VL):
+    """``Qwen3_5ForConditionalGeneration`` and the MoE. Three of four decoder layers are linear
+    attention, whose state has no keys that could be hidden: a token that is dropped leaves their
+    recurrence. The promise there is the layer, run on the shorter sequence at the original
+    positions; for the attention layers that is what it is everywhere."""
+
+    name = "qwen3.5"
+    model_classes = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+    broken_videos = True
+    drops = False
+
+
+def _vision(parts: Parts) -> Any:
+    return parts.multimodal.config.vision_config
