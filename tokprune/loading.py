@@ -43,6 +43,8 @@ def load(
     package: str = "transformers",
     setting: str | PathLike[str] | Mapping[str, Any] | None = None,
     processor: bool = False,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
@@ -61,8 +63,13 @@ def load(
             wrote.
         processor: return ``(model, processor)``; with ``package="llava"``, which has no processor,
             the second is the named tuple ``(tokenizer, image_processor)``. Models that take videos
-            get transformers' processor where torchvision is installed, else one for videos alone
-            (:class:`tokprune.inputs.frames_processor.FramesProcessor`).
+            get transformers' processor; where torchvision is not installed, with a video processor
+            of ours in it, or, for LLaVA-NeXT-Video and LLaVA-OneVision, one for videos alone
+            (:func:`tokprune.inputs.frames_processor.load_processor`).
+        min_pixels, max_pixels: limits of the processor for models that take images as large as
+            they are (Qwen-VL, GLM-4V): smaller images are enlarged, larger ones shrunk. They say
+            how many visual tokens an image has, of which ``keep`` then leaves some: on Qwen2.5-VL
+            28 × 28 pixels are a token.
         trust_remote_code: passed on to transformers.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
             ``attn_implementation``, …) to ``from_pretrained``. With ``package="llava"``: to
@@ -85,6 +92,10 @@ def load(
         if method is not None:
             raise ValueError("give method or setting, not both: a setting names its method")
         method = load_setting(setting if isinstance(setting, Mapping) else Path(setting))
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    if (not processor or package != "transformers") and any(limits.values()):
+        given = ", ".join(f"{n}={v!r}" for n, v in limits.items() if v is not None)
+        raise ValueError(f"{given}: of transformers' processor, which needs processor=True")
     if package != "transformers":
         loader = _loader(package)
         made, options = _split(method, options, loader.options())
@@ -107,9 +118,13 @@ def load(
         patch(model, made)
     if not processor:
         return loaded
-    from tokprune.inputs.frames_processor import load_processor  # not for the transformers of llava
+    # not for the transformers of llava
+    from tokprune.inputs.frames_processor import load_processor
+    from tokprune.inputs.pixel_limits import limit_pixels
 
-    return loaded, load_processor(path, model, hub)
+    made_for = load_processor(path, model, hub)
+    limit_pixels(made_for, min_pixels, max_pixels)
+    return loaded, made_for
 
 
 def _loader(package: str) -> Any:
@@ -167,12 +182,22 @@ def model_class(config: Any) -> Any:
         kind = getattr(getattr(cls, "config_class", None), "model_type", None)
         if kind is not None and kind == config.model_type and not config.architectures:
             return cls
-    found = ", ".join(getattr(config, "architectures", None) or []) or config.model_type
-    reason = why_refused(found)
+    asked = list(getattr(config, "architectures", None) or []) or [_usual_class(config)]
+    reason = next(filter(None, map(why_refused, asked)), None)
     raise UnsupportedModelError(
-        f"checkpoint of class {found} is not supported; known model classes: {', '.join(names)}"
-        + ("" if reason is None else f"; {reason}")
+        f"checkpoint of class {', '.join(asked)} is not supported"
+        + ("" if reason is None else f": {reason}")
+        + f"; known model classes: {', '.join(names)}"
     )
+
+
+def _usual_class(config: Any) -> str:
+    """The class that transformers reads a model of this kind with, or the name of the kind."""
+    # not in the transformers of llava
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    kind: str = config.model_type
+    return str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, kind))
 
 
 def check_plan(cls: Any, config: Any, method: Method) -> None:

@@ -14,9 +14,17 @@ from tokprune.cli.console import console
 @app.command()
 def methods(
     pattern: Annotated[str, typer.Argument(help="Only names that match, e.g. 'vision*'.")] = "*",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Say which methods work on it: a family ('qwen2.5-vl'), a model class, a model "
+            "folder, or 'all' families; repeat for several."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the methods: where they act, what they read, published budgets, paper."""
+    """List the methods: where they act, what they read, published budgets, paper; or, with
+    --model, which of them work on a model."""
     import fnmatch
 
     from tokprune.methods import available_methods
@@ -24,6 +32,9 @@ def methods(
     found = {n: c for n, c in available_methods().items() if fnmatch.fnmatch(n, pattern.lower())}
     if not found:
         raise BadInput(f"no method matches {pattern!r}; known: {', '.join(available_methods())}")
+    if model:
+        _on_models(model, set(found), as_json)
+        return
     if as_json:
         print(json.dumps([_describe(cls) for cls in found.values()], indent=2))
         return
@@ -47,6 +58,23 @@ def methods(
             cls.paper,
         )
     console(160).print(table)
+
+
+def _on_models(models: list[str], wanted: set[str], as_json: bool) -> None:
+    """Which of the methods work on which of the models."""
+    import dataclasses
+
+    from tokprune.cli.fit_table import print_fits
+    from tokprune.cli.fits import fits
+    from tokprune.cli.known_models import facts_of, family_names
+
+    names = list(dict.fromkeys(n for m in models for n in (family_names() if m == "all" else [m])))
+    found = {n: [f for f in fits(facts_of(n)) if f.method in wanted] for n in names}
+    if as_json:
+        told = {n: [dataclasses.asdict(f) for f in own] for n, own in found.items()}
+        print(json.dumps(told, indent=2))
+    else:
+        print_fits(found)
 
 
 def _describe(cls: Any) -> dict[str, Any]:

@@ -13,24 +13,47 @@ from tokprune.cli.method import Keep, Name, Options, Setting, method_options, na
 from tokprune.cli.model import load_model, place_of
 from tokprune.cli.values import Device, Dtype
 from tokprune.cli.visuals import open_image, open_video
-from tokprune.inputs.prompts import prompt_text
+
+MinPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Enlarge smaller images to this; for models of any resolution."),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Shrink larger images to this; for models of any resolution (Qwen-VL, GLM-4V), whose "
+        "number of visual tokens it bounds before --keep takes its share.",
+    ),
+]
 
 
 @app.command()
 def run(
     model: Annotated[str, typer.Option(help="'mini' (shipped), a model folder, or a hub name.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The question; <image> and <video> in it say where they stand, else they come "
+            "first."
+        ),
+    ],
     image: Annotated[list[Path] | None, typer.Option(help="Image; repeat for several.")] = None,
     video: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Video, for models that take any: a folder of frames, or an animated image; "
-            "repeat for several."
+            help="Video, for models that take any: a film (with the extra 'film'), a folder of "
+            "frames, or an animated image; repeat for several."
         ),
     ] = None,
     frames: Annotated[
         int, typer.Option(min=1, help="Most frames shown of a video, evenly spaced.")
     ] = 8,
+    fps: Annotated[
+        float, typer.Option(help="Frames a second of a folder of frames (films say it themselves).")
+    ] = 2.0,
+    min_pixels: MinPixels = None,
+    max_pixels: MaxPixels = None,
     method: Name = None,
     keep: Keep = None,
     option: Options = None,
@@ -53,18 +76,19 @@ def run(
             raise BadInput("--overlay needs an --image or a --video to draw on")
         _check_target(overlay)
     images = [open_image(path) for path in image or []]
-    clips = [open_video(path, frames) for path in video or []]
-    if len({len(clip) for clip in clips}) > 1:
-        raise BadInput("--video: all videos of a prompt should have equally many frames")
+    if not fps > 0:
+        raise BadInput(f"--fps {fps}: it should be above 0")
+    clips = [open_video(path, frames, fps) for path in video or []]
     chosen = named_method(method, options, setting)
     from tokprune.api import patch, unpatch
-    from tokprune.families import bind
 
-    loaded, processor = load_model(model, place_of(device), dtype, chosen)
-    if clips and not bind(loaded).facts.videos:
-        raise BadInput(f"--video: model {model} takes images only")
+    loaded, processor = load_model(
+        model, place_of(device), dtype, chosen, min_pixels=min_pixels, max_pixels=max_pixels
+    )
+    if clips:
+        _check_videos(model, loaded, processor, clips)
     result: dict[str, Any] = {"method": None if chosen is None else repr(chosen)}
-    inputs = _inputs(processor, prompt, images, clips).to(loaded.device)
+    inputs = _inputs(loaded, processor, prompt, images, clips)
     if compare and chosen is not None:
         unpatch(loaded)
         result["answer_unpruned"] = _answer(loaded, processor, inputs, max_new_tokens)
@@ -73,7 +97,11 @@ def run(
     if overlay is not None and trace is not None:
         from tokprune.trace.overlay import overlay as draw
 
-        draw(trace, [*images, *clips], overlay, processor=processor)
+        shown = [*images, *_as_traced(loaded, clips)]
+        try:
+            draw(trace, shown, overlay, processor=processor)
+        except ValueError as error:  # a model to which every tile is an image
+            raise BadInput(f"--overlay {overlay}: {error}") from None
         result["overlay"] = str(overlay)
     if as_json:
         result["trace"] = None if trace is None else trace.to_dict()
@@ -98,14 +126,43 @@ def _check_target(path: Path) -> None:
         raise BadInput(f"--overlay {path}: no such folder")
 
 
-def _inputs(processor: Any, prompt: str, images: list[Any], clips: list[Any]) -> Any:
+def _check_videos(name: str, model: Any, processor: Any, clips: list[Any]) -> None:
+    """Whether a model takes these videos."""
+    from tokprune.families import bind
+
+    facts = bind(model).facts
+    if not facts.videos and getattr(processor, "video_processor", None) is None:
+        raise BadInput(
+            f"--video: model {name} takes images only; give frames as images: --image, repeated"
+        )
+    # patches of any number of frames stand behind one another where positions have three axes
+    if facts.axes == 1 and len({len(clip.frames) for clip in clips}) > 1:
+        raise BadInput("--video: all videos of a prompt should have equally many frames")
+
+
+def _inputs(model: Any, processor: Any, prompt: str, images: list[Any], clips: list[Any]) -> Any:
     """Tokens and pixels of one prompt about all the images and videos."""
-    text = prompt_text(processor, prompt, len(images), len(clips))
-    videos = {"videos": clips} if clips else {}
+    from tokprune.inputs.prompts import model_inputs, prompt_text
+
     try:
-        return processor(images=images or None, text=text, return_tensors="pt", **videos)
-    except ImportError as error:  # images for a model that takes videos, without torchvision
+        text = prompt_text(processor, prompt, len(images), len(clips))
+    except ValueError as error:
+        raise BadInput(f"--prompt: {error}") from None
+    try:
+        made = model_inputs(processor, [text], [images], [clips], model=model)
+    except ImportError as error:  # what the processor needs torchvision for
         raise BadInput(str(error)) from None
+    return made.to(model.device)
+
+
+def _as_traced(model: Any, clips: list[Any]) -> list[Any]:
+    """Videos as the overlay wants them; to models without videos of their own every frame is an
+    image."""
+    from tokprune.families import bind
+
+    if bind(model).facts.videos:
+        return [clip.frames for clip in clips]
+    return [frame for clip in clips for frame in clip.frames]
 
 
 def _answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:

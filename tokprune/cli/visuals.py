@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokprune.cli.app import BadInput
+
+if TYPE_CHECKING:
+    from tokprune.inputs.clips import Clip
 
 
 def open_image(path: Path, option: str = "--image") -> Any:
@@ -18,34 +21,55 @@ def open_image(path: Path, option: str = "--image") -> Any:
     return _open(path, option).convert("RGB")
 
 
-def open_video(path: Path, frames: int) -> list[Any]:
-    """Evenly spaced frames of a folder of images, in the order of their names, or of an animated
-    image; all of them where there are no more.
+def open_video(path: Path, frames: int, fps: float = 2.0) -> Clip:
+    """Evenly spaced frames of a film, of a folder of images, in the order of their names, or of an
+    animated image; all of them where there are no more.
+
+    Args:
+        path: file or folder.
+        frames: most frames.
+        fps: frames a second of what does not say so itself.
 
     Raises:
-        BadInput: no such file or folder, no image, or frames of different size.
+        BadInput: no such file or folder, no image or film, frames of different size, or a film
+            without the package that reads films.
     """
     from PIL import ImageSequence
 
-    from tokprune.eval.sweep.reduced_input import evenly_spaced
+    from tokprune.inputs.clips import Clip, evenly_spaced
 
     if path.is_dir():
         names = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: _natural(p.name))
         if not names:
             raise BadInput(f"--video {path}: the folder holds no frames")
-        chosen = [open_image(p, "--video") for p in evenly_spaced(names, min(frames, len(names)))]
+        total = len(names)
+        places = evenly_spaced(range(total), min(frames, total))
+        chosen = [open_image(names[place], "--video") for place in places]
     else:
-        moving = _open(path, "--video")
-        every = list(range(getattr(moving, "n_frames", 1)))
-        wanted = evenly_spaced(every, min(frames, len(every)))
+        moving = _image(path, "--video")
+        if moving is None:
+            return _film(path, frames)
+        total = getattr(moving, "n_frames", 1)
+        places = evenly_spaced(range(total), min(frames, total))
         shown = enumerate(ImageSequence.Iterator(moving))
-        chosen = [frame.convert("RGB") for number, frame in shown if number in wanted]
+        chosen = [frame.convert("RGB") for number, frame in shown if number in places]
     if len({frame.size for frame in chosen}) > 1:
         raise BadInput(f"--video {path}: its frames differ in size; they should be equal")
-    return chosen
+    return Clip(chosen, places, total, fps)
 
 
-def _open(path: Path, option: str) -> Any:
+def _film(path: Path, frames: int) -> Clip:
+    from tokprune.inputs.films import read_film
+
+    try:
+        return read_film(path, frames)
+    except (ImportError, ValueError) as error:
+        hint = "" if isinstance(error, ImportError) else "; or give a folder of its frames"
+        raise BadInput(f"--video {path}: {error}{hint}") from None
+
+
+def _image(path: Path, option: str) -> Any:
+    """An image file; None where Pillow cannot read it."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_file():
@@ -54,8 +78,14 @@ def _open(path: Path, option: str) -> Any:
     try:
         return Image.open(path)
     except UnidentifiedImageError:
-        hint = "; of a film, give a folder of its frames" if option == "--video" else ""
-        raise BadInput(f"{option} {path}: not an image that Pillow can read{hint}") from None
+        return None
+
+
+def _open(path: Path, option: str) -> Any:
+    image = _image(path, option)
+    if image is None:
+        raise BadInput(f"{option} {path}: not an image that Pillow can read")
+    return image
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -8,24 +8,25 @@ from typing import Any
 
 import torch
 from transformers import AutoProcessor, AutoTokenizer, BatchFeature
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from tokprune.families import bind
+from tokprune.inputs.frame_videos import FRAME_OPTIONS
+from tokprune.inputs.processor_files import video_options
+from tokprune.inputs.without_torchvision import load_without_torchvision
 
-#: of a video processor's config: what happens to every frame
-_FRAME_OPTIONS = (
-    "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize",
-    "image_mean", "image_std", "resample", "rescale_factor", "size",
-)  # fmt: skip
+#: families of which :class:`FramesProcessor` makes the prompts
+_OF_FRAMES = ("llava-next-video", "llava-onevision")
 
 
 def load_processor(path: str | PathLike[str], model: Any, hub: Mapping[str, Any]) -> Any:
     """The processor of a model's checkpoint, for images, and for videos where the model takes
     them.
 
-    transformers' video processors need torchvision. Without it, models that take videos get a
-    :class:`FramesProcessor`, which does without.
+    transformers' video processors need torchvision, and so do the processors that hold one. Without
+    it, LLaVA-NeXT-Video and LLaVA-OneVision get a :class:`FramesProcessor`, for videos alone; all
+    others get transformers' own with a video processor of ours in it
+    (:func:`~tokprune.inputs.without_torchvision.load_without_torchvision`).
 
     Args:
         path: the checkpoint.
@@ -38,9 +39,9 @@ def load_processor(path: str | PathLike[str], model: Any, hub: Mapping[str, Any]
     try:
         return AutoProcessor.from_pretrained(path, **hub)
     except ImportError:
-        if not bind(model).facts.videos:
-            raise
-        return FramesProcessor.load(path, model, hub)
+        if bind(model).family.name in _OF_FRAMES:
+            return FramesProcessor.load(path, model, hub)
+        return load_without_torchvision(path, model.config, hub)
 
 
 class FramesProcessor:
@@ -75,9 +76,9 @@ class FramesProcessor:
         from transformers import CLIPImageProcessor  # where torchvision is missing, it says so
 
         told, _ = ProcessorMixin.get_processor_dict(str(path), **hub)
-        options = told.get("video_processor") or _options(path, hub)
+        options = told.get("video_processor") or video_options(path, hub)
         tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-        given = {"do_center_crop": False, **{n: options[n] for n in _FRAME_OPTIONS if n in options}}
+        given = {"do_center_crop": False, **{n: options[n] for n in FRAME_OPTIONS if n in options}}
         return cls(
             model, CLIPImageProcessor(**given), tokenizer, told.get("video_token", "<video>"),
             told.get("chat_template") or tokenizer.chat_template,
@@ -90,6 +91,7 @@ class FramesProcessor:
         videos: Sequence[Sequence[Any]] | None = None,
         padding: bool = False,
         return_tensors: str | None = "pt",
+        add_special_tokens: bool = True,
     ) -> BatchFeature:
         """Model inputs of prompts.
 
@@ -99,6 +101,7 @@ class FramesProcessor:
             videos: lists of frames (PIL images), equally many of each, in the order of the prompts.
             padding: whether prompts of different lengths are padded.
             return_tensors: "pt".
+            add_special_tokens: whether the tokenizer adds those that begin a prompt.
 
         Returns:
             ``input_ids``, ``attention_mask`` [B, L], ``pixel_values_videos`` [videos, frames, 3,
@@ -138,11 +141,13 @@ class FramesProcessor:
                 self.image_processor(clip, return_tensors="pt")["pixel_values"] for clip in clips
             ])  # fmt: skip
             known = self._known
-            layout, *_ = known.family.video_layouts(known.parts, pixels, known.facts)
+            data[known.family.video_pixels] = pixels
+            layout, *_ = known.family.videos(known.parts, known.facts, data)
             tokens = self.video_token * len(layout.packed)
             texts = [prompt.replace(self.video_token, tokens) for prompt in texts]
-            data["pixel_values_videos"] = pixels
-        encoded = self.tokenizer(texts, padding=padding, return_tensors="pt")
+        encoded = self.tokenizer(
+            texts, padding=padding, return_tensors="pt", add_special_tokens=add_special_tokens
+        )
         return BatchFeature({**encoded, **data})
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,20 +165,3 @@ class FramesProcessor:
             add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
         return text
-
-
-def _options(path: str | PathLike[str], hub: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Config of the video processor where it has a file of its own, or of the image processor
-    (older checkpoints)."""
-
-    def read(name: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any]
-        found, _ = ImageProcessingMixin.get_image_processor_dict(
-            str(path), image_processor_filename=name, **hub
-        )
-        return found
-
-    try:
-        return read("video_preprocessor_config.json")
-    except OSError:
-        return read("preprocessor_config.json")
