@@ -1,6 +1,7 @@
 """Models of published shapes with random weights, from config alone: speed needs no training.
 
-Every width, depth and head count is that of the released checkpoint, so tokens, FLOPs, KV bytes and
+LLaVA's shapes are here, those of newer families in :mod:`tokprune.bench.released`. Every width,
+depth and head count is that of the released checkpoint, so tokens, FLOPs, KV bytes and
 times are those of the real model; answers are noise. The weights are scaled so that patches go on
 resembling their image from layer to layer, or adaptive methods would see nothing but noise.
 """
@@ -9,13 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tokprune.bench.prompts import default_image
+from tokprune.bench.released import RELEASED, Released
 from tokprune.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: room for activations, caches and libraries beside the weights, at least
 HEADROOM = 1 << 30
@@ -52,7 +58,7 @@ _VICUNA_13B = {
     "text_layers": 40, "text_width": 5120, "text_mlp": 13824, "text_heads": 40, "key_heads": 40,
 }  # fmt: skip
 
-PRESETS: dict[str, Shape] = {
+PRESETS: dict[str, Shape | Released] = {
     "tiny": Shape(
         12, 64, 192, 4, 16, 96, 224, 6, 3, vocabulary=256, source="LLaVA-1.5 of 2 M parameters"
     ),
@@ -64,13 +70,14 @@ PRESETS: dict[str, Shape] = {
     "llava-next-7b": _clip_large(
         **_VICUNA_7B, tiled=True, source="llava-hf/llava-v1.6-vicuna-7b-hf"
     ),
+    **RELEASED,
 }
 
 SIDE, PATCH = 336, 14
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> Shape | Released:
     """A preset by name.
 
     Raises:
@@ -84,8 +91,21 @@ def shape_of(name: str) -> Shape:
     return PRESETS[name]
 
 
-def config_of(shape: Shape, attention: str = "sdpa") -> Any:
-    """A ``LlavaConfig`` or ``LlavaNextConfig``. The last token of the vocabulary is the image's."""
+def image_of(name: str) -> Image.Image | None:
+    """The image that a preset is measured with; None: of any size, which the model changes."""
+    shape = shape_of(name)
+    return default_image(shape.size) if isinstance(shape, Released) else None
+
+
+def config_of(shape: Shape | Released, attention: str = "sdpa") -> Any:
+    """A config of transformers. The last token of a LLaVA's vocabulary is the image's."""
+    config = shape.config() if isinstance(shape, Released) else _llava(shape)
+    config._attn_implementation = attention
+    return config
+
+
+def _llava(shape: Shape) -> Any:
+    """A ``LlavaConfig`` or ``LlavaNextConfig``."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
     vision = CLIPVisionConfig(
@@ -120,11 +140,8 @@ def config_of(shape: Shape, attention: str = "sdpa") -> Any:
         "image_seq_length": (SIDE // PATCH) ** 2,
     }
     if shape.tiled:
-        config: Any = LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common)
-    else:
-        config = LlavaConfig(**common)
-    config._attn_implementation = attention
-    return config
+        return LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common)
+    return LlavaConfig(**common)
 
 
 def skeleton(name: str) -> Any:
@@ -132,18 +149,18 @@ def skeleton(name: str) -> Any:
     return _skeleton(shape_of(name))
 
 
-def _skeleton(shape: Shape) -> Any:
+def _skeleton(shape: Shape | Released) -> Any:
     with torch.device("meta"):
         return _class_of(shape)(config_of(shape))
 
 
-def parameters_of(shape: Shape) -> int:
+def parameters_of(shape: Shape | Released) -> int:
     """Number of weights; nothing is allocated."""
     return sum(p.numel() for p in _skeleton(shape).parameters())
 
 
 def random_model(
-    shape: str | Shape,
+    shape: str | Shape | Released,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -177,7 +194,9 @@ def random_model(
     return model.eval()
 
 
-def check_memory(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(
+    name: str, shape: Shape | Released, dtype: torch.dtype, device: torch.device
+) -> None:
     """Refuse what does not fit.
 
     Raises:
@@ -208,9 +227,11 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def _class_of(shape: Shape) -> Any:
+def _class_of(shape: Shape | Released) -> Any:
     import transformers
 
+    if isinstance(shape, Released):
+        return getattr(transformers, f"{shape.kind}ForConditionalGeneration")
     return (
         transformers.LlavaNextForConditionalGeneration
         if shape.tiled
@@ -245,17 +266,26 @@ def _randomise(model: nn.Module, seed: int) -> None:
 
 def _scale(name: str, p: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of a weight."""
-    if "position_embedding" in name:
+    if "position_embedding" in name or "pos_embed" in name:
         return 0.0, 0.08
-    if "class_embedding" in name or "embed_tokens" in name or "newline" in name:
+    if (
+        "class_embedding" in name
+        or "cls_token" in name
+        or "embed_tokens" in name
+        or "newline" in name
+    ):
         return 0.0, 0.5
     if p.dim() >= 2:
         gain = 1.0
-        if any(part in name for part in ("out_proj", "o_proj", "fc2", "down_proj")):
+        if any(part in name for part in _TO_RESIDUAL):
             gain = 0.3
         elif "q_proj" in name:
             gain = 1.7
         return 0.0, gain / math.sqrt(p[0].numel())
     if "norm" in name or "layrnorm" in name:
-        return (1.0, 0.1) if name.endswith("weight") else (0.0, 0.05)
+        # modules that multiply by 1 + weight are made with zeros
+        return (1.0 if bool(p[0]) else 0.0, 0.1) if name.endswith("weight") else (0.0, 0.05)
     return 0.0, 0.05
+
+
+_TO_RESIDUAL = ("out_proj", "o_proj", "fc2", "down_proj", "attn.proj", "projection_layer")

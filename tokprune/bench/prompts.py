@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tokprune.bench.pictures import marks as marks_of
+from tokprune.bench.pictures import picture
 from tokprune.families import family_of
+from tokprune.inputs.prompts import prompt_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,12 +28,14 @@ _FILLER = (
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as a model takes it: ``pixels`` [1, …], ``sizes`` [1, 2] (height, width) for tiled
-    models, ``tokens`` in the prompt before any compression."""
+    """An image as a model takes it: ``inputs`` (pixels, sizes, grids), which a batch repeats; its
+    place in a prompt, ``ids`` [n] with the marks around and between its ``tokens`` before any
+    compression; ``marks``: what else a processor says of every token [n], 0 of text."""
 
-    pixels: Tensor
-    sizes: Tensor | None
+    inputs: dict[str, Tensor]
+    ids: Tensor
     tokens: int
+    marks: dict[str, Tensor]
 
 
 def encode(model: Any, image: Image.Image | None = None, processor: Any = None) -> EncodedImage:
@@ -38,24 +44,60 @@ def encode(model: Any, image: Image.Image | None = None, processor: Any = None) 
     Args:
         model: a supported model.
         image: any mode.
-        processor: the model's own; None: CLIP's preprocessing at the tower's size.
+        processor: the model's own; None: CLIP's preprocessing at the tower's size, or what
+            :mod:`tokprune.bench.pictures` knows.
+
+    Raises:
+        ValueError: no processor, and a model that needs one.
     """
     image = default_image() if image is None else image.convert("RGB")
-    images = _image_processor(model) if processor is None else processor.image_processor
-    processed = images(images=[image], return_tensors="pt")
-    sizes = processed.get("image_sizes")
-    if sizes is not None:
-        sizes = torch.as_tensor(sizes)
     family = family_of(model)
     parts = family.parts(model)
-    layouts = family.layouts(parts, processed["pixel_values"], sizes, family.facts(model, parts))
-    return EncodedImage(processed["pixel_values"], sizes, len(layouts[0].packed))
+    if processor is not None:
+        text = prompt_text(processor, _FILLER)
+        processed = processor(images=[image], text=[text], return_tensors="pt")
+        ids = processed["input_ids"]
+        visual = family.placeholders(parts, processed)[0] > 0
+        first, last = visual.nonzero().view(-1)[[0, -1]].tolist()
+        around = _around(processor.tokenizer)
+        while first and int(ids[0, first - 1]) in around:
+            first -= 1
+        while last + 1 < ids.shape[1] and int(ids[0, last + 1]) in around:
+            last += 1
+        marks = {n: v[0, first : last + 1] for n, v in processed.items()
+                 if v.shape == ids.shape and n not in ("input_ids", "attention_mask")}  # fmt: skip
+        return EncodedImage(_inputs(processed), ids[0, first : last + 1], int(visual.sum()), marks)
+    facts = family.facts(model, parts)
+    if facts.tower is None:
+        inputs, own = picture(model, family.name, image)
+        ids = torch.tensor(own)
+        tokens = own.count(parts.image_token_id)
+        return EncodedImage(inputs, ids, tokens, marks_of(model, family.name, ids))
+    inputs = _inputs(_image_processor(model)(images=[image], return_tensors="pt"))
+    layouts = family.images(parts, facts, inputs)
+    assert isinstance(layouts, list)
+    tokens = len(layouts[0].packed)
+    return EncodedImage(inputs, torch.full((tokens,), parts.image_token_id), tokens, {})
+
+
+def _inputs(processed: Any) -> dict[str, Tensor]:
+    """What a processor says of images, not of tokens."""
+    named = {n: torch.as_tensor(v) for n, v in processed.items() if n != "attention_mask"}
+    ids = named.pop("input_ids", None)
+    return {n: v for n, v in named.items() if ids is None or v.shape != ids.shape}
+
+
+def _around(tokenizer: Any) -> set[int]:
+    """Tokens that may stand around an image as a part of it: special ones, but those of texts."""
+    text = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            tokenizer.unk_token_id)  # fmt: skip
+    return set(tokenizer.all_special_ids) - set(text)
 
 
 def prompt(
     model: Any, encoded: EncodedImage, text_tokens: int, batch_size: int, tokenizer: Any = None
 ) -> dict[str, Tensor]:
-    """Model inputs: ``batch_size`` equal rows of ``text_tokens`` + ``encoded.tokens`` tokens.
+    """Model inputs: ``batch_size`` equal rows of ``text_tokens`` and the image's tokens.
 
     Args:
         model: for its vocabulary and image token.
@@ -72,7 +114,7 @@ def prompt(
         raise ValueError(f"text_tokens={text_tokens} should be at least 2")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} should be at least 1")
-    length = text_tokens + encoded.tokens
+    length = text_tokens + len(encoded.ids)
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -82,23 +124,20 @@ def prompt(
         )
     image = family_of(model).parts(model).image_token_id
     if tokenizer is None:
-        # the image token is the last or one of the last of its vocabulary; 0…2 are special
+        # images and their marks are the last or among the last of a vocabulary; 0…2 are special
         generator = torch.Generator().manual_seed(1)
-        high = min(image, config.vocab_size)
+        high = min(image, int(encoded.ids.min()), config.vocab_size)
         text = torch.randint(min(3, high - 1), high, (text_tokens,), generator=generator)
     else:
         text = _words(tokenizer, text_tokens)
     before = min(PREFIX, text_tokens // 2)
-    block = torch.full((encoded.tokens,), image)
-    ids = torch.cat([text[:before], block, text[before:]]).expand(batch_size, -1).contiguous()
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": encoded.pixels.repeat(batch_size, *[1] * (encoded.pixels.dim() - 1)),
+    ids = torch.cat([text[:before], encoded.ids, text[before:]])
+    marks = {n: F.pad(v, (before, text_tokens - before)) for n, v in encoded.marks.items()}
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **marks}
+    return {
+        **{n: v.expand(batch_size, -1).contiguous() for n, v in rows.items()},
+        **{n: v.repeat(batch_size, *[1] * (v.dim() - 1)) for n, v in encoded.inputs.items()},
     }
-    if encoded.sizes is not None:
-        inputs["image_sizes"] = encoded.sizes.repeat(batch_size, 1)
-    return inputs
 
 
 def _words(tokenizer: Any, count: int) -> Tensor:
@@ -120,8 +159,9 @@ def _image_processor(model: Any) -> Any:
     return LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **pixels)
 
 
-def default_image() -> Image.Image:
-    """640×480, made in code: a sky, a field, discs of many sizes and colours, and grain."""
+def default_image(size: tuple[int, int] = (480, 640)) -> Image.Image:
+    """Made in code: a sky, a field, discs of many sizes and colours, and grain; 640×480 pixels, or
+    as much scaled to ``size`` (height, width)."""
     import random
 
     from PIL import Image, ImageDraw
@@ -138,4 +178,5 @@ def default_image() -> Image.Image:
         x, y, r = rng.randrange(width), rng.randrange(height), rng.randrange(5, 50)
         draw.ellipse((x - r, y - r, x + r, y + r), tuple(rng.randrange(256) for _ in range(3)))
     grain = Image.effect_noise((width, height), 40).convert("RGB")
-    return Image.blend(image, grain, 0.15)
+    made = Image.blend(image, grain, 0.15)
+    return made if size == (height, width) else made.resize((size[1], size[0]))

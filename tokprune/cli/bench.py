@@ -34,7 +34,8 @@ def bench(
         str | None,
         typer.Option(
             help="Instead of a model: a published shape with random weights: tiny, small, "
-            "llava-1.5-7b, llava-1.5-13b, llava-next-7b."
+            "llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, qwen2.5-vl-7b-1792px, "
+            "qwen3-vl-8b, internvl3-8b, gemma3-4b."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of everything.")] = 20,
@@ -97,7 +98,10 @@ def bench(
         torch.set_num_threads(threads)
     quiet()
     if random_weights is not None:
+        from tokprune.bench.models import image_of
+
         loaded, processor = _random(random_weights, names, keeps, place, dtype, attention), None
+        opened = image_of(random_weights) if opened is None else opened
     else:
         assert model is not None
         loaded, processor = load_model(model, place, dtype, attn_implementation=attention)
@@ -143,7 +147,7 @@ def _random(
     family = family_of(bare)
     facts = family.facts(bare, family.parts(bare))
     for trial in trials_of(names, keeps, facts.decoder_layers):
-        trial.method.plan(facts)
+        trial.method.on(facts).plan(facts)
     kind = dtype.value
     if dtype is Dtype.auto:
         kind = "bfloat16" if place == "cuda" else "float32"
