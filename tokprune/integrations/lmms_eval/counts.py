@@ -15,7 +15,7 @@ from lmms_eval.api.instance import TokenCounts
 class Sample:
     """One answered question; names and units as in a row of a run folder (docs/results.md).
 
-    ``images``: images in the prompt; ``tokens_in``: visual tokens before compression;
+    ``images``: images and videos in the prompt; ``tokens_in``: visual tokens before compression;
     ``prefill_seconds``: from the start of ``generate`` to the end of its first forward pass, and
     ``seconds`` to its end, both divided by the rows of its batch. None: not known.
     """

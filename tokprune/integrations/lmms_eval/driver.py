@@ -30,7 +30,13 @@ from tokprune.integrations.lmms_eval.benchmark import LmmsBenchmark
 from tokprune.integrations.lmms_eval.child import CONFIG, LOG, OUTPUT
 from tokprune.integrations.lmms_eval.tasks.loading import lmms_version, load_tasks, task_folders
 from tokprune.integrations.lmms_eval.timing import answer_times
-from tokprune.integrations.lmms_eval.wrapped import BASES, Base, parameters
+from tokprune.integrations.lmms_eval.wrapped import (
+    BASES,
+    DTYPES,
+    Base,
+    fit_processor,
+    parameters,
+)
 
 
 @dataclass
@@ -68,6 +74,9 @@ class LmmsHarness:
 
     def check_compatible(self, loaded: LoadedModel, settings: Settings) -> dict[str, Any]:
         self._base = find_base(settings, loaded)
+        check_dtype(self._base, settings.dtype, loaded.dtype)
+        # budgets are matched on images as large as the base shows them
+        fit_processor(loaded.processor, self._base, settings.model_args)
         home = Path(loaded.model.name_or_path)
         self._pretrained = str(home.resolve()) if home.is_dir() else str(loaded.model.name_or_path)
         return {
@@ -214,6 +223,20 @@ def check_base(name: str, settings: Settings) -> Base:
             f"batch_size={settings.batch_size}: lmms-eval's {name} answers one question at a time"
         )
     return base
+
+
+def check_dtype(base: Base, asked: str, loaded: str) -> None:
+    """Whether the base runs the model in this dtype.
+
+    Raises:
+        ValueError: it takes no dtype, and has another.
+    """
+    own = DTYPES.get(base.name)
+    if not base.takes("dtype") and (asked not in ("auto", own) or loaded != (own or loaded)):
+        raise ValueError(
+            f"dtype={asked}: lmms-eval's {base.name} takes none, and loads its model "
+            + (f"in {own}; give dtype={own}" if own else "as the checkpoint says; leave dtype out")
+        )
 
 
 def base_parameters(name: str, model_args: Mapping[str, Any]) -> frozenset[str]:

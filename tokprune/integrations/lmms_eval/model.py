@@ -61,13 +61,17 @@ def make(arguments: Arguments, additional: Mapping[str, Any] | None = None) -> A
 
 def _placed(arguments: Arguments, values: dict[str, Any]) -> dict[str, Any]:
     """Some classes (llava_hf) say ``device_map=""`` for one device, which transformers 5 refuses;
-    several processes need it, since it makes them take a device each."""
+    several processes need it, since it makes them take a device each. Others look for a GPU
+    unless told otherwise, whatever the device."""
     takes, _ = parameters(arguments.base_class)
-    if "device_map" in values or takes.get("device_map") != "":
+    device = str(values.get("device", takes.get("device", "cuda")))
+    if "device_map" in values or "device_map" not in takes:
+        return values
+    if takes["device_map"] != "" and device != "cpu":
         return values
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return values
-    return {**values, "device_map": str(values.get("device", takes.get("device", "cuda")))}
+    return {**values, "device_map": device}
 
 
 def _name_tasks_after(base: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokprune.engine.family import BoundModel
+from tokprune.engine.model import ModelFacts
 from tokprune.eval.sweep.answers import end_tokens, now, until_end
 from tokprune.integrations.lmms_eval.counts import Sample
 from tokprune.trace import PrefillTrace, Trace
@@ -21,8 +22,8 @@ from tokprune.trace.costs import (
     unpruned_of,
 )
 
-#: arguments of ``generate`` that hold images or videos
-_IMAGES = ("pixel_values", "pixel_values_videos", "images", "image_embeds")
+#: arguments of ``generate`` that hold images or videos, beside those of the family
+_IMAGES = ("images", "image_embeds")
 
 NOTHING = "RuntimeError: the method saw no image: nothing was compressed"
 
@@ -140,7 +141,8 @@ class Observer:
         if self.trace is not None and self.trace.prefills > prefills:
             assert self.trace.last is not None
             return _traced(self.trace.last)
-        with_images = any(inputs.get(name) is not None for name in _IMAGES)
+        names = (self.bound.family.pixels, self.bound.family.video_pixels, *_IMAGES)
+        with_images = any(inputs.get(name) is not None for name in names)
         if self.trace is not None and with_images:
             return [Sample(error=NOTHING)] * (1 if ids is None else len(ids))
         if ids is None:
@@ -157,7 +159,7 @@ class Observer:
             _sample(len(shown), numbers, numbers)
             for shown, numbers in zip(images, unpruned, strict=True)
         ]
-        if self.resized and self.bound.family.max_tiles(self.bound.model) > 1:
+        if self.resized and not _one_size(self.bound.facts):
             unknown: dict[str, Any] = dict.fromkeys(
                 ("tokens_in", "macs_unpruned", "kv_bytes_unpruned", "prompt_tokens")
             )
@@ -169,10 +171,16 @@ class Observer:
         return end_tokens(kwargs.get("eos_token_id", default))
 
 
+def _one_size(facts: ModelFacts) -> bool:
+    """Whether an image has as many tokens whatever its size."""
+    if facts.tower is not None:
+        return facts.tower.max_tiles == 1
+    tower = facts.observed
+    return tower is not None and tower.patches // tower.merges**2 == facts.max_visual_tokens
+
+
 def _traced(prefill: PrefillTrace) -> list[Sample]:
-    counts = [0] * len(prefill.original_lengths)
-    for image in prefill.images:
-        counts[image.row] += 1
+    counts = [len(prefill.visuals(b)) for b in range(len(prefill.original_lengths))]
     return [
         _sample(*row)
         for row in zip(counts, traced_numbers(prefill), unpruned_of(prefill), strict=True)
