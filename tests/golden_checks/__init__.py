@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from tokprune.methods.registry import available_methods
+
 MODULES = (
     "cdpruner",
     "centerclip",
@@ -9,6 +11,7 @@ MODULES = (
     "divprune",
     "fastv",
     "flowcut",
+    "flowcut_qwen2vl",
     "m3",
     "mustdrop",
     "pitome",
@@ -24,9 +27,10 @@ CHECKS = {}
 for _name in MODULES:
     CHECKS.update(import_module(f"golden_checks.{_name}").CHECKS)
 
-#: Operators of the golden format that this version does not have, and why.
-NOT_YET = {"flowcut.e2e_qwen2vl": "no Qwen2-VL family yet: only its operators are here"}
 
-
-def reason_not_known(operator: str) -> str | None:
-    return next((why for prefix, why in NOT_YET.items() if operator.startswith(prefix)), None)
+def reason_not_known(operator: str, folder: str | None = None) -> str | None:
+    """Why there is no check of an operator of a file in ``folder``; None: there should be one."""
+    methods = available_methods()
+    prefix = operator.split(".")[0] if "." in operator else None
+    named = [name for name in (folder, prefix) if name is not None and name not in methods]
+    return f"method {named[0]} is not in this version" if named else None

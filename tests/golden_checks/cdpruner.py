@@ -1,5 +1,6 @@
 """Golden checks of cdpruner: relevance, kernel and selection, and whole models with CLIP's text."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,7 +9,15 @@ from transformers import CLIPConfig, CLIPModel
 
 import tokprune
 from golden_checks.case import Case, assert_close, assert_equal
-from golden_checks.models import Watched, fill, image_inputs, load_llava, run, suffixes
+from golden_checks.models import (
+    Watched,
+    fill,
+    greedy_tokens,
+    image_inputs,
+    load_llava,
+    run,
+    suffixes,
+)
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.clip_relevance import ClipRelevance
 from tokprune.operators.cdpruner import minmax_relevance, text_similarity
@@ -16,29 +25,32 @@ from tokprune.operators.dpp import conditional_kernel, dpp_map, dpp_map_from_ker
 
 
 def _relevance(case: Case) -> Tensor:
-    """[B, N], stretched over the whole call as the official code does."""
+    """[B, N], stretched over the whole call as the official code does; as recorded where the
+    embeddings are not."""
+    if "image_embeds" not in case or "text_embeds" not in case:
+        return case["relevance"].float()
     score = -text_similarity(case["image_embeds"], case["text_embeds"])
     return minmax_relevance(score.flatten()).view_as(score)
 
 
 def _compare(case: Case, order: Tensor, features: Tensor) -> None:
-    assert_equal(order, case["order"], "order")
+    case.equal(order, "order")
     keep = order.sort(-1).values
-    assert_equal(keep, case["keep"], "keep")
+    case.equal(keep, "keep")
     mask = torch.zeros(features.shape[:2], dtype=torch.bool).scatter(1, keep, True)
-    assert_equal(mask, case["mask"].bool(), "mask")
+    case.equal(mask, "mask")
 
 
 def check_select(case: Case) -> None:
     p, features = case.parameters, case["image_features"]
     half = features.dtype == torch.float16
     relevance = _relevance(case)
-    assert_close(relevance, case["relevance"], "relevance")
+    case.close(relevance, "relevance")
     _compare(case, dpp_map(features, p["T"], relevance), features)
     if "kernel" in case:
         # the official code divides half-precision features by their norm in half precision
         kernel = conditional_kernel(features, relevance)
-        assert_close(kernel, case["kernel"], "kernel", 2e-3 if half else 1e-5)
+        case.close(kernel, "kernel", 2e-3 if half else 1e-5)
         _compare(case, dpp_map_from_kernel(case["kernel"], p["T"]), features)
 
 
@@ -59,6 +71,18 @@ def load_clip(case: Case) -> Any:
         for name in ("visual_projection", "text_projection"):
             getattr(clip, name).weight.copy_(given[f"{name}.weight"])
     return clip
+
+
+@dataclass(frozen=True, eq=False)
+class Asked(ClipRelevance):
+    """Remembers the projected patches of every run, [tiles, T, P]."""
+
+    seen: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    def project(self, patches: Tensor) -> Tensor:
+        projected = super().project(patches)
+        self.seen.append(projected)
+        return projected
 
 
 def check_e2e(case: Case) -> None:
@@ -97,11 +121,12 @@ def _inputs(case: Case, model: Any, tail: str) -> dict[str, Tensor]:
 
 def _check_run(case: Case, model: Any, clip: Any, tail: str) -> None:
     p = case.parameters
-    asked = ClipRelevance(clip, case["text_ids" + tail].view(-1).tolist())
-    assert_close(asked.embeds[0], case["text_embeds" + tail], "text_embeds")
+    case.aside(*(name + tail for name in ("text_chunks", "input_ids")))  # the same, otherwise put
+    asked = Asked(clip, case["text_ids" + tail].view(-1).tolist())
+    case.close(asked.embeds[0], "text_embeds" + tail)
     tiles, kept_each = p["tiles"], p["T"]
     method = Watched(CDPruner(tiles * kept_each, asked, relevance_scope="call"))
-    tokens = case["tokens" + tail].view(1, -1)
+    tokens = greedy_tokens(case, [tail])
     inputs = _inputs(case, model, tail)
     with tokprune.compress(model, method) as trace:
         got = run(model, inputs, tokens)
@@ -112,23 +137,34 @@ def _check_run(case: Case, model: Any, clip: Any, tail: str) -> None:
     # our tokens as (tile, patch), newline tokens aside
     patch = ~image.newline
     slot = (image.tile * image.grid[0] + image.row) * image.grid[1] + image.col
-    features = case["features" + tail]
-    width = features.shape[1]
-    flat = features.flatten(0, 1)
-    assert_close(image.features[patch], flat[slot[patch]], "features")
+    width = image.grid[0] * image.grid[1]
+    own = image.features[patch]
     (relevance,) = stage.relevance([image])
-    want = case["relevance" + tail].flatten()
-    assert_close(relevance[patch], want[slot[patch]], "relevance")
+    for name, value in (("features", own), ("relevance", relevance[patch])):
+        want = case.output(name + tail)
+        if want is not None:
+            assert_close(value, want.flatten(0, 1)[slot[patch]], name)
     kept = slot[last.images[0].selection.index]
     assert not image.newline[last.images[0].selection.index].any()
-    assert_equal(kept, case["packed_slot" + tail], "packed_slot")
+    case.equal(kept, "packed_slot" + tail)
     by_tile = torch.stack([kept[kept // width == t].sort().values % width for t in range(tiles)])
-    assert_equal(by_tile, case["keep" + tail], "keep")
-    embeds, hidden = case["inputs_embeds" + tail], case["hidden_last" + tail]
-    assert_close(got.entered[0], embeds, "inputs_embeds")
-    assert_close(got.hidden[0], hidden, "hidden_last")
-    assert_equal(got.logits[0, :-1].argmax(-1), case["tokens" + tail], "tokens")
-    assert_close(got.logits[0], case["logits" + tail], "logits")
+    case.equal(by_tile, "keep" + tail)
+    case.close(asked.seen[0], "image_embeds" + tail)
+    place = slot[patch].argsort()
+    assert_equal(slot[patch][place], torch.arange(tiles * width), "all patches")
+    x, r = (y[patch][place].unflatten(0, (tiles, width)) for y in (image.features, relevance))
+    case.equal(dpp_map(x, kept_each, r), "order" + tail)
+    mask = torch.zeros(tiles, width, dtype=torch.bool).scatter(1, by_tile, True)
+    case.equal(mask, "mask" + tail)
+    case.close(got.entered[0], "inputs_embeds" + tail)
+    case.close(got.hidden[0], "hidden_last" + tail)
+    if tokens is not None:
+        case.equal(got.logits[0, : tokens.shape[1]].argmax(-1), "tokens" + tail)
+    case.close(got.logits[0], "logits" + tail)
 
 
-CHECKS = {"cdpruner.e2e_llava": check_e2e, "cdpruner.select": check_select}
+CHECKS = {
+    "cdpruner.e2e_llava": check_e2e,
+    "cdpruner.e2e_llava_next": check_e2e,
+    "cdpruner.select": check_select,
+}

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 import tokprune
-from golden_checks.case import Case, assert_close, assert_equal
+from golden_checks.case import Case, assert_equal
 from golden_checks.models import Watched, load_llama, one_prompt, padded_embeds, run
+from golden_checks.staged import close_steps, decode_steps
 from tokprune.methods.dart import DART
 from tokprune.operators.dart import dart, key_norms
 
@@ -34,14 +35,15 @@ def check_select(case: Case) -> None:
     v, t = p["pivot_image_token"], p["pivot_text_token"]
     for heads in (keys, keys.repeat_interleave(2, 1)):  # repeated heads change no ranking
         got = dart(key_norms(heads), hidden, image, text, torch.tensor([[keep]]), v, t, "official")
-        assert_equal(got.image_pivots[0, 0], case["image_pivots"], "image_pivots")
-        assert_equal(got.text_pivots[0, 0], case["text_pivots"], "text_pivots")
-        assert_equal(got.order[0, 0], case["pivot_order"], "pivot_order")
+        case.equal(got.image_pivots[0, 0], "image_pivots")
+        case.equal(got.text_pivots[0, 0], "text_pivots")
+        case.equal(got.order[0, 0], "pivot_order")
         retained = got.mask[0, 0].nonzero().view(-1)
-        assert_equal(retained, case["retained"], "retained")
-        raw = case["retained_raw_order"]
-        assert_equal(retained, raw.sort().values, "retained_raw_order, sorted")
-        assert len(retained) == keep == p["retained"]
+        case.equal(retained, "retained")
+        if (raw := case.output("retained_raw_order")) is not None:
+            assert_equal(retained, raw.sort().values, "retained_raw_order, sorted")
+        assert len(retained) == keep
+        case.told(len(retained), "retained")
 
 
 def check_e2e(case: Case) -> None:
@@ -50,14 +52,11 @@ def check_e2e(case: Case) -> None:
     start, length, layer = p["image_token_start_index"], embeds.shape[1], p["K"]
     image = slice(start, start + p["image_token_length"])
     alone = one_prompt(embeds, image)
-    steps = list(case["decode_embeds"])
-    steps = [step if step.dim() == 3 else step[None] for step in steps]
-    want = case["keep"]
+    steps = decode_steps(case)
     for attention in ("eager", "sdpa"):
         model = load_llama(case.weights(), p["config"], attention)
         if "logits_unpruned" in case:
-            plain = run(model, alone).prefill
-            assert_close(plain, case["logits_unpruned"], "logits_unpruned")
+            case.close(run(model, alone).prefill, "logits_unpruned")
         for gap, inputs in ((0, alone), (3, padded_embeds(embeds, image, 3))):
             method = Watched(
                 DART(
@@ -74,17 +73,19 @@ def check_e2e(case: Case) -> None:
             last: Any = trace.last
             for number, seen in enumerate(last.layers):
                 kept = seen.column[0][seen.column[0] >= 0] - gap
-                full = number < layer
-                assert_equal(kept, torch.arange(length) if full else want, f"layer {number}")
+                if number < layer:
+                    assert_equal(kept, torch.arange(length), f"layer {number}")
+                else:
+                    case.equal(kept, "keep", where=f"of layer {number}")
                 positions = seen.position[0][seen.column[0] >= 0]
                 assert_equal(positions, kept, f"positions of layer {number}")
-                assert seen.lengths[0] == case["kv_lengths"][number]
+            lengths = torch.tensor([seen.lengths[0] for seen in last.layers])
+            case.equal(lengths, "kv_lengths")
             if batch == 1:
                 cached = torch.tensor(got.cache_lengths()) - len(steps)
-                assert_equal(cached, case["kv_lengths"], "kv_lengths")
-            assert_close(got.prefill[:1, -len(want) :], case["logits"], "logits")
-            decoded = got.logits[0, 1:]
-            assert_close(decoded, case["decode_logits"].view_as(decoded), "decode_logits")
+                case.equal(cached, "kv_lengths")
+            case.close(got.prefill[:1, -int(lengths[-1]) :], "logits")
+            close_steps(case, got)
 
 
 CHECKS = {"dart.e2e_llama": check_e2e, "dart.select": check_select}

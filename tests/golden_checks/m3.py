@@ -8,8 +8,9 @@ def check_grid_avg_pool(case: Case) -> None:
     x, side = case["x"], case.parameters["grid"]
     for scale in case.parameters["scales"]:
         got = grid_avg_pool(x, scale, official_rounding=True)
-        want = case.t.get(f"out_{scale}", x)
-        assert_close(got, want, f"out_{scale}")
+        if scale == side * side:  # nothing to pool, and so not recorded
+            assert_close(got, x, f"out_{scale}")
+        case.close(got, f"out_{scale}")
         if scale in exact_scales(side, side):
             assert_equal(grid_avg_pool(x, scale), got, f"{scale} without rounding")
             window = side // round(scale**0.5)

@@ -144,13 +144,42 @@ def image_inputs(case: Case, tails: Sequence[str], ids: str = "input_ids") -> di
 
 def _image_size(case: Case, tail: str) -> Tensor:
     """(height, width) [1, 2], from a tensor or from the parameters."""
-    for name in ("image_sizes", "image_size"):
+    ends = {"": False, "_hw": False, "_wh": True}
+    for name, turned in [
+        (x + end, ends[end]) for x in ("image_sizes", "image_size") for end in ends
+    ]:
         if name + tail in case:
-            return case[name + tail].view(1, 2).long()
-        if name in case.parameters:
-            size = torch.tensor(case.parameters[name]).view(-1, 2)
-            return size[int(tail[1:]) if tail and len(size) > 1 else 0][None]
+            size = case[name + tail].view(1, 2).long()
+        elif name in case or name in case.parameters:  # of all samples
+            given = case.get(name)
+            size = torch.as_tensor(case.parameters[name] if given is None else given).view(-1, 2)
+            size = size[int(tail[1:]) if tail and len(size) > 1 else 0][None].long()
+        else:
+            continue
+        return size.flip(1) if turned else size
     raise AssertionError(f"{case.path}: no image size")
+
+
+def greedy_tokens(
+    case: Case, tails: Sequence[str], tokens: str = "tokens", logits: str = "logits"
+) -> Tensor | None:
+    """[B, steps] tokens that were fed after the prompts: as recorded, or the likeliest by the
+    recorded logits; None where no sample has either. A sample without gets zeros: nothing of its
+    steps is there to compare."""
+    rows: list[Tensor | None] = []
+    for tail in tails:
+        if tokens + tail in case:
+            rows.append(case[tokens + tail].view(-1))
+        elif logits + tail in case:
+            rows.append(case[logits + tail][:-1].argmax(-1))
+        else:
+            rows.append(None)
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    steps = min(len(row) for row in known)
+    nothing = torch.zeros_like(known[0][:steps])
+    return torch.stack([nothing if row is None else row[:steps] for row in rows])
 
 
 def _left(x: Tensor, gap: int) -> Tensor:
@@ -281,7 +310,7 @@ class Watched(Method):
     forced: list[Tensor] = field(default_factory=list)
 
     def plan(self, facts: ModelFacts) -> Plan:
-        plan = self.inner.plan(facts)
+        plan = self.inner.on(facts).plan(facts)
         self.plans.append(plan)
         for stage in plan.prompt:
             self._watch_prompt(stage)

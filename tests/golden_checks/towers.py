@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from golden_checks.models import fill
-from tokprune.engine.contracts import EncoderStage, ModelFacts, TowerInput
+from tokprune.engine.contracts import EncoderStage, ModelFacts, TowerFacts, TowerInput
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.families.base import encoder_layers_of
 
@@ -127,11 +127,9 @@ class TowerRun:
 
 def tower_facts(layers: int, side: int, feature_layer: int) -> ModelFacts:
     """A tower with class token, read at one layer (class token cut), as a LLaVA-1.5 has it."""
-    return ModelFacts(
-        family="llava-1.5", encoder_layers=layers, feature_layer=feature_layer, grid=(side, side),
-        tokens_per_tile=side * side, has_cls=True, cls_in_features=False, max_tiles=1,
-        tiled=False, max_visual_tokens=side * side, decoder_layers=1,
-    )  # fmt: skip
+    patches = side * side
+    tower = TowerFacts(layers, feature_layer, (side, side), patches, True, cls_in_features=False)
+    return ModelFacts("llava-1.5", decoder_layers=1, max_visual_tokens=patches, tower=tower)
 
 
 @torch.no_grad()
@@ -141,7 +139,9 @@ def run_tower(
     """Run a tower (CLIP, SigLIP or :class:`Classifier`) with encoder stages at work in it."""
     own = isinstance(model, Classifier)
     layers: list[Any] = list(model.layers) if own else encoder_layers_of(model)
-    tower = TowerPass(tuple(stages), TowerInput(facts, tuple(range(len(pixels))), pixels.device))
+    assert facts.tower is not None
+    own_tiles = TowerInput(facts.tower, tuple(range(len(pixels))), pixels.device)
+    tower = TowerPass(tuple(stages), own_tiles)
     hidden: list[Tensor] = []
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
