@@ -4,8 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 
-class UnsupportedModelError(TypeError):
-    """The model, its vision tower, its attention backend or its cache is not one we know."""
+class UnsupportedModelError(ValueError):
+    """The model, its vision tower, its attention backend or its cache is not one we know.
+
+    No TypeError: transformers 4 takes one that is raised in a decoder for its own, and runs the
+    decoder again.
+    """
 
 
 class PromptMismatchError(ValueError):

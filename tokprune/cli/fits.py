@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from tokprune.engine.check import check_plan
 from tokprune.engine.model import ModelFacts
-from tokprune.errors import UnsupportedModelError
 from tokprune.methods import Method, available_methods
 
 Status = Literal["works", "substitute", "refused"]
@@ -111,7 +110,7 @@ def _problem(cls: type[Method], facts: ModelFacts, options: dict[str, Any]) -> E
         try:
             made = cls(**options, **budget).on(facts)
             check_plan(made, made.plan(facts), facts)
-        except (ValueError, TypeError, UnsupportedModelError) as error:
+        except (ValueError, TypeError) as error:
             first = first or error
         else:
             return None

@@ -25,6 +25,7 @@ from tokprune.engine.prefill_cache import PrefillCache
 from tokprune.engine.scoring_layer import LayerAhead
 from tokprune.engine.shorten import InputDrop, merge_values
 from tokprune.engine.tap import Call
+from tokprune.errors import UnsupportedModelError
 
 
 class PrefillPass:
@@ -221,7 +222,13 @@ class PrefillPass:
         """The attention of a layer called with ``kwargs``."""
 
         def rotary() -> Any:
-            return kwargs["position_embeddings"] if call.rotary is None else call.rotary
+            table = call.rotary or kwargs.get("position_embeddings")
+            if table is None or table[0].dim() > 3:
+                raise UnsupportedModelError(
+                    "the method reads rotary tables, and this model's layers get several of them "
+                    "in this release of transformers; use a newer one"
+                )
+            return table
 
         return Attention(
             call.query, call.key, call.value, call.scaling, causal=True, mask=call.mask,

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokprune.engine.compat import AttentionInterface
+from tokprune.errors import UnsupportedModelError
 
 NAME = "tokprune_tap"
 _ATTRIBUTE = "_tokprune_tap"
@@ -146,10 +147,18 @@ def install_tap(module: Any, function: TapFunction, wanted: Callable[[], bool]) 
     """Call ``function`` in every forward of an attention module during which ``wanted()`` is true.
 
     Raises:
+        UnsupportedModelError: the module computes its attention by itself, out of reach.
         RuntimeError: the module is tapped already.
     """
     if _tap_of(module) is not None:
         raise RuntimeError(f"{type(module).__name__} is tapped already; remove that tap first")
+    files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
+    if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} of this release of transformers computes its attention by "
+            "itself, out of reach of methods that rank by it; use a newer release, or a method "
+            "that works at the language-model input (divprune, cdpruner, …)"
+        )
     if NAME not in AttentionInterface().valid_keys():
         AttentionInterface.register(NAME, _tapped_attention)
     tap = Tap(module, function, wanted)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokprune.errors import UnsupportedModelError
 from tokprune.eval.sweep.budgets import Budget
 from tokprune.eval.sweep.calibrate import Calibrator, Matched
 from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS, ReducedInput
@@ -123,7 +122,7 @@ class TrialMaker:
             method = variant.published_method()
             method.plan(self.calibrator.loaded.facts)
             matched = Matched(method, self.calibrator.measure(method))
-        except (ValueError, UnsupportedModelError) as error:
+        except ValueError as error:
             matched = Matched(None, None, str(error))
         tokens = self.calibrator.visual_tokens
         if matched.measured is not None:

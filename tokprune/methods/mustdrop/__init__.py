@@ -209,14 +209,13 @@ class MustDrop(Method):
         return self.decode_positions != "continue"
 
     def on(self, facts: ModelFacts) -> MustDrop:
-        if facts.axes > 1:
-            if self.decode_positions == "cache_length":
-                raise ValueError(
-                    "decode_positions='cache_length' counts positions on one axis, and those of "
-                    f"{facts.family} have {facts.axes}; it should be 'continue' or None"
-                )
-            return dataclasses.replace(super().on(facts), decode_positions="continue")
-        return super().on(facts)
+        if facts.axes > 1 and self.decode_positions == "cache_length":
+            raise ValueError(
+                "decode_positions='cache_length' counts positions on one axis, and those of "
+                f"{facts.family} have {facts.axes}; it should be 'continue' or None"
+            )
+        own = self.decode_positions or ("continue" if facts.axes > 1 else "cache_length")
+        return dataclasses.replace(super().on(facts), decode_positions=own)
 
     def plan(self, facts: ModelFacts) -> Plan:
         if self.keep is not None:

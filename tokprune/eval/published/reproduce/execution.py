@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokprune.errors import UnsupportedModelError
 from tokprune.eval.published import BENCHMARKS, Row, find_benchmark
 from tokprune.eval.published.reproduce.figures import not_comparable
 from tokprune.eval.published.reproduce.selection import needs, why_not
@@ -62,7 +61,7 @@ def execute(
     for job, answered in jobs:
         try:
             runner(job)
-        except (OSError, ValueError, ImportError, RuntimeError, UnsupportedModelError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             reasons.update({row.key: f"not run: {text}" for row in answered})
             if not (Path(job.out) / RUN_FILE).is_file():

@@ -98,8 +98,8 @@ class RunFigures:
             tried = [trial for trial in main if trial["method"] == row.method]
             if not tried:
                 return Missing(2, f"the run has no {row.method}")
-            wanted = {**full_options(row), "seed": None}
-            equal = [t for t in tried if {**self._options(t), "seed": None} == wanted]
+            wanted = _setting(row.method, full_options(row))
+            equal = [t for t in tried if _setting(row.method, self._options(t)) == wanted]
             same = [trial for trial in equal if trial["status"] == "ok"]
             # a variant as published that was refused has its options as they were typed
             typed = {**(row.options or {}), AS_PUBLISHED: True}
@@ -168,6 +168,19 @@ class RunFigures:
         if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return None
         return metric.factor * sum(v for v in values if v is not None)
+
+
+def _setting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options but the seed; what they leave open is decided, as runs of before had it."""
+    from tokprune.engine.model import ModelFacts
+    from tokprune.eval.sweep.trials import json_options
+    from tokprune.methods import make_method
+    from tokprune.methods.setting import as_tuples
+
+    if None in (options.get("positions", ""), options.get("decode_positions", "")):
+        made = make_method(name, **as_tuples(options)).on(ModelFacts("", 0, 0))
+        options = json_options(made)
+    return {**options, "seed": None}
 
 
 _UNANSWERED = Missing(4, "the run has not answered it yet")
