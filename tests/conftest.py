@@ -29,10 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
-        skip = pytest.mark.skip(reason="whole product; needs --full")
-        for item in items:
-            if item.get_closest_marker("full"):
-                item.add_marker(skip)
+        whole = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=whole)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 def pytest_configure(config: pytest.Config) -> None:

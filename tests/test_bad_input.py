@@ -204,21 +204,11 @@ def _other_tower() -> Any:
 
 
 def _other_decoder() -> Any:
-    from transformers import Qwen3Config
+    from transformers import GPTNeoXConfig
 
     config = llava().config
-    config.text_config = Qwen3Config(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=100,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
-
-
-def _mixed_attention() -> Any:
-    config = llava(decoder="qwen2").config
-    config.text_config.use_sliding_window = True
-    config.text_config.sliding_window = 8
-    config.text_config.layer_types = ["full_attention", "sliding_attention"] * 4
+    config.text_config = GPTNeoXConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                       num_attention_heads=4, vocab_size=100)  # fmt: skip
     return LlavaForConditionalGeneration(config)
 
 
@@ -237,8 +227,7 @@ def _siglip_that_cuts_a_patch() -> Any:
 # (id, model, method, options, pattern)
 WRONG_MODELS: list[tuple[str, Callable[[], Any], str, dict[str, Any], str]] = [
     ("tower", _other_tower, "fastv", {"keep": 4}, r"vision tower Dinov2Model.*CLIP or SigLIP"),
-    ("decoder", _other_decoder, "fastv", {"keep": 4}, r"decoder Qwen3Model.*Llama, Mistral"),
-    ("mixed attention", _mixed_attention, "fastv", {"keep": 4}, r"mixes attention kinds"),
+    ("decoder", _other_decoder, "fastv", {"keep": 4}, r"decoder GPTNeoXModel.*self_attn and mlp"),
     ("feature layers", _several_feature_layers, "flowcut", {"keep": 4}, r"vision_feature_layer"),
     ("feature layers, merge", _several_feature_layers, "tome", {"r": 2}, r"vision_feature_layer"),
     ("no class token to cut", _siglip_that_cuts_a_patch, "random", {"keep": 4}, r"'full'"),

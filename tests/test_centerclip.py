@@ -205,7 +205,7 @@ def test_scope_shares_an_image_between_its_tiles() -> None:
         entered = trace.last.images[0].entered
         assert entered is not None
         tiles = entered.tile[entered.row >= 0]
-        assert torch.bincount(tiles).tolist() == [22 // facts.max_tiles] * 5
+        assert torch.bincount(tiles).tolist() == [22 // facts.tower.max_tiles] * 5
 
 
 # ------------------------------------------------------------------------------- videos

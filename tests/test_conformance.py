@@ -27,8 +27,16 @@ def build(family: str, attention: str) -> Any:
     return BUILDERS[family](attention=attention)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("batch", "attention"),
+    [
+        ("four", "sdpa"),
+        *[
+            pytest.param(*other, marks=pytest.mark.full)
+            for other in (("four", "eager"), ("single", "sdpa"), ("single", "eager"))
+        ],
+    ],
+)
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("case", PRUNING)
 def test_equals_unpruned_model_with_dropped_keys_hidden(

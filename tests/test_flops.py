@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import tiny
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from flop_counts import counted
 from toy_methods import DropInDecoder, MergeAtInput, MergeInTower
 
 import tokprune
@@ -45,16 +43,6 @@ def test_gated_counts_a_third_matrix() -> None:
 
 
 # ------------------------------------------------------------- against the flop counter
-
-
-def counted(run: Any) -> int:
-    """MACs of all matrix products, the rotary tables' outer products left out."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    counts = counter.get_flop_counts()
-    rotary = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith("rotary_emb"))
-    return (counter.get_total_flops() - rotary) // 2
-
 
 CASES = {
     "all": tokprune.Random(keep=1.0),

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN_DIR
 from golden_checks import CHECKS, reason_not_known
 from golden_checks.case import load_case
 
@@ -26,6 +25,6 @@ def test_golden(golden_file: Path, request: pytest.FixtureRequest) -> None:
     check(case)
     assert case.compared, f"nothing of {golden_file} was compared"
     if overlooked := case.overlooked():
-        own = golden_file.is_relative_to(GOLDEN_DIR)
+        own = golden_file.is_relative_to(Path(__file__).parent)
         message = f"{golden_file}: nothing looks at {overlooked}"
         pytest.fail(message) if own else warnings.warn(message, stacklevel=1)

@@ -557,9 +557,9 @@ def test_bad_options_of_a_toy(models: dict[str, Any], make: Any, pattern: str) -
 
 def test_repr_is_the_configuration() -> None:
     assert repr(LastToken(7, video_unit=2)) == (
-        "LastToken(keep=7, prune_before=2, positions='preserve', video_unit=2)"
+        "LastToken(keep=7, prune_before=2, positions=None, video_unit=2)"
     )
-    assert repr(LargestNorm(0.5)) == "LargestNorm(keep=0.5, positions='compact')"
+    assert repr(LargestNorm(0.5)) == "LargestNorm(keep=0.5, positions=None)"
 
 
 def test_methods_draw_where_they_have_a_seed() -> None:

@@ -76,7 +76,7 @@ def test_options_reach_the_model_and_the_method(folder: Path) -> None:
     assert model.config._attn_implementation == "eager"
     trace = tokprune.trace_of(model)
     assert trace is not None
-    assert trace.method == repr(tokprune.FastV(keep=5, prune_before=3))
+    assert trace.method == repr(tokprune.FastV(keep=5, prune_before=3, positions="preserve"))
 
 
 def test_load_without_method(folder: Path) -> None:

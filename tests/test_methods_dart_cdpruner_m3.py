@@ -22,6 +22,7 @@ from tokprune.operators.anyres import tile_windows
 from tokprune.operators.cdpruner import minmax_relevance, text_similarity
 from tokprune.operators.dpp import dpp_map
 from tokprune.operators.pooling import share
+from tokprune.testing.checks.declaration import PUBLISHED
 from tokprune.testing.oracle import assert_same_logits, compressed_logits, continuation_tokens
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
@@ -40,11 +41,7 @@ def facts_of(model: Any) -> ModelFacts:
 
 def large_facts(tiles: int = 1) -> ModelFacts:
     """LLaVA-1.5-7B, or LLaVA-NeXT-7B with 5 tiles."""
-    return ModelFacts(
-        family="llava-next" if tiles > 1 else "llava-1.5", encoder_layers=24, feature_layer=22,
-        grid=(24, 24), tokens_per_tile=576, has_cls=True, cls_in_features=False, max_tiles=tiles,
-        tiled=tiles > 1, max_visual_tokens=tiles * 576 + 24 * (tiles - 1), decoder_layers=32,
-    )  # fmt: skip
+    return PUBLISHED["llava-next" if tiles > 1 else "llava-1.5"]
 
 
 def prefill(model: Any, inputs: Any, method: Any) -> Any:

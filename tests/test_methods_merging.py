@@ -19,15 +19,9 @@ from tokprune.methods.base import Method
 from tokprune.methods.merging.schedule import Step, Steps, removable
 from tokprune.methods.merging.stage import MergeStage
 from tokprune.operators import attention_rows, grid_sample, share, tile_windows
+from tokprune.testing.checks.declaration import PUBLISHED
 
-LLAVA = ModelFacts(
-    family="llava-1.5", encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576,
-    has_cls=True, cls_in_features=False, max_tiles=1, tiled=False, max_visual_tokens=576,
-    decoder_layers=32,
-)  # fmt: skip
-NEXT = dataclasses.replace(
-    LLAVA, family="llava-next", max_tiles=5, tiled=True, max_visual_tokens=5 * 576 + 96
-)
+LLAVA, NEXT = PUBLISHED["llava-1.5"], PUBLISHED["llava-next"]
 RATIOS = (0.85, 0.875, 0.9, 0.925, 0.95, 0.975)
 
 
@@ -48,7 +42,7 @@ def layer_counts(steps: Steps, tokens: int) -> list[int]:
 
 
 def patches_left(method: Method, facts: ModelFacts = LLAVA) -> int:
-    return layer_counts(steps_of(method, facts), facts.patches + 1)[-1] - 1
+    return layer_counts(steps_of(method, facts), facts.tower.patches + 1)[-1] - 1
 
 
 # ------------------------------------------------------------------------------- schedules
@@ -207,7 +201,7 @@ def test_visionzip_budgets() -> None:
         method = VisionZip.preset(preset.model, preset.budget)
         facts = LLAVA if preset.model == "llava-1.5" else NEXT
         dominant, contextual = method.split(facts)
-        assert (dominant + contextual) * facts.max_tiles == preset.budget
+        assert (dominant + contextual) * facts.tower.max_tiles == preset.budget
         whole = VisionZip(keep=preset.budget, scope="image")
         assert whole.split(facts) == (dominant, contextual)
 
@@ -292,7 +286,7 @@ def test_keeping_everything_changes_nothing(models: Any, method: Method) -> None
 def test_image_scope_shares_the_budget_between_the_most_tiles(models: Any) -> None:
     model = models["llava_next"]
     family = family_of(model)
-    most = family.facts(model, family.parts(model)).max_tiles
+    most = family.facts(model, family.parts(model)).tower.max_tiles
     method = PiToMe(keep=most * 9 + 3, variant="head", scope="image")
     assert counts_of(model, method, (20, 40)) == 3 * 9
     assert counts_of(model, method, (40, 40)) == 5 * 9
@@ -384,7 +378,7 @@ def test_visionzip_without_contextual_tokens(models: Any) -> None:
 def test_mean_received_streams_the_whole_map(block: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, 3, 17, 8, generator=generator) for _ in range(2))
-    attention = Attention(q, k, k, 8**-0.5, causal=False, valid=None)
+    attention = Attention(q, k, k, 8**-0.5, causal=False)
     whole = attention_rows(q, k, 8**-0.5).sum(1)
     off = whole * (1 - torch.eye(17))
     torch.testing.assert_close(attention.received(True, block), off.sum(1) / 16 / 3)
@@ -413,9 +407,9 @@ def test_windows_are_the_cells_the_model_packs(models: Any, size: tuple[int, int
     family = family_of(model)
     parts = family.parts(model)
     facts = family.facts(model, parts)
-    layout = family.layouts(parts, torch.zeros(1), [size], facts)[0]
+    (layout,) = family.images(parts, facts, {"image_sizes": [size]})
     packed = {p for p in layout.packed.tolist() if p >= 0}
-    windows = tile_windows(facts.grid, layout.tile_grid, layout.size)
+    windows = tile_windows(facts.tower.grid, layout.tile_grid, layout.size)
     cells = {
         tile * PATCHES + y * 6 + x
         for tile, (top, bottom, left, right) in enumerate(windows)
@@ -436,7 +430,7 @@ def test_grid_keeps_exactly_and_spreads(models: Any, size: tuple[int, int], keep
     image = trace.last.images[0]
     family = family_of(model)
     facts = trace.last.facts
-    layout = family.layouts(family.parts(model), torch.zeros(1), [size], facts)[0]
+    (layout,) = family.images(family.parts(model), facts, {"image_sizes": [size]})
     patches = int((layout.packed >= 0).sum())
     want = keep if isinstance(keep, int) else int(keep * patches)
     entered = image.entered
@@ -445,7 +439,7 @@ def test_grid_keeps_exactly_and_spreads(models: Any, size: tuple[int, int], keep
     assert not entered.newline.any()
     column = entered.column.tolist()
     assert column == sorted(set(column))
-    windows = tile_windows(facts.grid, layout.tile_grid, layout.size)
+    windows = tile_windows(facts.tower.grid, layout.tile_grid, layout.size)
     for tile, (top, bottom, left, right) in enumerate(windows):
         here = int((entered.tile == tile).sum())
         fair = want * (bottom - top) * (right - left) / patches
@@ -584,7 +578,7 @@ def test_models_that_read_several_layers_are_refused(method: str) -> None:
 
 
 def test_towers_without_an_odd_layer_to_merge_in() -> None:
-    facts = dataclasses.replace(LLAVA, feature_layer=0)
+    facts = dataclasses.replace(LLAVA, tower=dataclasses.replace(LLAVA.tower, feature_layer=0))
     with pytest.raises(ValueError, match=r"variant='v1' merges after odd layers only"):
         PiToMe(ratio=0.9).plan(facts)
     with pytest.raises(ValueError, match=r"variant='pitome_baseline' merges after odd layers"):

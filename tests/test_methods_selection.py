@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -26,6 +27,7 @@ from tokprune.families import family_of
 from tokprune.methods import DivPrune, FastV, ToDRE, TransPrune
 from tokprune.operators.diversity import divprune, farthest_pivot, max_sum
 from tokprune.operators.transition import transition_weight
+from tokprune.testing.checks.declaration import PUBLISHED
 
 TINY = {"prune_before": (3, 4, 6), "transition_layers": (2, 3, 4, 5)}
 
@@ -37,12 +39,7 @@ def facts_of(model: Any) -> ModelFacts:
 
 def large_facts(family: str) -> ModelFacts:
     """LLaVA-1.5-7B or LLaVA-NeXT-7B."""
-    tiles = 5 if family == "llava-next" else 1
-    return ModelFacts(
-        family=family, encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576,
-        has_cls=True, cls_in_features=False, max_tiles=tiles, tiled=tiles > 1,
-        max_visual_tokens=tiles * 576 + 24 * (tiles - 1), decoder_layers=32,
-    )  # fmt: skip
+    return PUBLISHED[family]
 
 
 def image_tokens(tile: list[int], seed: int = 0, width: int = 8, **changes: Any) -> ImageTokens:
@@ -289,7 +286,7 @@ def test_images_of_equal_and_other_sizes_are_selected_as_alone() -> None:
 def test_class_attention_follows_rows_that_the_same_layer_loses() -> None:
     """Another method may drop tokens of the last vision layer after its attention."""
     facts = large_facts("llava-1.5")
-    tower = TowerInput(facts, (0, 0), torch.device("cpu"))
+    tower = TowerInput(facts.tower, (0, 0), torch.device("cpu"))
     tokens = initial_tokens(tower)
     rows = torch.tensor([[0, 577 - 1, 5, 9], [0, 7, 3, 300]])
     after = reduce_tokens(tokens, Reduction(rows))
@@ -391,7 +388,7 @@ def test_once_all_samples_have_dropped_no_layer_is_scored(model: Any) -> None:
 def test_default_check_layer_and_the_last_layer(model: Any) -> None:
     depths = {24: 21, 28: 24, 32: 28, 36: 31, 40: 35, 8: 7, 1: 1}
     for depth, layer in depths.items():
-        facts = ModelFacts(**{**large_facts("llava-1.5").__dict__, "decoder_layers": depth})
+        facts = dataclasses.replace(large_facts("llava-1.5"), decoder_layers=depth)
         (stage,) = ToDRE(64).plan(facts).decoder
         assert (stage.taps, stage.prune_before) == ({layer - 1}, {layer} - {depth})
     method = Watched(ToDRE(10, tau=1.0, prune_before=8))
@@ -527,7 +524,7 @@ def view_of(valid: Tensor) -> SequenceView:
     return SequenceView(
         column=column, position=column, segment=torch.where(valid, 0, -1), after=~valid & False,
         counts=[[int(n)] for n in valid.sum(1)], entering=[[int(n)] for n in valid.sum(1)],
-        text_after=[0] * batch, lengths=valid.sum(1).tolist(), next_position=valid.sum(1),
+        text_after=[0] * batch, lengths=valid.sum(1).tolist(), slot=column,
         padded=not bool(valid.all()),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tokprune.families import family_of
 from tokprune.methods.flowcut import FlowCut, TowerStage
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.scoring import ScorerRun
+from tokprune.testing.checks.declaration import PUBLISHED
 from tokprune.testing.oracle import (
     assert_same_logits,
     compressed_logits,
@@ -25,16 +27,7 @@ from tokprune.testing.oracle import (
 
 PROMPTS = [[4, "image", 6], [7, "image", 9], [2, "image", 3]]
 SIZES = [(20, 40), (40, 20), (30, 30)]
-LLAVA = ModelFacts(
-    family="llava-1.5", encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576,
-    has_cls=True, cls_in_features=False, max_tiles=1, tiled=False, max_visual_tokens=576,
-    decoder_layers=32,
-)  # fmt: skip
-NEXT = ModelFacts(
-    family="llava-next", encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576,
-    has_cls=True, cls_in_features=False, max_tiles=5, tiled=True, max_visual_tokens=2880 + 96,
-    decoder_layers=32,
-)  # fmt: skip
+LLAVA, NEXT = PUBLISHED["llava-1.5"], PUBLISHED["llava-next"]
 
 
 def facts_of(model: Any) -> ModelFacts:
@@ -52,8 +45,8 @@ def tower_counts(last: Any) -> list[list[list[int]]]:
 def patches_after_each_layer(record: Any, facts: ModelFacts) -> list[list[int]]:
     """Patches alive per tile after each encoder layer."""
     after = dict(record.history)
-    now, counts = [facts.patches] * record.layout.tiles, []
-    for layer in range(facts.encoder_layers):
+    now, counts = [facts.tower.patches] * record.layout.tiles, []
+    for layer in range(facts.tower.encoder_layers):
         now = (after[layer] >= 0).sum(1).tolist() if layer in after else now
         counts.append(now)
     return counts
@@ -94,7 +87,8 @@ def alone(model: Any, inputs: Any, method: Any) -> tuple[torch.Tensor, list[Any]
 def test_flowcut_cuts_every_second_layer_up_to_the_last_but_one(
     layers: int, feature_layer: int, period: int, cuts: Any
 ) -> None:
-    facts = ModelFacts(**{**vars(LLAVA), "encoder_layers": layers, "feature_layer": feature_layer})
+    tower = replace(LLAVA.tower, encoder_layers=layers, feature_layer=feature_layer)
+    facts = replace(LLAVA, tower=tower)
     (stage,) = FlowCut(64, period=period).plan(facts).encoder
     assert stage.between_layers == frozenset(cuts)
     assert stage.taps == frozenset(range(feature_layer))
@@ -116,8 +110,8 @@ def test_flowcut_presets(model: str, budget: int, facts: ModelFacts, per_tile: i
     (stage,) = plan.encoder
     assert isinstance(stage, TowerStage)
     assert stage.patches == per_tile
-    assert bool(plan.decoder) == facts.tiled
-    if facts.tiled:
+    assert bool(plan.decoder) == facts.tower.tiled
+    if facts.tower.tiled:
         assert plan.decoder[0].prune_before == {2}
 
 

@@ -15,7 +15,7 @@ from tiny import BUILDERS, IMAGE_TOKEN, make_inputs
 from torch import Tensor
 
 import tokprune
-from tokprune.families import family_of
+from tokprune.families import bind
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.testing.oracle import compressed_logits, continuation_tokens
 
@@ -136,7 +136,7 @@ def reference(
         for number in range(min(method.prune_before) - 1, max(method.prune_before)):
             rows = [place for place, token in enumerate(held[number]) if token in alive]
             decoder.cache[number] = tuple(t[rows] for t in decoder.cache[number])
-            if method.decode_positions == "cache_length":
+            if method.decode_positions != "continue":
                 following[number] = len(rows)
     cached = [len(k) for k, _ in decoder.cache]
     out = [decoder.logits(x)]
@@ -164,11 +164,8 @@ def test_equals_the_reference(case: str, family: str, attention_kind: str, batch
     continuation = continuation_tokens(len(prompts), STEPS)
     with tokprune.compress(model, method) as trace:
         got = compressed_logits(model, inputs, continuation)
-    layouts = family_of(model)
-    parts = layouts.parts(model)
-    layouts = layouts.layouts(
-        parts, inputs["pixel_values"], inputs.get("image_sizes"), layouts.facts(model, parts)
-    )
+    bound = bind(model)
+    layouts = bound.family.images(bound.parts, bound.facts, inputs)
     want, seen = [], []
     for b in range(len(prompts)):
         ids = inputs["input_ids"][b][inputs["attention_mask"][b] != 0].tolist()

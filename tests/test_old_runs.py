@@ -37,7 +37,7 @@ def test_an_old_folder_is_reported_recommended_and_compared(tmp_path: Path) -> N
     assert (setting["schema"], setting["method"]) == (1, "fastv")
     with pytest.warns(FutureWarning, match="'layer' of fastv is called 'prune_before' now"):
         method = load_setting(setting)
-    assert method == FastV(keep=288, prune_before=2)
+    assert method == FastV(keep=288, prune_before=2, positions="preserve")
     with pytest.warns(FutureWarning):
         options = read_figures(OLD)._options(read_run(OLD).trials["fastv@288"])
     assert options["prune_before"] == 2

@@ -85,7 +85,7 @@ def test_rows_are_run_at_exactly_the_published_options(
              for c in read_run(folder).info["trials"]}  # fmt: skip
     fastv = trials["fastv+as_published=true+keep=166+prune_before=2"]
     assert fastv["options"] == {
-        "keep": 166, "prune_before": 2, "rows": "last", "positions": "preserve",
+        "keep": 166, "prune_before": 2, "rows": "last", "positions": None,
     }  # fmt: skip
     # two of six layers see all 576 tokens, which matching to 192 on average would have changed
     assert fastv["budget"] == pytest.approx((2 * 576 + 4 * 166) / 6)

@@ -55,10 +55,10 @@ def test_frames_come_in_order_and_evenly(home: Path) -> None:
         ]  # fmt: skip
 
     # f2 before f10; the middles of four equal stretches
-    assert shifts(open_video(home / "clip", 4)) == [1, 4, 7, 10]
-    assert shifts(open_video(home / "clip", 99)) == list(range(12))
-    assert shifts(open_video(home / "clip.webp", 3)) == [3, 9, 15]
-    assert shifts(open_video(home / "clip" / "f5.png", 8)) == [5]
+    assert shifts(open_video(home / "clip", 4).frames) == [1, 4, 7, 10]
+    assert shifts(open_video(home / "clip", 99).frames) == list(range(12))
+    assert shifts(open_video(home / "clip.webp", 3).frames) == [3, 9, 15]
+    assert shifts(open_video(home / "clip" / "f5.png", 8).frames) == [5]
 
 
 def test_a_video_is_answered_and_drawn(run: Any, home: Path, tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def reference(
         rows = [alive.index(c) for c in judges] or [len(alive) - 1]
         here = [p for p, c in enumerate(alive) if segment[c] >= 0]
         score = scores(maps, rows, here, positions, setting, width, decoder.base)
+        if not judges:  # the answer is read from the last token, which stays
+            score[len(alive) - 1] = math.inf
         new: dict[int, Tensor] = {}
         behind: dict[int, list[int]] = {}
         gone: set[int] = set()
@@ -188,7 +190,8 @@ def reference(
                     new[place] = sum((x[chosen[i]] for i in group), torch.zeros(())) / len(group)
                     held = [c for i in sorted(group) for c in members[alive[chosen[i]]]]
                     members[alive[place]] = held
-                    behind.setdefault(max(own), []).append(place)
+                    end = max(own) - (max(own) == len(alive) - 1)
+                    behind.setdefault(end, []).append(place)
                     seen.merged += len(group)
             gone |= set(dropped)
         places: list[int] = []

@@ -336,14 +336,14 @@ def test_families_pass(family: str, build: dict[str, Any]) -> None:
 
 
 class Backwards(Llava):
-    def layouts(self, *args: Any, **options: Any) -> list[ImageLayout]:
-        found = super().layouts(*args, **options)
+    def images(self, *args: Any) -> list[ImageLayout]:
+        found = super().images(*args)
         return [replace(layout, packed=layout.packed.flip(0)) for layout in found]
 
 
 class OneLess(Llava):
-    def layouts(self, *args: Any, **options: Any) -> list[ImageLayout]:
-        found = super().layouts(*args, **options)
+    def images(self, *args: Any) -> list[ImageLayout]:
+        found = super().images(*args)
         return [replace(layout, packed=layout.packed[1:]) for layout in found]
 
 

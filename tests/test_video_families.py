@@ -615,7 +615,8 @@ def test_scores_go_through_the_pooling_that_the_features_go_through() -> None:
     )
     family = family_of(model)
     parts = family.parts(model)
-    (own,) = family.layouts(parts, torch.zeros(1), [[30, 40]], family.facts(model, parts))
+    facts = family.facts(model, parts)
+    (own,) = family.images(parts, facts, {"image_sizes": [[30, 40]]})
     assert own.token_grid is not None
     torch.testing.assert_close(own.token_grid.mean(scores), packed[0].flatten())
     assert shrunk_map((6, 6), (2, 2), (2, 10, 0, 12), (4, 6)).grids == ((6, 6), (4, 6))
@@ -629,7 +630,7 @@ def test_layouts_of_onevision_are_those_of_its_packing(most: int, size: tuple[in
     family = family_of(model)
     parts = family.parts(model)
     facts = family.facts(model, parts)
-    (layout,) = family.layouts(parts, torch.zeros(1), [size], facts)
+    (layout,) = family.images(parts, facts, {"image_sizes": [size]})
     numbers = torch.arange(1.0, layout.tiles * 36 + 1).view(layout.tiles, 36, 1)
     packed, _ = model.model.pack_image_features(
         [numbers], [list(size)], image_newline=torch.tensor([-1.0]),

@@ -6,7 +6,7 @@ H, W]. At the language-model input the tiles of such an image are its frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -32,12 +32,10 @@ class ToyVideo(Llava):
         facts = super().facts(model, parts)
         return replace(facts, videos=True, max_visual_tokens=self.frames * facts.max_visual_tokens)
 
-    def layouts(
-        self, parts: Parts, pixel_values: Tensor, image_sizes: Any, facts: ModelFacts,
-        batch_num_images: Any = None,
-    ) -> list[ImageLayout]:  # fmt: skip
-        packed = torch.arange(self.frames * facts.tokens_per_tile)
-        videos = pixel_values.shape[0] // self.frames
+    def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
+        assert facts.tower is not None
+        packed = torch.arange(self.frames * facts.tower.tokens_per_tile)
+        videos = call[self.pixels].shape[0] // self.frames
         return [
             ImageLayout(packed, self.frames, frames=self.frames, video=self.frames > 1)
         ] * videos
