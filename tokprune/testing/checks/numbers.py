@@ -49,6 +49,12 @@ def equals_oracle(case: Case, steps: int = 4, tolerance: float = 1e-5) -> tuple[
         got = forced_logits(case.model, inputs, continuation)
     prefill = last_of(trace)
     counts_are_true(prefill)
+    length = inputs["input_ids"].shape[1]
+    if any(int(layer.slot.max()) >= length for layer in prefill.layers):
+        return (
+            f"{_said(prefill)}; not compared: an image has more tokens than the prompt has places "
+            "for it, so the unpruned model has no such prompt"
+        ), prefill
     merged = merges(prefill)
     handles = mask_tower(case.model, prefill)
     try:
