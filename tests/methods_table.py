@@ -39,7 +39,7 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     "dart-few": ("dart", {"keep": 3, "pivot_order": "norm", "positions": "compact"}),
     "cdpruner": ("cdpruner", {"keep": 10}),
     "cdpruner-text": ("cdpruner", {"keep": 10, "relevance": "text"}),
-    "cdpruner-image": ("cdpruner", {"keep": 0.3, "scope": "image"}),
+    "cdpruner-image": ("cdpruner", {"keep": 0.15, "scope": "image"}),
     "cdpruner-theta": (
         "cdpruner",
         {"keep": 8, "relevance": "text", "theta": 0.6, "positions": "preserve"},
