@@ -32,11 +32,11 @@ Builder: TypeAlias = "Callable[..., Any]"
 Inputs: TypeAlias = "dict[str, Tensor]"
 
 
-def text_config(decoder: str = "llama", layers: int = 8, **changes: Any) -> Any:
-    """Config of a decoder, ``"llama"``, ``"mistral"`` or ``"qwen2"``; ``changes``: its fields."""
-    options: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
+def decoder_fields(layers: int, width: int = 32, inner: int = 48) -> dict[str, Any]:
+    """Fields that the text configs of all tiny models share: 4 heads, which share 2 key heads."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -45,8 +45,15 @@ def text_config(decoder: str = "llama", layers: int = 8, **changes: Any) -> Any:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "initializer_range": 0.3,
         "tie_word_embeddings": False,
+    }
+
+
+def text_config(decoder: str = "llama", layers: int = 8, **changes: Any) -> Any:
+    """Config of a decoder, ``"llama"``, ``"mistral"`` or ``"qwen2"``; ``changes``: its fields."""
+    options: dict[str, Any] = {
+        **decoder_fields(layers),
+        "initializer_range": 0.3,
         **({"sliding_window": None} if decoder == "mistral" else {}),
         **changes,
     }

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from tokprune.testing.grid_prompts import TYPED, GridMaker, IslandMaker, TimedMaker
 from tokprune.testing.pieces import PromptMaker
-from tokprune.testing.tiny import IMAGE_TOKEN, VIDEO_TOKEN, VOCAB, Builder, randomise
+from tokprune.testing.tiny import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    Builder,
+    decoder_fields,
+    randomise,
+)
 
 START_TOKEN = 97
 END_TOKEN = 96
@@ -58,20 +64,7 @@ def rope(section: Sequence[int], partial: float = 1.0) -> dict[str, Any]:
 
 def text_fields(layers: int, **changes: Any) -> dict[str, Any]:
     """Fields that the text configs of all these families share; heads are 16 wide."""
-    return {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-        **changes,
-    }
+    return {**decoder_fields(layers, HIDDEN, 96), **changes}
 
 
 def _build(

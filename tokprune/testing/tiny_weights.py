@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokprune.testing.tiny import VOCAB, randomise
+from tokprune.testing.tiny import decoder_fields, randomise
 
 _CONFIGS = {
     "cohere": "CohereConfig",
@@ -39,17 +39,7 @@ def has_decoder(decoder: str) -> bool:
 def decoder_config(decoder: str, layers: int = 6, **changes: Any) -> Any:
     """Config of a decoder 32 wide with 4 heads of 8, which share 2 key heads."""
     options: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
+        **decoder_fields(layers),
         **({"head_dim": 8} if decoder in _HEAD_DIM else {}),
         **changes,
     }
