@@ -95,7 +95,10 @@ def plain_cache(model: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def generated_oracle(
-    model: Any, inputs: dict[str, Tensor], trace: PrefillTrace, continuation: Tensor,
+    model: Any,
+    inputs: dict[str, Tensor],
+    trace: PrefillTrace,
+    continuation: Tensor,
     seen: Entering | None = None,
 ) -> Tensor:
     """What a compressed ``generate`` must give: logits [B, 1 + steps, V].
@@ -268,9 +271,7 @@ class _Oracle:
         if kwargs.get("position_ids") is not None and new.dim() == 2:
             kwargs["position_ids"] = new
 
-    def _as_before(
-        self, layer: LayerTrace, view: _View, row: int, got: Tensor
-    ) -> Tensor | None:
+    def _as_before(self, layer: LayerTrace, view: _View, row: int, got: Tensor) -> Tensor | None:
         """The shift of an earlier layer, in which the tokens had the same positions when they were
         closed up; None where there is none."""
         assert self.native is not None

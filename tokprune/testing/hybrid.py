@@ -26,7 +26,10 @@ def is_hybrid(model: Any) -> bool:
 
 @torch.no_grad()
 def layer_by_layer(
-    model: Any, inputs: dict[str, Tensor], trace: PrefillTrace, continuation: Tensor,
+    model: Any,
+    inputs: dict[str, Tensor],
+    trace: PrefillTrace,
+    continuation: Tensor,
     seen: Entering | None = None,
 ) -> Tensor:
     """What a compressed ``generate`` must give on such a model: logits [B, 1 + steps, V]; arguments
@@ -44,9 +47,7 @@ def layer_by_layer(
 
         first = parts.decoder_layers[0].module
         stack.callback(first.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        stack.callback(
-            parts.rotary[0].register_forward_hook(rotary, with_kwargs=True).remove
-        )
+        stack.callback(parts.rotary[0].register_forward_hook(rotary, with_kwargs=True).remove)
         forced_logits(model, inputs, continuation)
     batch, length = inputs["input_ids"].shape
     steps = len(hidden) - 1
