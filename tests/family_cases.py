@@ -1,5 +1,4 @@
-"""What the suites about families share: method cases, prompts, models, and the oracle between
-two models with the same weights."""
+"""What the suites about families share: method cases, prompts, models."""
 
 from __future__ import annotations
 
@@ -10,22 +9,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flash_double import flash_double
-from torch import Tensor
 
 import tokprune
-from tokprune.engine.cache import cache_argument
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind
 from tokprune.methods import Method, make_method
-from tokprune.testing import Case, TinyFamily, assert_same_logits, continuation_tokens, tiny_family
-from tokprune.testing.case import Prompts, last_of
-from tokprune.testing.checks.numbers import counts_are_true
+from tokprune.testing import Case, TinyFamily, continuation_tokens, tiny_family
+from tokprune.testing.case import Prompts
 from tokprune.testing.families import BUILT_IN, REPRESENTATIVE
-from tokprune.testing.generated import forced_logits, generated_oracle, recorded_layers
-from tokprune.testing.hybrid import is_hybrid, layer_by_layer
-from tokprune.testing.oracle import mask_tower, merges, steps_are_known
+from tokprune.testing.generated import forced_logits
+from tokprune.testing.hybrid import is_hybrid
 from tokprune.trace import PrefillTrace
 
 FLASH = "flash_attention_2"
@@ -204,72 +198,6 @@ def case_of(method: Method | str, family: str, prompts: Prompts, model: Any = No
             changes = {"keep": 3}
         method = make_method(name, **{**options, **changes})
     return Case(method, tiny, model, prompts)
-
-
-@dataclass
-class Compared:
-    prefill: PrefillTrace
-    got: Tensor
-    want: Tensor
-
-
-def equals_oracle(
-    case: Case, oracle: Any = None, steps: int = STEPS, turn: int = 0,
-    tolerance: float | None = None,
-) -> Compared:  # fmt: skip
-    """The compressed ``case.model`` against the masked oracle on the model ``oracle`` of the same
-    weights (default: itself): the prompt, ``turn`` tokens of a second turn in one forward, and
-    ``steps`` cached steps."""
-    oracle = case.model if oracle is None else oracle
-    inputs = case.inputs()
-    tokens = continuation_tokens(len(case.prompts), turn + steps)
-    with case.compress() as trace, recorded_layers(case.model) as seen:
-        if turn:
-            got = turned_logits(case.model, inputs, tokens, turn)
-        else:
-            got = forced_logits(case.model, inputs, tokens)
-    prefill = last_of(trace)
-    counts_are_true(prefill)
-    merged = merges(prefill)
-    handles = mask_tower(oracle, prefill)
-    try:
-        reference = layer_by_layer if is_hybrid(oracle) else generated_oracle
-        want = reference(oracle, inputs, prefill, tokens, seen if merged else None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if turn:
-        want = torch.cat([want[:, :1], want[:, turn:]], dim=1)
-    if merged and not steps_are_known(prefill):
-        got, want = got[:, :1], want[:, :1]
-    assert_same_logits(got, want, tolerance=tolerance or case.family.tolerance)
-    return Compared(prefill, got, want)
-
-
-def turned_logits(model: Any, inputs: dict[str, Tensor], tokens: Tensor, turn: int) -> Tensor:
-    """Logits at the last token of the prompt, at that of a second turn (the first ``turn`` of
-    ``tokens`` [B, n], fed together on the cache) and at the others, fed one by one."""
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with torch.no_grad():
-        first = model.generate(
-            **inputs, **options, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
-        )
-    ids = torch.cat([inputs["input_ids"], tokens[:, :turn]], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens[:, :turn])], dim=1)
-    more = {"input_ids": ids, "attention_mask": mask}
-    types = case_types(inputs, tokens[:, :turn])
-    later = forced_logits(
-        model, {**more, **types}, tokens[:, turn:], **{cache_argument(model): first.past_key_values}
-    )
-    return torch.cat([first.logits[0][:, None], later], dim=1)
-
-
-def case_types(inputs: dict[str, Tensor], new: Tensor) -> dict[str, Tensor]:
-    """Token types of a longer conversation, where the processor makes them for M-RoPE."""
-    types = inputs.get("mm_token_type_ids")
-    if types is None:
-        return {}
-    return {"mm_token_type_ids": torch.cat([types, torch.zeros_like(new)], dim=1)}
 
 
 @functools.cache

@@ -13,13 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import (
-    FLASH,
-    SHAPES,
-    case_of,
-    double_installed,
-    equals_oracle,
-)
+from family_cases import FLASH, SHAPES, case_of, double_installed
 from torch import Tensor
 from toy_methods import DropInDecoder
 
@@ -39,6 +33,7 @@ from tokprune.testing import (
 from tokprune.testing.case import Prompts, dropped, last_of
 from tokprune.testing.checks.decisions import batch_equals_singles
 from tokprune.testing.checks.leftovers import differences, fingerprint
+from tokprune.testing.checks.numbers import equals_oracle
 from tokprune.testing.generated import forced_logits
 from tokprune.testing.grid_prompts import TYPED
 from tokprune.testing.numbering import prompt_positions

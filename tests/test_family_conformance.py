@@ -26,7 +26,6 @@ from family_cases import (
     case_of,
     cover,
     double_installed,
-    equals_oracle,
     has_gaps,
     in_window,
     model_of,
@@ -47,7 +46,7 @@ from tokprune.testing import assert_same_logits, tiny_family
 from tokprune.testing.case import Prompts, dropped
 from tokprune.testing.checks.decisions import batch_equals_singles
 from tokprune.testing.checks.leftovers import leaves_nothing
-from tokprune.testing.checks.numbers import keeps_everything
+from tokprune.testing.checks.numbers import equals_oracle, keeps_everything
 from tokprune.testing.grid_prompts import TYPED
 from tokprune.testing.tiny_gemma import gemma3
 
@@ -119,9 +118,10 @@ def check(cell: Cell) -> None:
     if refused is not None:
         kind: Any = (UnsupportedVideoError, UnsupportedModelError, ValueError)
         with pytest.raises(kind, match=refused):
-            equals_oracle(case, oracle, turn=turn)
+            equals_oracle(case, turn=turn, oracle=oracle)
         return
-    found = equals_oracle(case, oracle, turn=turn, tolerance=tolerance)
+    found = equals_oracle(case, turn=turn, oracle=oracle, tolerance=tolerance)
+    assert found.want is not None, found.said
     assert dropped(found.prefill), "the method dropped nothing: the comparison would show nothing"
 
 

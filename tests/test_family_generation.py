@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from family_cases import SHAPES, case_of, case_types, equals_oracle
+from family_cases import SHAPES, case_of
 from torch import Tensor
 
 import tokprune
@@ -17,7 +17,8 @@ from tokprune.engine.cache import CompressedLayer, cache_argument
 from tokprune.methods import make_method
 from tokprune.testing import Case, assert_same_logits, continuation_tokens, tiny_family
 from tokprune.testing.case import dropped, last_of
-from tokprune.testing.generated import forced_logits, generated_oracle
+from tokprune.testing.checks.numbers import equals_oracle
+from tokprune.testing.generated import forced_logits, generated_oracle, with_turn
 from tokprune.testing.grid_prompts import TYPED
 from tokprune.testing.numbering import later_positions, prompt_positions
 
@@ -159,14 +160,9 @@ def test_questions_on_copies_of_a_prefix_with_an_image(case: Case) -> None:
         got = {}
         for seed, length in ((1, 3), (2, 6), (3, 1)):
             turn = torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(seed))
-            longer = {
-                "input_ids": torch.cat([inputs["input_ids"], turn], dim=1),
-                "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(turn)], 1),
-                **case_types(inputs, turn),
-            }
             own = {cache_argument(model): copy.deepcopy(cache)}
             later = continuation_tokens(1, 2)
-            got[seed] = turn, forced_logits(model, longer, later, **own)
+            got[seed] = turn, forced_logits(model, with_turn(inputs, turn), later, **own)
     if case.method.name == "sparsevlm":  # it merges: the oracle would need what was merged
         return
     for turn, logits in got.values():

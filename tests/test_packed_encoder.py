@@ -45,7 +45,7 @@ def watch_merger(model: Any) -> tuple[list[Tensor], Any]:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", list(PROMPTS))
 def test_the_rest_of_the_model_is_the_decoder_on_what_is_left(kind: str, attention: str) -> None:
-    _, prefill = equals_oracle(case_of(PROMPTS[kind], attention))
+    prefill = equals_oracle(case_of(PROMPTS[kind], attention)).prefill
     assert sum(prefill.layers[0].counts[0]) < sum(prefill.original_counts)
     assert prefill.layers[-1].counts[1] == [3]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from family_cases import equals_oracle, model_of
+from family_cases import model_of
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,7 @@ from tokprune.errors import CompositionError, UnsupportedModelError
 from tokprune.families import bind
 from tokprune.methods import Method, make_method
 from tokprune.testing import Case, tiny_family
+from tokprune.testing.checks.numbers import equals_oracle
 
 FAMILIES = ["llava-1.5", "llava-next", "qwen2.5-vl", "qwen3-vl", "gemma3", "internvl"]
 LAYERS = 6

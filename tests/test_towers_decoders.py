@@ -58,4 +58,4 @@ def test_narrow_sliding_window(method: str, options: dict[str, Any], attention: 
     """A window that binds is counted in rotary positions, whatever was dropped in between."""
     window = 16
     model = BUILDERS["llava"](decoder="mistral", sliding_window=window, attention=attention)
-    equals_oracle(case_of(model, "llava", method, options), STEPS, window)
+    equals_oracle(case_of(model, "llava", method, options), STEPS)

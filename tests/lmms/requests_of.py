@@ -1,4 +1,4 @@
-"""Requests as lmms-eval makes them, on the embedded benchmark."""
+"""Requests as lmms-eval makes them, on the embedded benchmark, and what becomes of them."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def requests(
 def told(results: Sequence[Any]) -> list[dict[str, Any]]:
     """What is logged of every answer."""
     return [result.token_counts.to_dict()["tokprune"] for result in results]
+
+
+def model_of(lm: Any) -> Any:
+    """The transformers model inside."""
+    return lm._tokprune.observer.bound.model
+
+
+def inputs_of(lm: Any) -> list[dict[str, Any]]:
+    """What the model's own ``generate`` is given from now on."""
+    seen: list[dict[str, Any]] = []
+    own = lm._tokprune.observer._generate
+
+    def generate(**kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return own(**kwargs)
+
+    lm._tokprune.observer._generate = generate
+    return seen

@@ -14,7 +14,7 @@ import torch
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from pictures import landscape
-from requests_of import BENCHMARK, items, requests, told
+from requests_of import BENCHMARK, inputs_of, items, model_of, requests, told
 
 import tokprune
 from tokprune.eval.sweep.reduced_input import blank, downsample
@@ -35,28 +35,6 @@ def _batched() -> Iterator[None]:
     MODEL_REGISTRY_V2._alias_to_model_id.pop("test_batched")
 
 
-def model_of(lm: Any) -> Any:
-    return lm._tokprune.observer.bound.model
-
-
-@pytest.fixture
-def inputs_of() -> Callable[[Any], list[dict[str, Any]]]:
-    """What a model's own ``generate`` is given from now on."""
-
-    def spy(lm: Any) -> list[dict[str, Any]]:
-        seen: list[dict[str, Any]] = []
-        own = lm._tokprune.observer._generate
-
-        def generate(**kwargs: Any) -> Any:
-            seen.append(kwargs)
-            return own(**kwargs)
-
-        lm._tokprune.observer._generate = generate
-        return seen
-
-    return spy
-
-
 def broken(lm: Any, *calls: int) -> None:
     """These calls of the model's own ``generate`` raise."""
     own, count = lm._tokprune.observer._generate, iter(range(10**6))
@@ -73,9 +51,7 @@ def broken(lm: Any, *calls: int) -> None:
 
 
 @pytest.mark.parametrize("simple", [False, True])
-def test_prompt_and_pixels_are_those_of_our_own_harness(
-    load: Load, inputs_of: Any, simple: bool
-) -> None:
+def test_prompt_and_pixels_are_those_of_our_own_harness(load: Load, simple: bool) -> None:
     lm = load(simple=simple)
     assert lm.is_simple is simple
     seen = inputs_of(lm)
@@ -213,7 +189,7 @@ def test_run_that_cannot_work_is_given_up(load: Load) -> None:
     ],
 )
 def test_controls_change_the_image_and_leave_the_model(
-    load: Load, inputs_of: Any, control: str, change: Any, simple: bool
+    load: Load, control: str, change: Any, simple: bool
 ) -> None:
     lm = load(control, simple=simple)
     assert not tokprune.is_patched(model_of(lm))

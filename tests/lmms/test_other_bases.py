@@ -13,7 +13,7 @@ import pytest
 import torch
 from other_bases import BASES, CASES
 from pictures import landscape
-from requests_of import items, requests, told
+from requests_of import inputs_of, items, model_of, requests, told
 
 import tokprune
 from tokprune.families import bind
@@ -49,23 +49,6 @@ def loaded(load: Load, home: Path) -> Load:
 def see(doc: Any) -> list[Any]:
     """Two images of different shapes."""
     return [landscape().resize((48, 40)), landscape().resize((72, 24))]
-
-
-def model_of(lm: Any) -> Any:
-    return lm._tokprune.observer.bound.model
-
-
-def inputs_of(lm: Any) -> list[dict[str, Any]]:
-    """What the model's own ``generate`` is given from now on."""
-    seen: list[dict[str, Any]] = []
-    own = lm._tokprune.observer._generate
-
-    def generate(**kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return own(**kwargs)
-
-    lm._tokprune.observer._generate = generate
-    return seen
 
 
 def placeholders(lm: Any, given: dict[str, Any]) -> list[int]:

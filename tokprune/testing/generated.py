@@ -58,6 +58,29 @@ def forced_logits(
     return torch.stack(out.logits, dim=1)
 
 
+def turned_logits(model: Any, inputs: dict[str, Tensor], continuation: Tensor, turn: int) -> Tensor:
+    """:func:`forced_logits` where a second turn, the first ``turn`` tokens of ``continuation``, is
+    fed in one forward on the cache of the first: logits [B, 2 + steps − turn, V] at the last
+    token of the prompt, at the last of that turn, and at the others."""
+    first, rest = continuation[:, :turn], continuation[:, turn:]
+    out = model.generate(
+        **inputs, max_new_tokens=1, do_sample=False, eos_token_id=None, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    cache = {cache_argument(model): out.past_key_values}
+    later = forced_logits(model, with_turn(inputs, first), rest, **cache)
+    return torch.cat([out.logits[0][:, None], later], dim=1)
+
+
+def with_turn(inputs: dict[str, Tensor], turn: Tensor) -> dict[str, Tensor]:
+    """Inputs of a second turn of text on the cache of the first: the whole conversation's ids, mask
+    and, where the first turn had them, token types."""
+    new = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
+    if "mm_token_type_ids" in inputs:
+        new["mm_token_type_ids"] = torch.zeros_like(turn)
+    return {name: torch.cat([inputs[name], tokens], dim=1) for name, tokens in new.items()}
+
+
 @dataclass
 class Entering:
     """Hidden states [B, L', D] that entered each decoder layer of a prefill, by layer."""

@@ -77,18 +77,36 @@ def vision_config(tower: str = "clip", layers: int = 6, **changes: Any) -> Any:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:
-    """Give a model random weights of a useful size, the same for the same seed; in eval mode."""
+    """Give a model random weights of a useful size, the same for the same seed; in eval mode.
+
+    What scales stays near the value at which it changes nothing: norms near that of a new model (0
+    where they multiply by 1 + weight, else 1), layer scales near 1. The decay of linear attention
+    reaches back over many tokens."""
     generator = torch.Generator().manual_seed(seed)
+    centres = {
+        id(p): round(float(p.detach().mean()))
+        for module in model.modules()
+        if "Norm" in type(module).__name__
+        for name, p in module.named_parameters(recurse=False)
+        if name == "weight"
+    }
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if p.dim() >= 2:
+            if id(p) in centres:
+                p.copy_(centres[id(p)] + 0.1 * noise)
+            elif p.dim() >= 2:
                 scale = 0.5 if "embed" in name else 1.0 / p.shape[-1] ** 0.5
                 p.copy_(noise * scale * (1.5 if "_proj" in name else 1.0))
-            elif "norm" in name and name.endswith("weight"):
+            elif name.endswith(("lambda_1", "lambda_2")):
                 p.copy_(1 + 0.1 * noise)
+            elif name.endswith("A_log"):
+                p.copy_(torch.log(0.02 + 0.5 * torch.rand(p.shape, generator=generator)))
             else:
                 p.copy_(0.1 * noise)
+        for name, b in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                b.copy_(1 + 0.1 * torch.randn(b.shape, generator=generator))
     return model.eval()
 
 

@@ -10,13 +10,12 @@ import transformers
 
 from tokprune.testing.grid_prompts import GridMaker
 from tokprune.testing.pieces import Piece, PromptMaker
-from tokprune.testing.tiny import IMAGE_TOKEN, VIDEO_TOKEN, Builder
+from tokprune.testing.tiny import IMAGE_TOKEN, VIDEO_TOKEN, Builder, randomise
 from tokprune.testing.tiny_qwen import (
     HIDDEN,
     MERGE,
     PATCH,
     rope,
-    settle,
     text_fields,
 )
 
@@ -43,7 +42,7 @@ def _build(kind: str, attention: str, seed: int, text: dict[str, Any]) -> Any:
         video_start_token_id=VIDEO_START, video_end_token_id=VIDEO_END, tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = attention
-    return settle(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
+    return randomise(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
 
 
 def _text(layers: int, **changes: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor
 
 from tokprune.testing.pieces import Piece, PromptMaker
-from tokprune.testing.tiny import IMAGE_TOKEN, Builder
-from tokprune.testing.tiny_qwen import MERGE, PATCH, settle, text_fields
+from tokprune.testing.tiny import IMAGE_TOKEN, Builder, randomise
+from tokprune.testing.tiny_qwen import MERGE, PATCH, text_fields
 
 #: text tokens after every row of an image, and after its last; configs do not know them
 BREAK_TOKEN = 97
@@ -61,7 +61,7 @@ def mistral3(
         tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = attention
-    return settle(transformers.Mistral3ForConditionalGeneration(config), seed)
+    return randomise(transformers.Mistral3ForConditionalGeneration(config), seed)
 
 
 def llava_pixtral(attention: str = "sdpa", seed: int = 0, layers: int = 6, **changes: Any) -> Any:
@@ -72,7 +72,7 @@ def llava_pixtral(attention: str = "sdpa", seed: int = 0, layers: int = 6, **cha
         vision_feature_select_strategy="full", tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = attention
-    return settle(transformers.LlavaForConditionalGeneration(config), seed)
+    return randomise(transformers.LlavaForConditionalGeneration(config), seed)
 
 
 class RowMaker(PromptMaker):

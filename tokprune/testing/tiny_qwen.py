@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
 
 from tokprune.testing.grid_prompts import TYPED, GridMaker, IslandMaker, TimedMaker
 from tokprune.testing.pieces import PromptMaker
@@ -30,26 +28,6 @@ MERGE = 2
 #: pixels along each side of a cell
 CELL = PATCH * MERGE
 HIDDEN = 64
-
-
-def settle(model: nn.Module, seed: int) -> Any:
-    """:func:`randomise`, then what needs more than a name: norms keep the centre that the model
-    gave them (0 or 1), and the decay of linear attention reaches back over many tokens."""
-    norms = {
-        name: float(module.weight.detach().mean())
-        for name, module in model.named_modules()
-        if "Norm" in type(module).__name__ and isinstance(getattr(module, "weight", None), Tensor)
-    }
-    model = randomise(model, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for name, centre in norms.items():
-            weight = model.get_parameter(f"{name}.weight")
-            weight.copy_(centre + 0.1 * torch.randn(weight.shape, generator=generator))
-        for name, p in model.named_parameters():
-            if name.endswith("A_log"):
-                p.copy_(torch.log(0.02 + 0.5 * torch.rand(p.shape, generator=generator)))
-    return model
 
 
 def rope(section: Sequence[int], partial: float = 1.0) -> dict[str, Any]:
@@ -86,7 +64,7 @@ def _build(
         vision_end_token_id=END_TOKEN, tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = attention
-    return settle(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
+    return randomise(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
 
 
 def qwen2_vl(attention: str = "sdpa", seed: int = 0, layers: int = 6, **changes: Any) -> Any:

@@ -1,12 +1,10 @@
-"""What the tiny models of newer families share: their decoders' configs and sane weights."""
+"""What the tiny models of newer families share: their decoders' configs, and how they are made."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
 
 from tokprune.testing.tiny import decoder_fields, randomise
 
@@ -49,21 +47,4 @@ def decoder_config(decoder: str, layers: int = 6, **changes: Any) -> Any:
 def assemble(kind: str, config: Any, attention: str, seed: int) -> Any:
     """``{kind}ForConditionalGeneration`` of a config with random weights, in eval mode."""
     config._attn_implementation = attention
-    return finish(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)
-
-
-def finish(model: nn.Module, seed: int) -> Any:
-    """Random weights as :func:`tokprune.testing.tiny.randomise`, but norms and layer scales near
-    the value at which they change nothing: 0 for norms that multiply by 1 + weight, else 1."""
-    scales: list[tuple[Tensor, float]] = []
-    for name, p in (*model.named_parameters(), *model.named_buffers()):
-        if "norm" in name and name.endswith("weight"):
-            scales.append((p, round(float(p.detach().mean()))))
-        elif name.endswith(("lambda_1", "lambda_2", "layer_scalar")):
-            scales.append((p, 1.0))
-    randomise(model, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for p, centre in scales:
-            p.copy_(centre + 0.1 * torch.randn(p.shape, generator=generator))
-    return model.eval()
+    return randomise(getattr(transformers, f"{kind}ForConditionalGeneration")(config), seed)

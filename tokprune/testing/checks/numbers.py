@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokprune.engine.cache import cache_argument
 from tokprune.families import bind
 from tokprune.testing.case import GREEDY, Case, dropped, last_of
-from tokprune.testing.generated import forced_logits, generated_oracle, recorded_layers
+from tokprune.testing.generated import (
+    forced_logits,
+    generated_oracle,
+    recorded_layers,
+    turned_logits,
+)
 from tokprune.testing.hybrid import is_hybrid, layer_by_layer
 from tokprune.testing.numbering import later_positions
 from tokprune.testing.oracle import (
@@ -28,48 +36,69 @@ def _said(prefill: PrefillTrace) -> str:
     return f"{whole - dropped(prefill)} of {whole} visual tokens in the last layer"
 
 
-def equals_oracle(case: Case, steps: int = 4, tolerance: float = 1e-5) -> tuple[str, PrefillTrace]:
-    """Prefill and ``steps`` cached steps of ``generate()`` equal the unpruned model with the
-    dropped keys hidden, or where tokens were merged, its decoder on the merged ones.
+@dataclass
+class Compared:
+    """What a comparison found, the trace of its prefill, and both logits [B, 1 + steps, V] (None
+    where there was nothing to compare with)."""
+
+    said: str
+    prefill: PrefillTrace
+    got: Tensor | None = None
+    want: Tensor | None = None
+
+
+def equals_oracle(
+    case: Case, steps: int = 3, turn: int = 0, *, oracle: Any = None,
+    tolerance: float | None = None,
+) -> Compared:  # fmt: skip
+    """Prefill, a second turn and ``steps`` cached steps of ``generate()`` equal the unpruned model
+    with the dropped keys hidden, or where tokens were merged, its decoder on the merged ones.
 
     Args:
         case: a model in float32.
-        steps: cached steps after the prompt.
-        tolerance: share of the largest logit.
-
-    Returns:
-        What was found, and the trace of the prefill.
+        steps: cached steps, one token each.
+        turn: tokens of a second turn, in one forward after the prompt.
+        oracle: a model of the same weights to compare with (default: ``case.model``).
+        tolerance: share of the largest logit (default: the family's).
 
     Raises:
         Fault: names the largest difference of the logits, or layer and image of a wrong count.
     """
+    oracle = case.model if oracle is None else oracle
     inputs = case.inputs()
-    continuation = continuation_tokens(len(case.prompts), steps)
+    continuation = continuation_tokens(len(case.prompts), turn + steps)
     with case.compress() as trace, recorded_layers(case.model) as seen:
-        got = forced_logits(case.model, inputs, continuation)
+        if turn:
+            got = turned_logits(case.model, inputs, continuation, turn)
+        else:
+            got = forced_logits(case.model, inputs, continuation)
     prefill = last_of(trace)
     counts_are_true(prefill)
     length = inputs["input_ids"].shape[1]
     if any(int(layer.slot.max()) >= length for layer in prefill.layers):
-        return (
+        return Compared(
             f"{_said(prefill)}; not compared: an image has more tokens than the prompt has places "
-            "for it, so the unpruned model has no such prompt"
-        ), prefill
+            "for it, so the unpruned model has no such prompt", prefill,
+        )  # fmt: skip
     merged = merges(prefill)
-    handles = mask_tower(case.model, prefill)
+    handles = mask_tower(oracle, prefill)
     try:
-        reference = layer_by_layer if is_hybrid(case.model) else generated_oracle
-        want = reference(case.model, inputs, prefill, continuation, seen if merged else None)
+        reference = layer_by_layer if is_hybrid(oracle) else generated_oracle
+        want = reference(oracle, inputs, prefill, continuation, seen if merged else None)
     finally:
         for handle in handles:
             handle.remove()
+    if turn:
+        want = torch.cat([want[:, :1], want[:, turn:]], dim=1)
     against = "its decoder on what was merged" if merged else "the dropped keys hidden"
     if merged and not steps_are_known(prefill):
         got, want, against = got[:, :1], want[:, :1], f"{against} (steps not compared)"
     hint = "" if merged else "; a stage that merges should say so (Selection.group)"
     what = f"against the unpruned model with {against}, the logits"
+    tolerance = case.family.tolerance if tolerance is None else tolerance
     assert_same_logits(got, want, what, hint, tolerance)
-    return f"{_said(prefill)}; equal to the unpruned model with {against}", prefill
+    said = f"{_said(prefill)}; equal to the unpruned model with {against}"
+    return Compared(said, prefill, got, want)
 
 
 def keeps_everything(case: Case) -> str:
