@@ -25,13 +25,21 @@ if not LEGACY and RELEASE < (4, 57):
 if TYPE_CHECKING or not LEGACY:
     from transformers import AttentionInterface, DynamicCache
     from transformers.cache_utils import DynamicLayer
+    from transformers.modeling_layers import GradientCheckpointingLayer
 else:
     from tokprune.engine.legacy_cache import GrowingLayer as DynamicLayer
     from tokprune.engine.legacy_cache import LayeredCache as DynamicCache
 
     AttentionInterface = None
 
-__all__ = ["LEGACY", "RELEASE", "AttentionInterface", "DynamicCache", "DynamicLayer", "new_cache"]
+__all__ = [
+    "HOOKS_IN_CHECKPOINT", "LEGACY", "RELEASE", "AttentionInterface", "DynamicCache",
+    "DynamicLayer", "new_cache",
+]  # fmt: skip
+
+
+#: whether a layer's hooks run inside its gradient checkpoint
+HOOKS_IN_CHECKPOINT = not LEGACY and "__call__" in vars(GradientCheckpointingLayer)
 
 
 def new_cache(config: Any) -> DynamicCache:

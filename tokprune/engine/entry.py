@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from tokprune.engine.cache import cache_in, check_cache
+from tokprune.engine.checkpointing import without_checkpoints
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import Encoding, attach, attached
@@ -250,7 +251,8 @@ class TransformersEntry(Entry):
             tower = state.observed = self._observed_pass(images, pixels)
         try:
             if known is None:
-                result = encode()
+                with without_checkpoints(self._reduced_blocks()):
+                    result = encode()
                 outcomes = []
                 if tower is not None:
                     tower.finish()
@@ -271,6 +273,15 @@ class TransformersEntry(Entry):
         if isinstance(images, list):
             records = functools.partial(_same, records(images))
         return result, Encoding(images, len(features), records)
+
+    def _reduced_blocks(self) -> Sequence[Any]:
+        """Blocks of the encoder in which stages of the plan drop or merge tokens."""
+        if not any(stage.reduces for stage in self.session.plan.encoder):
+            return ()
+        tower, observed = self.parts.tower, self.parts.observed
+        if tower is not None:
+            return tower.layers  # type: ignore[no-any-return]
+        return () if observed is None else observed.blocks
 
     def _observed_pass(self, images: list[ImageLayout] | Tiles, pixels: Tensor) -> ObservedPass:
         """A pass of an encoder that stages only look at."""

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from tokprune.engine.cache import CompressedLayer, cache_in
 from tokprune.engine.check import Contracts
+from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
 from tokprune.engine.contracts import Plan
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
 from tokprune.engine.family import BoundModel, Family
 from tokprune.engine.images import ImageRecord, build_records
+from tokprune.engine.labels import Alive, LossHooks
 from tokprune.engine.layer_calls import LayerCalls
 from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.model import Block, ImageLayout
@@ -49,6 +51,8 @@ class Session:
         self.model, self.family = bound.model, bound.family
         self.parts, self.facts = bound.parts, bound.facts
         self.handles: list[Any] = []
+        #: those of the decoder's layers
+        self.layers: list[LayerHooks] = []
         self._current = CurrentState()
         #: made by compress(), not by patch()
         self.nested = False
@@ -61,6 +65,7 @@ class Session:
         }
         self.compact = all(p == "compact" for p in positions)
         self.spatial = all(stage.order == "spatial" for stage in reducing)
+        self.loss = LossHooks(self.model, lambda: self._current.alive, not self.family.legacy)
         self.entry: Entry = self.family.entry(self)
 
     @property
@@ -70,6 +75,8 @@ class Session:
 
     def new_state(self) -> ForwardState:
         """Forget what this thread's forward knew."""
+        for layer in self.layers:
+            layer.leave()
         self._current.state = ForwardState()
         return self._current.state
 
@@ -78,7 +85,7 @@ class Session:
     def install(self) -> None:
         parts, plan = self.parts, self.plan
         try:
-            self.handles += self.entry.install()
+            self.handles += self.entry.install() + self.loss.install()
             decoder = parts.language_model
             self.handles += [
                 decoder.register_forward_pre_hook(self._language_model_input, with_kwargs=True),
@@ -109,18 +116,22 @@ class Session:
             raise
 
     def remove(self) -> None:
+        self.new_state()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.layers.clear()
         self.entry.remove()
-        self.new_state()
 
     def _install_decoder_layer(self, number: int, block: Block) -> None:
         stages = self.plan.decoder
-        before_layer = self._before_layer(number, block)
-        hooks = [block.module.register_forward_pre_hook(before_layer, with_kwargs=True)]
-        if type(self.family).deep is not Family.deep:
-            hooks.append(block.module.register_forward_hook(self._after_layer(number)))
+        deep = type(self.family).deep is not Family.deep
+        own = LayerHooks(
+            block.module, self._before_layer(number, block),
+            self._after_layer(number) if deep else None,
+        )  # fmt: skip
+        self.layers.append(own)
+        hooks = own.install()
         tapped = any(number in stage.taps for stage in stages)
         if tapped or any(number in stage.ahead for stage in stages):
             function = self._tap(number)
@@ -182,6 +193,7 @@ class Session:
         """Before the language model: choose what is left of the images, or prepare a step on a
         short cache. The model then makes masks and positions for the whole prompt."""
         self.entry.language_model_input(kwargs)
+        self._current.alive = None
         self._check_backend()
         state, cache = self.state, cache_in(kwargs)
         mask = kwargs.get("attention_mask")
@@ -217,6 +229,8 @@ class Session:
             default=len(self.parts.decoder_layers),
         )  # fmt: skip
         state.calls = calls
+        for layer in self.layers:
+            layer.enter()
         held = PrefillCache(past, real, native, source)
         state.prefill = PrefillPass(
             calls, self.plan.decoder, native, held, self.contracts,
@@ -273,7 +287,8 @@ class Session:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             if (prefill := self.state.prefill) is not None:
                 made = output[0] if isinstance(output, tuple) else output
-                prefill.transition(number, name, inputs.__dict__.pop("hidden"), made)
+                with torch.no_grad():  # scores need no gradient
+                    prefill.transition(number, name, inputs.__dict__.pop("hidden"), made)
 
         return before, after
 
@@ -296,28 +311,31 @@ class Session:
                 state.entered or [], state.selections or [],
             )
         )  # fmt: skip
-        return _right_aligned(output, prefill, state.layout)
+        if prefill.sequence is prefill.native:
+            return self._right_aligned(output, state.layout)
+        self._current.alive = Alive(prefill.cache.users(prefill.sequence.column))
+        return None
+
+    def _right_aligned(self, output: Any, layout: PromptLayout) -> Any:
+        """The language model's output with padding at the left, as it is where something was
+        dropped: the last hidden state of a row is that of its last token."""
+        if bool(layout.valid[:, -1].all()):  # host tensors
+            return None
+        length = layout.valid.shape[1]
+        key = torch.where(layout.valid, torch.arange(length), -1)
+        index = key.sort(dim=1, stable=True).indices
+        hidden = output[0]
+        self._current.alive = Alive(key.gather(1, index), back=index.argsort(1))
+        index = index.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
+        aligned = hidden.gather(1, index)
+        if isinstance(output, tuple):
+            return (aligned, *output[1:])
+        output.last_hidden_state = aligned
+        return output
 
 
 def _never() -> bool:
     return False
-
-
-def _right_aligned(output: Any, prefill: PrefillPass, layout: PromptLayout) -> Any:
-    """The language model's output with padding at the left, as it is where something was dropped:
-    the last hidden state of a row is that of its last token."""
-    if prefill.sequence is not prefill.native or bool(layout.valid[:, -1].all()):  # host tensors
-        return None
-    length = layout.valid.shape[1]
-    key = torch.where(layout.valid, torch.arange(length), -1)
-    index = key.sort(dim=1, stable=True).indices
-    hidden = output[0]
-    index = index.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[2])
-    aligned = hidden.gather(1, index)
-    if isinstance(output, tuple):
-        return (aligned, *output[1:])
-    output.last_hidden_state = aligned
-    return output
 
 
 def _check_finite(finite: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokprune.engine.contracts import ImageTokens, Selection
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import ImageRecord
+from tokprune.engine.labels import Alive
 from tokprune.engine.layer_calls import LayerCalls
 from tokprune.engine.model import ImageLayout, Tiles
 from tokprune.engine.observed import ObservedPass
@@ -69,3 +70,5 @@ class CurrentState(threading.local):
 
     def __init__(self) -> None:
         self.state = ForwardState()
+        #: what is left of the prompt of the newest forward, None: all of it in its place
+        self.alive: Alive | None = None

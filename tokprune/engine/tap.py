@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokprune.engine.compat import AttentionInterface
@@ -139,7 +140,9 @@ def _tapped_attention(
         scaling=scaling, **kwargs,
     )  # fmt: skip
     if call is not None:
-        tap.function(call)
+        # scores need no gradient; and what is recomputed for one (checkpointing) reads nothing
+        with torch.no_grad():
+            tap.function(call)
     return result
 
 

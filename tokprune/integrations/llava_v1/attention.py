@@ -95,4 +95,5 @@ class ProjectionTap:
         if self.wanted():
             call = attention_call(module, self.seen.q, self.seen.k, self.seen.v, kwargs)
             self.seen.__dict__.clear()
-            self.function(call)
+            with torch.no_grad():  # scores need no gradient
+                self.function(call)

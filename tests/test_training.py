@@ -1,0 +1,129 @@
+"""Training on compressed prompts: loss at the tokens that are left, gradients, checkpointing."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from family_cases import FAMILIES, METHODS, SHAPES, case_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune.errors import UnsupportedModelError
+from tokprune.methods import make_method
+from tokprune.testing import Case
+from tokprune.testing.numbering import prompt_positions
+
+IGNORED = -100
+#: tokens from here on stand for images, or for their ends and breaks
+SPECIAL = 90
+PLACES = ["llava-1.5", "llava-next", "qwen2.5-vl", "gemma3"]
+
+
+def labels_of(inputs: dict[str, Tensor]) -> Tensor:
+    """The text of every row, as a training script masks it: no image, no padding."""
+    ids = inputs["input_ids"]
+    return ids.masked_fill((ids >= SPECIAL) | (inputs["attention_mask"] == 0), IGNORED)
+
+
+def given(case: Case, side: str = "left") -> dict[str, Any]:
+    inputs = case.inputs(pad_side=side)
+    return {**inputs, **prompt_positions(case.model, inputs)}
+
+
+def expected(logits: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the tokens that are left, row by row and token by token."""
+    total: list[Tensor] = []
+    for b, row in enumerate(columns.tolist()):
+        real = [i for i, c in enumerate(row) if c >= 0]
+        for before, now in itertools.pairwise(real):
+            label = int(labels[b, row[now]])
+            if label != IGNORED:
+                total.append(-F.log_softmax(logits[b, before].float(), -1)[label])
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_that_of_the_tokens_left(family: str, side: str) -> None:
+    case = case_of("random", family, SHAPES["ragged"])
+    inputs = given(case, side)
+    labels = labels_of(inputs)
+    with torch.no_grad(), case.compress() as trace:
+        out = case.model(**inputs, labels=labels)
+        first = case.model(**inputs, labels=labels, return_dict=False)[0]
+    assert trace.last is not None
+    want = expected(out.logits, trace.last.layers[-1].column, labels)
+    assert out.loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert next(iter(out.keys())) == "loss"
+    assert torch.equal(first, out.loss)
+    assert "_loss_function" not in case.model.__dict__
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_of_everything_is_that_of_the_unpatched_model(family: str, side: str) -> None:
+    case = case_of(make_method("random", keep=1.0), family, SHAPES["ragged"])
+    inputs = given(case, side)
+    labels = labels_of(inputs)
+    with torch.no_grad():
+        want = case.model(**inputs, labels=labels).loss
+        with case.compress():
+            got = case.model(**inputs, labels=labels).loss
+    assert torch.equal(got, want)
+
+
+def gradients(case: Case, inputs: dict[str, Any], checkpointing: bool | None) -> dict[str, Tensor]:
+    """Gradients by parameter, after a backward pass from the loss. ``checkpointing``: whether it is
+    reentrant, None: none."""
+    model = case.model
+    model.train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        if checkpointing:
+            model.enable_input_require_grads()
+    try:
+        with case.compress():
+            loss = model(**inputs, labels=labels_of(inputs), use_cache=False).loss
+        loss.backward()  # after the block: nothing of a patch is needed there
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    finally:
+        model.zero_grad(set_to_none=True)
+        if checkpointing is not None:
+            model.gradient_checkpointing_disable()
+            if checkpointing:
+                model.disable_input_require_grads()
+        model.eval()
+
+
+def compared(case: Case, checkpointing: bool) -> None:
+    inputs = given(case)
+    try:
+        want = gradients(case, inputs, None)
+    except (UnsupportedModelError, ValueError) as refusal:
+        pytest.skip(str(refusal))
+    got = gradients(case, inputs, checkpointing)
+    assert len(want) > 20
+    assert got.keys() == want.keys()
+    for name, own in want.items():
+        assert torch.isfinite(own).all(), name
+        torch.testing.assert_close(got[name], own, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", PLACES)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "evs"])
+def test_checkpointing_gives_the_same_gradients(method: str, family: str) -> None:
+    compared(case_of(method, family, SHAPES["ragged"]), checkpointing=False)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in PLACES])
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_checkpointing_on_all_families(method: str, family: str) -> None:
+    compared(case_of(method, family, SHAPES["ragged"]), checkpointing=False)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv", "transprune", "visionzip", "tome"])
+def test_reentrant_checkpointing(method: str) -> None:
+    compared(case_of(method, "llava-1.5", SHAPES["ragged"]), checkpointing=True)
