@@ -67,12 +67,12 @@ class LossHooks:
 
     ``model.loss_function`` of transformers is no module that a hook could reach: while such a
     forward runs, an attribute of this one model stands before it. A class with a loss of its own
-    gets the usual one, of labels that were taken out of the call (``takes``: at once, or by whoever
-    prepares its prompts).
+    gets the usual one, of labels that were taken out of the call: at once, or by who makes
+    embeddings of its prompts (``late``).
     """
 
-    def __init__(self, model: Any, alive: Callable[[], Alive | None], takes: bool = True) -> None:
-        self.model, self.alive, self.takes = model, alive, takes
+    def __init__(self, model: Any, alive: Callable[[], Alive | None], late: bool = False) -> None:
+        self.model, self.alive, self.late = model, alive, late
         forward = inspect.unwrap(type(model).forward)
         self.arguments = list(inspect.signature(forward).parameters)[1:]
         self.asks = "loss_function" in forward.__code__.co_names
@@ -86,12 +86,16 @@ class LossHooks:
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
-    def take(self, labels: Tensor | None) -> None:
-        """Keep labels [B, L] that the model must not see, until its forward ends."""
+    def take(self, labels: Tensor | None) -> Tensor | None:
+        """Keep labels [B, L] from the forward that runs, until it ends; gives them back where none
+        does."""
+        if not getattr(self.thread, "runs", False):
+            return labels
         self.thread.labels = labels
+        return None
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.take(None)
+        self.thread.runs, self.thread.labels = True, None
         call = {**dict(zip(self.arguments, args)), **kwargs}
         labels = call.get("labels")
         if labels is None and call.get("shift_labels") is None:
@@ -99,7 +103,7 @@ class LossHooks:
         if self.asks:
             self.thread.before = self.model.__dict__.get(_FUNCTION)
             self.model.__dict__[_FUNCTION] = functools.partial(self._loss, self.thread.before)
-        elif self.takes and labels is not None:
+        elif labels is not None and (not self.late or call.get("inputs_embeds") is not None):
             mask = call.get("attention_mask")
             self.take(labels if mask is None else labels.masked_fill(mask == 0, IGNORED))
             return (), {**call, "labels": None}
@@ -121,8 +125,8 @@ class LossHooks:
                 del self.model.__dict__[_FUNCTION]
             else:
                 self.model.__dict__[_FUNCTION] = before
-        labels = getattr(self.thread, "labels", None)
-        self.take(None)
+        labels = self.thread.__dict__.pop("labels", None)
+        self.thread.runs = False
         if labels is None or output is None:
             return None
         logits = output[0] if isinstance(output, tuple) else output.logits

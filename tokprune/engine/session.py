@@ -65,7 +65,7 @@ class Session:
         }
         self.compact = all(p == "compact" for p in positions)
         self.spatial = all(stage.order == "spatial" for stage in reducing)
-        self.loss = LossHooks(self.model, lambda: self._current.alive, not self.family.legacy)
+        self.loss = LossHooks(self.model, lambda: self._current.alive, self.family.legacy)
         self.entry: Entry = self.family.entry(self)
 
     @property

@@ -19,7 +19,7 @@ from tokprune.engine.images import ImageRecord
 from tokprune.engine.masks import backend_of
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.session import Session
-from tokprune.errors import PromptMismatchError
+from tokprune.errors import PromptMismatchError, UnsupportedModelError
 from tokprune.integrations.llava_v1.attention import longer_tables
 from tokprune.integrations.llava_v1.packing import pack
 
@@ -123,7 +123,7 @@ class PrepareEntry(Entry):
         setattr(embeds, _ATTRIBUTE, prompt)
         if self.generations:
             self.generations[-1].prompt = prompt
-        return result
+        return (*result[:5], self.session.loss.take(result[5]))
 
     def language_model_input(self, kwargs: dict[str, Any]) -> None:
         state = self.session.new_state()
@@ -132,6 +132,13 @@ class PrepareEntry(Entry):
             embeds = kwargs["inputs_embeds"]
             past = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
             self.admit(self._layout(embeds, mask, past), mask, cache)
+        decoder = self.parts.language_model
+        if decoder.gradient_checkpointing and decoder.training and state.layout is not None:
+            raise UnsupportedModelError(
+                "gradient checkpointing of transformers 4.37 computes a layer twice, hooks and all; "
+                "switch it off (model.gradient_checkpointing_disable()), or fine-tune the model in "
+                "transformers' own classes"
+            )
         wants_maps = kwargs.get("output_attentions")
         if wants_maps is None:
             wants_maps = self.parts.language_model.config.output_attentions
