@@ -135,7 +135,7 @@ class PrepareEntry(Entry):
         decoder = self.parts.language_model
         if decoder.gradient_checkpointing and decoder.training and state.layout is not None:
             raise UnsupportedModelError(
-                "gradient checkpointing of transformers 4.37 computes a layer twice, hooks and all; "
+                "gradient checkpointing of transformers 4.37 computes layers twice, hooks and all; "
                 "switch it off (model.gradient_checkpointing_disable()), or fine-tune the model in "
                 "transformers' own classes"
             )
