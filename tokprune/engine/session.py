@@ -12,6 +12,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
+from tokprune.engine.compiling import Uncompiled
 from tokprune.engine.contracts import Plan
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
@@ -53,6 +54,7 @@ class Session:
         self.handles: list[Any] = []
         #: those of the decoder's layers
         self.layers: list[LayerHooks] = []
+        self._uncompiled: Uncompiled | None = None
         self._current = CurrentState()
         #: made by compress(), not by patch()
         self.nested = False
@@ -111,12 +113,16 @@ class Session:
                 self.handles.append(module.register_forward_hook(self._rotary, with_kwargs=True))
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
+            self._uncompiled = Uncompiled(self.model, self.handles)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         self.new_state()
+        if self._uncompiled is not None:
+            self._uncompiled.release()
+            self._uncompiled = None
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -1,0 +1,153 @@
+"""``torch.compile`` and patches, in any order: the compressed result, never an earlier one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from family_cases import SHAPES, case_of
+from torch import Tensor
+
+import tokprune
+from tokprune.methods import make_method
+from tokprune.testing import Case, assert_same_logits
+from tokprune.testing.case import GREEDY
+
+METHODS = ["divprune", "fastv", "visionzip", "tome", "transprune", "sparsevlm-recycled", "todre"]
+FAMILIES = ["llava-1.5", "llava-next", "qwen2.5-vl", "gemma3"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs).logits  # type: ignore[no-any-return]
+
+
+def whole(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def decoder(model: Any) -> Any:
+    model.model.language_model.compile(backend="eager")
+    return model
+
+
+def layers(model: Any) -> Any:
+    for layer in model.model.language_model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+def tower(model: Any) -> Any:
+    model.model.vision_tower.compile(backend="eager")
+    return model
+
+
+WAYS = {"whole": whole, "in place": in_place, "decoder": decoder, "layers": layers, "tower": tower}
+
+
+def case_on_own_model(method: str, family: str = "llava-1.5") -> Case:
+    case = case_of(method, family, SHAPES["ragged"])
+    return case.having(model=copy.deepcopy(case.model))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_and_run_before_the_patch(method: str, way: str) -> None:
+    case = case_on_own_model(method)
+    check(case, WAYS[way], first=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patched_and_run_before_compiling(method: str) -> None:
+    check(case_on_own_model(method), whole, first=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_other_families(method: str, family: str) -> None:
+    check(case_on_own_model(method, family), whole, first=True)
+
+
+def check(case: Case, compiled: Callable[[Any], Any], first: bool) -> None:
+    inputs = case.inputs()
+    plain = logits(case.model, inputs)
+    with case.compress() as trace:
+        want = logits(case.model, inputs)
+        counts = trace.last and trace.last.layers[-1].counts
+    assert want.shape != plain.shape
+    if first:
+        fast = compiled(case.model)
+        assert_same_logits(logits(fast, inputs), plain)
+    with case.compress() as trace:
+        if not first:
+            logits(case.model, inputs)
+            fast = compiled(case.model)
+            trace.clear()
+        for _ in range(2):
+            assert_same_logits(logits(fast, inputs), want)
+            assert trace.last is not None
+            assert trace.last.layers[-1].counts == counts
+    assert_same_logits(logits(fast, inputs), plain)
+
+
+def test_one_patch_after_the_other() -> None:
+    case = case_on_own_model("divprune")
+    inputs, fast = case.inputs(), whole(case.model)
+    for method, options in (("divprune", {"keep": 5}), ("random", {"keep": 3}), ("fastv", {})):
+        made = make_method(method, **options)
+        with tokprune.compress(copy.deepcopy(case.model), made):
+            pass
+        plain = copy.deepcopy(case.model)
+        with tokprune.compress(plain, made):
+            want = logits(plain, inputs)
+        tokprune.patch(case.model, made)
+        assert_same_logits(logits(fast, inputs), want)
+    tokprune.unpatch(case.model)
+    assert_same_logits(logits(fast, inputs), logits(plain, inputs))
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_generate(method: str) -> None:
+    case = case_on_own_model(method)
+    inputs = case.inputs()
+    with case.compress():
+        want = case.model.generate(**inputs, **GREEDY)
+    plain = case.model.generate(**inputs, **GREEDY)
+    case.model.compile(backend="eager")
+    assert torch.equal(case.model.generate(**inputs, **GREEDY), plain)
+    with case.compress():
+        assert torch.equal(case.model.generate(**inputs, **GREEDY), want)
+    assert torch.equal(case.model.generate(**inputs, **GREEDY), plain)
+
+
+def test_a_full_graph_is_refused_with_the_reason() -> None:
+    case = case_on_own_model("divprune")
+    fast = torch.compile(case.model, backend="eager", fullgraph=True)
+    with case.compress(), pytest.raises(Exception, match="tokprune"):
+        logits(fast, case.inputs())
+
+
+def test_forward_is_the_models_again() -> None:
+    case = case_on_own_model("fastv")
+    mine = lambda *args, **kwargs: type(case.model).forward(case.model, *args, **kwargs)  # noqa: E731
+    case.model.forward = mine
+    with case.compress():
+        assert case.model.forward is not mine
+    assert case.model.forward is mine
+    changed = [m for m in case.model.modules() if "forward" in m.__dict__]
+    assert changed == [case.model]

@@ -1,0 +1,69 @@
+"""``torch.compile`` of patched models, in any order.
+
+A graph that was made before a patch knows nothing of its hooks, and never looks for new ones. But
+it does look whether a ``forward`` of its own stands before a module's. So every module with hooks
+gets one, which the compiler does not trace: the module is called from Python, hooks and all, and
+what is inside is compiled as before. The hooks themselves are not compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+_WHY = "tokprune's hooks work here"
+
+
+class Uncompiled:
+    """The modules of ``model`` that ``handles`` of hooks belong to, from here to
+    :meth:`release`."""
+
+    def __init__(self, model: nn.Module, handles: Iterable[Any]) -> None:
+        ours: dict[int, list[int]] = {}  # numbers of hooks by the dict that they are in
+        for handle in (h for own in handles for h in getattr(own, "handles", (own,))):
+            if (hooks := getattr(handle, "hooks_dict_ref", lambda: None)()) is not None:
+                hooks[handle.id] = torch.compiler.disable(hooks[handle.id], reason=_WHY)
+                ours.setdefault(id(hooks), []).append(handle.id)
+        self._before: list[tuple[nn.Module, Any, Any]] = []
+        for module in model.modules():
+            if id(module._forward_pre_hooks) in ours or id(module._forward_hooks) in ours:
+                before, forward = module.__dict__.get("forward"), _visible(module)
+                module.__dict__["forward"] = forward
+                self._before.append((module, before, forward))
+
+    def release(self) -> None:
+        for module, before, forward in self._before:
+            if module.__dict__.get("forward") is not forward:
+                continue  # somebody has put another one before it
+            del module.__dict__["forward"]
+            if before is not None:
+                module.__dict__["forward"] = before
+        self._before.clear()
+
+
+def _visible(module: nn.Module) -> Callable[..., Any]:
+    """A module's ``forward`` that the compiler sees and does not enter."""
+    before = module.__dict__.get("forward")
+    if before is None:
+        cls: Any = type(module)
+        return types.MethodType(_of_class(cls), module)
+
+    @functools.wraps(before)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return before(*args, **kwargs)
+
+    return torch.compiler.disable(forward, recursive=False, reason=_WHY)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _of_class(cls: Any) -> Callable[..., Any]:
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs)
+
+    return torch.compiler.disable(forward, recursive=False, reason=_WHY)  # type: ignore[no-any-return]
