@@ -7,7 +7,7 @@ import binascii
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -100,7 +100,7 @@ def opened(source: Source, name: str) -> Iterator[Image.Image]:
 # ---------------------------------------------------------------------------------- sources
 
 _URL = re.compile(r"(?!data:)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]*={0,2}\s*")
 #: shorter text is no image in base64, but may well be the name of a file
 _SHORTEST = 36
 
@@ -114,6 +114,8 @@ def _stream(source: Any) -> IO[bytes]:
         if isinstance(data, bytes):
             return io.BytesIO(data)
         raise PictureError("the file is open as text; open it with mode 'rb'")
+    if isinstance(source, (str, PathLike)) and _URL.match(str(source)):
+        raise PictureError("an address, and nothing is fetched; download it and give the file")
     if isinstance(source, str):
         data = _embedded(source)
         if data is not None:
@@ -130,20 +132,18 @@ def _file(path: Path) -> IO[bytes]:
     try:
         if path.is_file():
             return path.open("rb")
-        if path.is_dir():
-            raise PictureError("a folder; it should be an image file")
-    except (OSError, ValueError) as error:  # too long for a name; a null character
+        missing = not path.exists()
+        folder = path.is_dir()
+    except (OSError, ValueError) as error:  # not allowed; too long for a name; a null character
         said = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, PictureError):
-            raise
         raise PictureError(f"cannot be read ({said})") from None
-    raise PictureError("no such file")
+    if missing:
+        raise PictureError("no such file")
+    raise PictureError(f"{'a folder' if folder else 'not a plain file'}; it should be an image")
 
 
 def _embedded(text: str) -> bytes | None:
     """What a ``data:`` URL or base64 text holds; None for the name of a file."""
-    if _URL.match(text):
-        raise PictureError("a web address; nothing is fetched, so download the image and name it")
     if text[:5].lower() == "data:":
         form, comma, body = text[5:].partition(",")
         kind, *marks = (part.strip().lower() for part in form.split(";"))
@@ -207,11 +207,20 @@ def _unidentified(head: bytes, name: str) -> PictureError:
 
 # ---------------------------------------------------------------------------------- pixels
 
+#: of PNG files whose values Pillow scales to 8 bits, but not the one that means transparent
+_KEY_SCALES: dict[Any, Callable[[Any], Any]] = {
+    "L;2": lambda key: key * 85,
+    "L;4": lambda key: key * 17,
+    "RGB;16B": lambda key: tuple(value >> 8 for value in key),
+}
+
 
 def _seen(image: Image.Image) -> Image.Image:
     """A new image, RGB and upright."""
     from PIL import Image
 
+    tiles = getattr(image, "tile", None)  # none once it is loaded
+    raw = tiles[0][3] if tiles else None
     image.load()
     turn = _turn(image)
     plain = image
@@ -219,6 +228,9 @@ def _seen(image: Image.Image) -> Image.Image:
         plain = image.convert("LA")
     elif image.mode.startswith(("I", "F")):
         plain = _grey(image)
+    elif image.format == "PNG" and raw in _KEY_SCALES and "transparency" in image.info:
+        plain = image.copy()
+        plain.info["transparency"] = _KEY_SCALES[raw](image.info["transparency"])
     if plain.has_transparency_data:
         plain = plain.convert("RGBA")
         plain = Image.alpha_composite(Image.new("RGBA", plain.size, "white"), plain)
