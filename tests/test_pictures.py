@@ -486,6 +486,8 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>'
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC; save it as JPEG or PNG"),
         (b"\0\0\0\x18ftypisom\0\0\2\0isom", "not an image that Pillow can read"),
         (b"\x1a\x45\xdf\xa3" + bytes(60), "not an image that Pillow can read"),
+        (b"\0\0\1\xb3\x16\0\xf0\x14" + bytes(60), "not an image that Pillow can read"),  # MPEG
+        (b"\x89HDF\r\n\x1a\n" + bytes(60), "not an image that Pillow can read"),
         (b"\x89PNG\r\n\x1a\n", "cut off or damaged"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "cut off or damaged"),
     ],

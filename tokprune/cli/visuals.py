@@ -74,7 +74,8 @@ def open_video(source: str | Path, frames: int, fps: float = 2.0) -> Clip:
 def named(option: str, source: str | Path) -> str:
     """What error texts call an image or a video."""
     text = str(source)
-    return f"{option} {text if len(text) <= 200 else text[:60] + '…'}"
+    text = text if text.isprintable() else repr(text)
+    return f"{option} {text if len(text) <= 300 else text[:60] + '…'}"
 
 
 def _film(path: Path, frames: int) -> Clip:

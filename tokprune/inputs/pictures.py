@@ -59,7 +59,7 @@ def read_picture(source: Source, name: str) -> Image.Image:
 def opened(source: Source, name: str) -> Iterator[Image.Image]:
     """The image as Pillow opens it, closed at the end; whatever goes wrong with it until then is
     raised as a :class:`PictureError`."""
-    from PIL import Image
+    from PIL import Image, ImageFile
 
     head = b""
     try:
@@ -75,7 +75,9 @@ def opened(source: Source, name: str) -> Iterator[Image.Image]:
                 file.seek(0)
                 with Image.open(file) as image:
                     if image.format == "EPS":  # Pillow would start another program, Ghostscript
-                        raise PictureError("a PostScript drawing; save it as PNG or JPEG")
+                        raise PictureError(_POSTSCRIPT)
+                    if isinstance(image, ImageFile.StubImageFile) or image.format == "MPEG":
+                        raise UnknownFormatError(_UNKNOWN)  # Pillow knows their names only
                     yield image
     except PictureError as error:
         said = str(error)
@@ -177,32 +179,33 @@ def _decoded(text: str) -> bytes | None:
 
 # -------------------------------------------------------------------------- what it is instead
 
+_UNKNOWN = "not an image that Pillow can read"
+_POSTSCRIPT = "not an image of pixels but a PostScript drawing; save it as PNG or JPEG"
 _PICTURE = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftypavif|\0\0\0\x0cjP|\xff\x4f"
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM.{4}\0{4}|II\*\0|MM\0\*|....ftypavif|\0\0\0\x0cjP|\xff\x4f"
     rb"|P[1-6]\s", re.DOTALL,
 )  # fmt: skip
 _OTHERS = (
     (rb"\A\Z", "the file is empty"),
     (_PICTURE.pattern, "the image is cut off or damaged"),
-    (rb"\s*(<\?xml.*?)?(<!--.*?-->\s*)?(<!doctype\s+svg.*?)?<svg",
+    (rb"(?i)\s*(<\?xml.*?)?(<!--.*?-->\s*)?(<!doctype\s+svg.*?)?<svg",
      "not an image of pixels but an SVG drawing; save it as PNG or JPEG"),
-    (rb"\s*<(!doctype html|html|head|body)", "not an image but a web page"),
+    (rb"(?i)\s*<(!doctype html|html|head|body)", "not an image but a web page"),
     (rb"version https://git-lfs", "not an image but a pointer of Git LFS; run 'git lfs pull'"),
     (rb"%PDF", "not an image but a PDF; save its page as PNG or JPEG"),
-    (rb"%!PS", "not an image of pixels but a PostScript drawing; save it as PNG or JPEG"),
-    (rb"....ftyp(hei|hev|mif1|msf1)",
-     "not an image that Pillow can read but HEIC; save it as JPEG or PNG"),
+    (rb"%!PS", _POSTSCRIPT),
+    (rb"....ftyp(hei|hev|mif1|msf1)", f"{_UNKNOWN} but HEIC; save it as JPEG or PNG"),
 )  # fmt: skip
 
 
 def _unidentified(head: bytes, name: str) -> PictureError:
     plain = head.removeprefix(b"\xef\xbb\xbf")
     for pattern, what in _OTHERS:
-        if re.match(pattern, plain, re.DOTALL | re.IGNORECASE):
+        if re.match(pattern, plain, re.DOTALL):
             return PictureError(f"{name}: {what}")
     if not re.search(rb"[\0-\x08\x0e-\x1f]", head):
         return PictureError(f"{name}: not an image but text")
-    return UnknownFormatError(f"{name}: not an image that Pillow can read")
+    return UnknownFormatError(f"{name}: {_UNKNOWN}")
 
 
 # ---------------------------------------------------------------------------------- pixels
