@@ -13,8 +13,8 @@ import tiny_processor
 from PIL import Image
 
 from tokprune.cli import app
-from tokprune.cli.app import BadInput
 from tokprune.cli.visuals import open_image, open_video
+from tokprune.errors import PictureError
 
 
 def frame(number: int, side: int = 24) -> Image.Image:
@@ -105,5 +105,5 @@ def test_bad_videos_are_refused_in_one_line(run: Any, home: Path, tmp_path: Path
     assert "needs an --image or a --video" in refused(
         "--overlay", tmp_path / "x.png", "--method", "evs", "--keep", 12
     )
-    with pytest.raises(BadInput, match=r"--image .*: no such file$"):
+    with pytest.raises(PictureError, match=r"--image .*: no such file$"):
         open_image(tmp_path / "none.png")

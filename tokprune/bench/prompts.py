@@ -12,6 +12,8 @@ from torch import Tensor
 from tokprune.bench.pictures import marks as marks_of
 from tokprune.bench.pictures import picture
 from tokprune.families import family_of
+from tokprune.inputs.pictures import read_picture
+from tokprune.inputs.pixel_limits import check_shape
 from tokprune.inputs.prompts import prompt_text
 
 if TYPE_CHECKING:
@@ -43,17 +45,18 @@ def encode(model: Any, image: Image.Image | None = None, processor: Any = None) 
 
     Args:
         model: a supported model.
-        image: any mode.
+        image: any mode; turned as its EXIF data say.
         processor: the model's own; None: CLIP's preprocessing at the tower's size, or what
             :mod:`tokprune.bench.pictures` knows.
 
     Raises:
         ValueError: no processor, and a model that needs one.
     """
-    image = default_image() if image is None else image.convert("RGB")
+    image = default_image() if image is None else read_picture(image, "image")
     family = family_of(model)
     parts = family.parts(model)
     if processor is not None:
+        check_shape(processor, image, "image")
         text = prompt_text(processor, _FILLER)
         processed = processor(images=[image], text=[text], return_tensors="pt")
         ids = processed["input_ids"]
@@ -69,11 +72,13 @@ def encode(model: Any, image: Image.Image | None = None, processor: Any = None) 
         return EncodedImage(_inputs(processed), ids[0, first : last + 1], int(visual.sum()), marks)
     facts = family.facts(model, parts)
     if facts.tower is None:
-        inputs, own = picture(model, family.name, image)
-        ids = torch.tensor(own)
-        tokens = own.count(parts.image_token_id)
+        inputs, listed = picture(model, family.name, image)
+        ids = torch.tensor(listed)
+        tokens = listed.count(parts.image_token_id)
         return EncodedImage(inputs, ids, tokens, marks_of(model, family.name, ids))
-    inputs = _inputs(_image_processor(model)(images=[image], return_tensors="pt"))
+    own = _image_processor(model)
+    check_shape(own, image, "image")
+    inputs = _inputs(own(images=[image], return_tensors="pt"))
     layouts = family.images(parts, facts, inputs)
     assert isinstance(layouts, list)
     tokens = len(layouts[0].packed)

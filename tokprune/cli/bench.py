@@ -16,7 +16,7 @@ from tokprune.cli.app import BadInput, app
 from tokprune.cli.console import console
 from tokprune.cli.model import load_model, place_of, quiet
 from tokprune.cli.values import Device, Dtype, parse_keep, parse_list, parse_numbers
-from tokprune.cli.visuals import open_image
+from tokprune.cli.visuals import named, open_image
 
 
 class Clock(str, Enum):
@@ -44,7 +44,9 @@ def bench(
     text_tokens: Annotated[
         str, typer.Option(help="Text lengths of the grid, the image's tokens come on top.")
     ] = "32,256",
-    image: Annotated[Path | None, typer.Option(help="Image (default: made in code).")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Image (default: made in code).")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
     dtype: Annotated[
         Dtype,
@@ -85,6 +87,7 @@ def bench(
     from tokprune.bench.table import tables
     from tokprune.engine.masks import check_backend
     from tokprune.eval.sweep.progress import Bar, Progress
+    from tokprune.inputs.pixel_limits import check_shape
 
     check_backend(attention, "model")
     place = place_of(device)
@@ -105,6 +108,8 @@ def bench(
     else:
         assert model is not None
         loaded, processor = load_model(model, place, dtype, attn_implementation=attention)
+        if image is not None and opened is not None:
+            check_shape(processor, opened, named("--image", image))
     with Bar() if sys.stderr.isatty() else Progress() as progress:
         result = run(
             loaded,

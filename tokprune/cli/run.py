@@ -12,7 +12,7 @@ from tokprune.cli.app import BadInput, app
 from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
 from tokprune.cli.model import load_model, place_of
 from tokprune.cli.values import Device, Dtype
-from tokprune.cli.visuals import open_image, open_video
+from tokprune.cli.visuals import named, open_image, open_video
 
 MinPixels = Annotated[
     int | None,
@@ -38,12 +38,19 @@ def run(
             "first."
         ),
     ],
-    image: Annotated[list[Path] | None, typer.Option(help="Image; repeat for several.")] = None,
-    video: Annotated[
-        list[Path] | None,
+    image: Annotated[
+        list[str] | None,
         typer.Option(
+            metavar="PATH",
+            help="Image, upright as its EXIF data say, transparency on white; repeat for several.",
+        ),
+    ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
             help="Video, for models that take any: a film (with the extra 'film'), a folder of "
-            "frames, or an animated image; repeat for several."
+            "frames, or an animated image; repeat for several.",
         ),
     ] = None,
     frames: Annotated[
@@ -85,6 +92,7 @@ def run(
     loaded, processor = load_model(
         model, place_of(device), dtype, chosen, min_pixels=min_pixels, max_pixels=max_pixels
     )
+    _check_shapes(processor, [*zip(image or [], images)], [*zip(video or [], clips)])
     if clips:
         _check_videos(model, loaded, processor, clips)
     result: dict[str, Any] = {"method": None if chosen is None else repr(chosen)}
@@ -124,6 +132,18 @@ def _check_target(path: Path) -> None:
         raise BadInput(f"--overlay {path}: unknown image format; use for example .png")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"--overlay {path}: no such folder")
+
+
+def _check_shapes(
+    processor: Any, images: list[tuple[str, Any]], clips: list[tuple[str, Any]]
+) -> None:
+    """Whether the processor can take images and videos of these shapes."""
+    from tokprune.inputs.pixel_limits import check_shape
+
+    for path, image in images:
+        check_shape(processor, image, named("--image", path))
+    for path, clip in clips:
+        check_shape(processor, clip.frames[0], named("--video", path), video=True)
 
 
 def _check_videos(name: str, model: Any, processor: Any, clips: list[Any]) -> None:

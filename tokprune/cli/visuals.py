@@ -2,60 +2,80 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokprune.cli.app import BadInput
+from tokprune.inputs.pictures import UnknownFormatError, opened, read_picture
 
 if TYPE_CHECKING:
     from tokprune.inputs.clips import Clip
 
 
-def open_image(path: Path, option: str = "--image") -> Any:
-    """An image file, RGB.
+def open_image(source: str | Path, option: str = "--image") -> Any:
+    """An image, RGB and upright.
+
+    Args:
+        source: the path of a file, or a ``data:`` URL.
+        option: that it was given to.
 
     Raises:
-        BadInput: no such file, or not an image.
+        PictureError: names option and source.
     """
-    return _open(path, option).convert("RGB")
+    return read_picture(source, named(option, source))
 
 
-def open_video(path: Path, frames: int, fps: float = 2.0) -> Clip:
+def open_video(source: str | Path, frames: int, fps: float = 2.0) -> Clip:
     """Evenly spaced frames of a film, of a folder of images, in the order of their names, or of an
     animated image; all of them where there are no more.
 
     Args:
-        path: file or folder.
+        source: file or folder; hidden files of a folder are left out.
         frames: most frames.
         fps: frames a second of what does not say so itself.
 
     Raises:
-        BadInput: no such file or folder, no image or film, frames of different size, or a film
-            without the package that reads films.
+        BadInput, PictureError: no such file or folder, no image or film, frames of different size,
+            or a film without the package that reads films.
     """
-    from PIL import ImageSequence
-
     from tokprune.inputs.clips import Clip, evenly_spaced
 
-    if path.is_dir():
-        names = sorted((p for p in path.iterdir() if p.is_file()), key=lambda p: _natural(p.name))
+    path, name = Path(source), named("--video", source)
+    if ":" not in str(source) and not os.path.exists(source):
+        raise BadInput(f"{name}: no such file or folder")
+    if os.path.isdir(source):
+        names = sorted(
+            (p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")),
+            key=lambda p: _natural(p.name),
+        )
         if not names:
-            raise BadInput(f"--video {path}: the folder holds no frames")
+            raise BadInput(f"{name}: the folder holds no frames")
         total = len(names)
         places = evenly_spaced(range(total), min(frames, total))
         chosen = [open_image(names[place], "--video") for place in places]
     else:
-        moving = _image(path, "--video")
-        if moving is None:
+        try:
+            with opened(source, name) as moving:
+                total = getattr(moving, "n_frames", 1)
+                places = evenly_spaced(range(total), min(frames, total))
+                chosen = []
+                for place in places:
+                    moving.seek(place)
+                    chosen.append(read_picture(moving, f"{name}, frame {place}"))
+        except UnknownFormatError:
             return _film(path, frames)
-        total = getattr(moving, "n_frames", 1)
-        places = evenly_spaced(range(total), min(frames, total))
-        shown = enumerate(ImageSequence.Iterator(moving))
-        chosen = [frame.convert("RGB") for number, frame in shown if number in places]
     if len({frame.size for frame in chosen}) > 1:
-        raise BadInput(f"--video {path}: its frames differ in size; they should be equal")
+        raise BadInput(f"{name}: its frames differ in size; they should be equal")
     return Clip(chosen, places, total, fps)
+
+
+def named(option: str, source: str | Path) -> str:
+    """What error texts call an image or a video."""
+    text = str(source)
+    text = text if text.isprintable() else repr(text)
+    return f"{option} {text if len(text) <= 300 else text[:60] + '…'}"
 
 
 def _film(path: Path, frames: int) -> Clip:
@@ -66,26 +86,6 @@ def _film(path: Path, frames: int) -> Clip:
     except (ImportError, ValueError) as error:
         hint = "" if isinstance(error, ImportError) else "; or give a folder of its frames"
         raise BadInput(f"--video {path}: {error}{hint}") from None
-
-
-def _image(path: Path, option: str) -> Any:
-    """An image file; None where Pillow cannot read it."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not path.is_file():
-        what = "file or folder" if option == "--video" else "file"
-        raise BadInput(f"{option} {path}: no such {what}")
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError:
-        return None
-
-
-def _open(path: Path, option: str) -> Any:
-    image = _image(path, option)
-    if image is None:
-        raise BadInput(f"{option} {path}: not an image that Pillow can read")
-    return image
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tokprune.engine.compat import RELEASE
 from tokprune.families import bind
 from tokprune.inputs.clips import Clip
+from tokprune.inputs.pixel_limits import check_shape
 
 #: what stands for an image or a video in a prompt, whatever the model's own word for it is
 _PORTABLE = {"image": "<image>", "video": "<video>"}
@@ -94,15 +95,20 @@ def model_inputs(
     Args:
         processor: of the model.
         texts: prompts (:func:`prompt_text`).
-        images: of every prompt its images; () where no prompt has any.
+        images: of every prompt its images, as :func:`tokprune.inputs.pictures.read_picture` gives
+            them; () where no prompt has any. They go to the processor as they are: processors do
+            not turn photos as their EXIF data say.
         videos: of every prompt its videos: clips, or lists of frames.
         model: what it takes and the processor leaves out is added (:func:`add_token_types`).
         padding: whether prompts of different lengths are padded.
 
     Raises:
         ImportError: these inputs need a package that is not installed.
-        ValueError: videos that cannot stand in one batch.
+        ValueError: videos that cannot stand in one batch; an image too long and thin to be
+            processed.
     """
+    for number, image in enumerate((image for own in images for image in own), 1):
+        check_shape(processor, image, f"image {number}")
     given: dict[str, Any] = {"images": None}
     if any(images):
         lists = type(processor).__name__ in _LISTS
@@ -112,6 +118,8 @@ def model_inputs(
     clips = [clip for own in videos for clip in own]
     if clips:
         given["videos"] = [clip.frames if isinstance(clip, Clip) else clip for clip in clips]
+        for number, frames in enumerate(given["videos"], 1):
+            check_shape(processor, frames[0], f"video {number}", video=True)
         if getattr(processor, "video_processor", None) is not None:
             # the frames are chosen already, and stood at known times
             given["do_sample_frames"] = False

@@ -51,8 +51,10 @@ def overlay(
 
     Args:
         trace: of the patched model.
-        image: the prompt's image, or the list of them in prompt order; for a video, the list of
-            the frames that the model saw (``[frames]`` where it is all there is).
+        image: the prompt's image, or the list of them in prompt order, as they were given to the
+            processor (it turns no photo as its EXIF data say, and neither does this; see
+            :func:`tokprune.inputs.pictures.read_picture`); for a video, the list of the frames
+            that the model saw (``[frames]`` where it is all there is).
         path: where to save (the suffix says the format), or None.
         row: batch row of the prompt.
         processor: the model's processor (or image processor), to show the part of the image

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tokprune.eval.benchmarks.base import Benchmark, Item
+from tokprune.inputs.pictures import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,16 +102,8 @@ class FileBenchmark(Benchmark):
         return [self._open(item, image) for image in self._images[item.id]]
 
     def _open(self, item: Item, image: _Image) -> Image.Image:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            source = io.BytesIO(image) if isinstance(image, bytes) else image
-            with Image.open(source) as opened:
-                return opened.convert("RGB")
-        except UnidentifiedImageError:
-            raise ValueError(
-                f"benchmark {self.path}, item {item.id!r}: not an image that Pillow can read"
-            ) from None
+        file = "" if isinstance(image, bytes) else f"{image.name} of "
+        return read_picture(image, f"benchmark {self.path}, {file}item {item.id!r}")
 
     def _item(self, entry: Any, where: str, hashes: dict[_Image, str]) -> tuple[Item, list[_Image]]:
         """One question and its image or frames; ``hashes`` gets the hashes of their bytes."""

@@ -13,6 +13,7 @@ from tokprune.eval.report.analysis import Analysis, Result
 from tokprune.eval.report.data import Point
 from tokprune.eval.report.document import Card, Exhibit, Gallery
 from tokprune.eval.report.statistics import CORRECT
+from tokprune.inputs.pictures import read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,11 +183,11 @@ def _shown(benchmark: Benchmark, item: Any, record: Mapping[str, Any]) -> Image.
     square, or all of it where an overlay ``record`` has a grid of its own."""
     grid = record.get("grid")
     if benchmark.media != "video":
-        image = benchmark.image(item).convert("RGB")
+        image = read_picture(benchmark.image(item), f"item {item.id!r}")
         return image if grid else _square(image)
     from PIL import Image
 
-    frames = [frame.convert("RGB") for frame in benchmark.video(item)]
+    frames = [read_picture(frame, f"item {item.id!r}") for frame in benchmark.video(item)]
     # the model may make one grid of several frames
     frames = frames[:: -(-len(frames) // record.get("frames", len(frames)))]
     if not grid or grid[0] == grid[1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.overlays import overlay_record
 from tokprune.eval.sweep.reduced_input import ReducedInput, blank, each
 from tokprune.eval.sweep.trials import Trial
+from tokprune.inputs.pictures import read_picture
 from tokprune.inputs.prompts import encode
 from tokprune.trace import Trace
 from tokprune.trace.costs import Numbers, traced_numbers, unpruned_numbers
@@ -48,7 +49,10 @@ class Batch:
         """Of every question its image, or the list of its frames."""
         video = self.benchmark.media == "video"
         visual_of = self.benchmark.video if video else self.benchmark.image
-        return [each(visual_of(item), lambda image: image.convert("RGB")) for item in self.items]
+        return [
+            each(visual_of(item), partial(read_picture, name=f"item {item.id!r}"))
+            for item in self.items
+        ]
 
     @cached_property
     def inputs(self) -> Any:

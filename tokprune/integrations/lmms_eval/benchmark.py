@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokprune.eval.benchmarks.base import Benchmark, Item
 from tokprune.eval.sweep.identity import digest
+from tokprune.inputs.pictures import opened
 from tokprune.integrations.lmms_eval.tasks.loading import LoadedTasks
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class LmmsBenchmark(Benchmark):
         images = visuals if isinstance(visuals, (list, tuple)) else [visuals]
         if len(images) != 1 or not hasattr(images[0], "convert"):
             raise ValueError(f"item {item.id!r}: has no single image")
-        image: Image.Image = images[0].convert("RGB")
-        return image
+        with opened(images[0], f"item {item.id!r}") as image:
+            return image.convert("RGB")  # as lmms-eval's models do: what they see
 
     @staticmethod
     def _item(name: str, task: Any, doc_id: int, doc: Mapping[str, Any]) -> Item:

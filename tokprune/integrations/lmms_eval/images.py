@@ -60,4 +60,5 @@ def _changed(image: Any, change: Change) -> Any:
         raise ValueError(
             f"control needs images, and this task gives {type(image).__name__}: {str(image)[:80]!r}"
         )
+    # the same pixels that lmms-eval's models get without a control, so nothing is turned here
     return change(image.convert("RGB"))
