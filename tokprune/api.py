@@ -13,20 +13,25 @@ from torch import nn
 from tokprune.engine.check import check_plan
 from tokprune.engine.contracts import ModelFacts, Plan
 from tokprune.engine.session import Session
-from tokprune.errors import AlreadyPatchedError, CompositionError
-from tokprune.families import bind
+from tokprune.errors import AlreadyPatchedError, CompositionError, UnsupportedModelError
+from tokprune.families import bind, unwrap
 from tokprune.methods.base import Method
 from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
 
-# A session is kept alive by the hooks it put on its model, and by nothing here: model and session
-# refer to each other and go together.
+# Sessions by the module that they are the way into: models that share it (shallow copies, other
+# heads) are patched together. A session is kept alive by the hooks it put on its model, and by
+# nothing here: model and session refer to each other and go together.
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def _session(model: nn.Module) -> Session | None:
-    reference = _sessions.get(model)
-    return None if reference is None else reference()
+def _session(model: Any) -> Session | None:
+    """The session of a model, wrapped or not."""
+    inner = unwrap(model)
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"model={model!r} should be a model, or hold one")
+    references = (_sessions[module] for module in inner.modules() if module in _sessions)
+    return next((session for own in references if (session := own()) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -138,17 +143,43 @@ def _start(
     plan = replace(plan, video_unit=made.video_unit)
     session = Session(bound, plan, Trace(repr(made)), validate)
     session.nested = nested
+    session.copied = lambda copy: _start(copy, made, {}, validate, nested=False)
+    _check_decoder(session)
     unpatch(model)
-    session.install()
-    _sessions[model] = weakref.ref(session)
+    _install(session)
     return session
+
+
+def _install(session: Session) -> None:
+    session.install()
+    _sessions[session.parts.multimodal] = weakref.ref(session)
+
+
+def _check_decoder(session: Session) -> None:
+    """Two sessions cannot drive the same decoder (towers and projectors they can share).
+
+    Raises:
+        AlreadyPatchedError: another patched model has the same language model.
+    """
+    own = session.parts
+    for reference in _sessions.values():
+        other = reference()
+        if other is None or other.parts.multimodal is own.multimodal:
+            continue
+        if other.parts.language_model is own.language_model:
+            raise AlreadyPatchedError(
+                f"the language model ({type(own.language_model).__name__}) of this "
+                f"{type(session.model).__name__} is also that of a {type(other.model).__name__} "
+                f"which is patched with {other.trace.method}; call tokprune.unpatch(...) on that "
+                "model first: only one of them can be patched at a time"
+            )
 
 
 def unpatch(model: nn.Module) -> None:
     """Take all hooks out. Does nothing for a model that is not patched."""
     session = _session(model)
-    _sessions.pop(model, None)
     if session is not None:
+        _sessions.pop(session.parts.multimodal, None)
         session.remove()
 
 
@@ -190,5 +221,4 @@ def compress(
         if _session(model) is session:
             unpatch(model)
             if outer is not None:
-                outer.install()
-                _sessions[model] = weakref.ref(outer)
+                _install(outer)
