@@ -19,9 +19,9 @@ from tokprune.methods.base import Method
 from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
 
-# Sessions by the module that they are the way into: models that share it (shallow copies, other
-# heads) are patched together. A session is kept alive by the hooks it put on its model, and by
-# nothing here: model and session refer to each other and go together.
+# Sessions by model, and by the module in it that they are the way into: models that share that one
+# (shallow copies, other heads) are patched together. A session is kept alive by the hooks it put on
+# its model, and by nothing here: model and session refer to each other and go together.
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
@@ -30,8 +30,8 @@ def _session(model: Any) -> Session | None:
     inner = unwrap(model)
     if not isinstance(inner, nn.Module):
         raise UnsupportedModelError(f"model={model!r} should be a model, or hold one")
-    references = (_sessions[module] for module in inner.modules() if module in _sessions)
-    return next((session for own in references if (session := own()) is not None), None)
+    references = (_sessions.get(module) for module in (inner, *inner.children()))
+    return next((session for own in references if own and (session := own())), None)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def _start(
 
 def _install(session: Session) -> None:
     session.install()
-    _sessions[session.parts.multimodal] = weakref.ref(session)
+    for module in (session.model, session.parts.multimodal):
+        _sessions[module] = weakref.ref(session)
 
 
 def _check_decoder(session: Session) -> None:
@@ -179,7 +180,8 @@ def unpatch(model: nn.Module) -> None:
     """Take all hooks out. Does nothing for a model that is not patched."""
     session = _session(model)
     if session is not None:
-        _sessions.pop(session.parts.multimodal, None)
+        for module in (session.model, session.parts.multimodal):
+            _sessions.pop(module, None)
         session.remove()
 
 

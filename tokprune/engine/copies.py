@@ -127,11 +127,10 @@ class Guards:
         self._model = Guard.of(model)
         self._model.copied = copied
         for module in model.modules():
-            before, after = module._forward_pre_hooks, module._forward_hooks
-            hooks = numbers.get(id(before), set()) | numbers.get(id(after), set())
-            named = names.get(module, ())
-            if hooks or named:
-                guard = Guard.of(module)
+            before, after = id(module._forward_pre_hooks), id(module._forward_hooks)
+            if before in numbers or after in numbers or module in names:
+                hooks = numbers.get(before, set()) | numbers.get(after, set())
+                guard, named = Guard.of(module), names.get(module, ())
                 guard.hooks |= hooks
                 guard.names.update(named)
                 self._on.append((guard, hooks, named))

@@ -86,13 +86,13 @@ def unwrap(model: Any) -> Any:
 
 
 def family_of(model: nn.Module) -> Family:
-    """Family of a model, wrapped or not.
+    """Family of a model (out of its wrappers, see :func:`unwrap`).
 
     Raises:
         UnsupportedModelError: the model's class is refused (says why) or not known (lists those
             that are).
     """
-    model = unwrap(model)
+    _load_plugins()
     name = _known(model)
     if name is None:
         raise UnsupportedModelError(
