@@ -146,10 +146,10 @@ def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    tapped = _tapped(module)
-    assert tapped is not None
+    tapped = _tapped(module)  # None: another thread took the taps out just now
+    config, taps = (module.config, ()) if tapped is None else (tapped.config, tapped.taps)
     captured = getattr(_capturing, "module", None) is module
-    wanting = [tap for tap in tapped.taps if tap.wanted()]
+    wanting = [tap for tap in taps if tap.wanted()]
     call = None
     if captured or wanting:
         call = Call(
@@ -159,8 +159,8 @@ def _tapped_attention(
         )  # fmt: skip
         if captured:
             raise _Captured(call)
-    result = _backend(module, tapped.config._attn_implementation)(
-        _UnderOwnConfig(module, tapped.config), query, key, value, attention_mask,
+    result = _backend(module, config._attn_implementation)(
+        _UnderOwnConfig(module, config), query, key, value, attention_mask,
         scaling=scaling, **kwargs,
     )  # fmt: skip
     if call is not None:
