@@ -106,7 +106,10 @@ def patch(
     hooks; its config, weights and class stay as they are.
 
     Args:
-        model: a supported transformers model (see :func:`supported_models`).
+        model: a supported transformers model (see :func:`supported_models`), or what holds one:
+            adapters of peft, DistributedDataParallel, FSDP, compiled modules, pipelines, modules of
+            one's own; so for all functions here. ``copy.deepcopy`` of it is patched alike, with a
+            trace of its own.
         method: a method name with ``options``, or a method object.
         validate: check the values of all that the method answers, too, not types and shapes alone:
             for tests of methods, as it reads from the device. None: as
@@ -116,9 +119,11 @@ def patch(
         The trace, which shows the newest prefill.
 
     Raises:
-        UnsupportedModelError: unknown model class, tower or attention backend.
+        UnsupportedModelError: unknown model class, tower or attention backend; a wrapper that holds
+            several models, or hides from the model where its images stand.
         ValueError, TypeError: bad method or option; the model then keeps its earlier state.
-        AlreadyPatchedError: called inside a ``compress`` block of the same model.
+        AlreadyPatchedError: called inside a ``compress`` block of the same model, or another patched
+            model has the same decoder.
         ContractError: the method answers with something that the engine cannot use (here, or in a
             forward); methods of this package do not.
     """
@@ -186,6 +191,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether a method is at work on the model."""
     return _session(model) is not None
 
 
