@@ -185,6 +185,8 @@ def test_a_shallow_copy_shares_modules_patch_and_trace() -> None:
     assert torch.equal(copy.deepcopy(shell)(**inputs).logits, want)
     tokprune.unpatch(shell)
     assert not tokprune.is_patched(model)
+    assert copy.deepcopy(shell)(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+    copy.copy(shell).__reduce_ex__(4)[2].__reduce_ex__(4)  # nothing keeps it from being pickled
 
 
 class _Same(nn.Module):

@@ -122,8 +122,8 @@ def patch(
         UnsupportedModelError: unknown model class, tower or attention backend; a wrapper that holds
             several models, or hides from the model where its images stand.
         ValueError, TypeError: bad method or option; the model then keeps its earlier state.
-        AlreadyPatchedError: called inside a ``compress`` block of the same model, or another patched
-            model has the same decoder.
+        AlreadyPatchedError: called inside a ``compress`` block of the same model, or another
+            patched model has the same decoder.
         ContractError: the method answers with something that the engine cannot use (here, or in a
             forward); methods of this package do not.
     """

@@ -53,9 +53,14 @@ class Guard:
         """These are gone; so is the guard, if they were all."""
         self.hooks.difference_update(hooks)
         self.names -= Counter(names)
-        if not self.hooks and not self.names and self.copied is None:
+        if not self.on:
             for name in _ASKED:
                 self.module.__dict__.pop(name, None)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything left to guard: shallow copies may keep a guard for longer."""
+        return bool(self.hooks or self.names or self.copied)
 
     def bare(self, attributes: dict[str, Any]) -> dict[str, Any]:
         """A module's attributes without those that a patch put there."""
@@ -91,7 +96,7 @@ class Guard:
     def reduce(self, protocol: Any) -> tuple[Any, ...]:
         cls: Any = type(self.module)
         make, args, state, *more = cls.__reduce_ex__(self.module, protocol)
-        return make, args, _State(state), *more
+        return make, args, _State(state) if self.on else self.bare(state), *more
 
 
 class _State(dict[str, Any]):
