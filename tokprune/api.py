@@ -30,8 +30,11 @@ def _session(model: Any) -> Session | None:
     inner = unwrap(model)
     if not isinstance(inner, nn.Module):
         raise UnsupportedModelError(f"model={model!r} should be a model, or hold one")
-    references = (_sessions.get(module) for module in (inner, *inner.children()))
-    return next((session for own in references if own and (session := own())), None)
+    for module in (inner, *inner.__dict__.get("_modules", {}).values()):
+        reference = None if module is None else _sessions.get(module)
+        if reference is not None and (session := reference()) is not None:
+            return session
+    return None
 
 
 @dataclass(frozen=True)
