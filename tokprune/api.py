@@ -13,20 +13,28 @@ from torch import nn
 from tokprune.engine.check import check_plan
 from tokprune.engine.contracts import ModelFacts, Plan
 from tokprune.engine.session import Session
-from tokprune.errors import AlreadyPatchedError, CompositionError
-from tokprune.families import bind
+from tokprune.errors import AlreadyPatchedError, CompositionError, UnsupportedModelError
+from tokprune.families import bind, unwrap
 from tokprune.methods.base import Method
 from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
 
-# A session is kept alive by the hooks it put on its model, and by nothing here: model and session
-# refer to each other and go together.
+# Sessions by model, and by the module in it that they are the way into: models that share that one
+# (shallow copies, other heads) are patched together. A session is kept alive by the hooks it put on
+# its model, and by nothing here: model and session refer to each other and go together.
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def _session(model: nn.Module) -> Session | None:
-    reference = _sessions.get(model)
-    return None if reference is None else reference()
+def _session(model: Any) -> Session | None:
+    """The session of a model, wrapped or not."""
+    inner = unwrap(model)
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModelError(f"model={model!r} should be a model, or hold one")
+    for module in (inner, *inner.__dict__.get("_modules", {}).values()):
+        reference = None if module is None else _sessions.get(module)
+        if reference is not None and (session := reference()) is not None:
+            return session
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,10 @@ def patch(
     hooks; its config, weights and class stay as they are.
 
     Args:
-        model: a supported transformers model (see :func:`supported_models`).
+        model: a supported transformers model (see :func:`supported_models`), or what holds one:
+            adapters of peft, DistributedDataParallel, FSDP, compiled modules, pipelines, modules of
+            one's own; so for all functions here. ``copy.deepcopy`` of it is patched alike, with a
+            trace of its own.
         method: a method name with ``options``, or a method object.
         validate: check the values of all that the method answers, too, not types and shapes alone:
             for tests of methods, as it reads from the device. None: as
@@ -111,9 +122,11 @@ def patch(
         The trace, which shows the newest prefill.
 
     Raises:
-        UnsupportedModelError: unknown model class, tower or attention backend.
+        UnsupportedModelError: unknown model class, tower or attention backend; a wrapper that holds
+            several models, or hides from the model where its images stand.
         ValueError, TypeError: bad method or option; the model then keeps its earlier state.
-        AlreadyPatchedError: called inside a ``compress`` block of the same model.
+        AlreadyPatchedError: called inside a ``compress`` block of the same model, or another
+            patched model has the same decoder.
         ContractError: the method answers with something that the engine cannot use (here, or in a
             forward); methods of this package do not.
     """
@@ -138,21 +151,50 @@ def _start(
     plan = replace(plan, video_unit=made.video_unit)
     session = Session(bound, plan, Trace(repr(made)), validate)
     session.nested = nested
+    session.copied = lambda copy: _start(copy, made, {}, validate, nested=False)
+    _check_decoder(session)
     unpatch(model)
-    session.install()
-    _sessions[model] = weakref.ref(session)
+    _install(session)
     return session
+
+
+def _install(session: Session) -> None:
+    session.install()
+    for module in (session.model, session.parts.multimodal):
+        _sessions[module] = weakref.ref(session)
+
+
+def _check_decoder(session: Session) -> None:
+    """Two sessions cannot drive the same decoder (towers and projectors they can share).
+
+    Raises:
+        AlreadyPatchedError: another patched model has the same language model.
+    """
+    own = session.parts
+    for reference in _sessions.values():
+        other = reference()
+        if other is None or other.parts.multimodal is own.multimodal:
+            continue
+        if other.parts.language_model is own.language_model:
+            raise AlreadyPatchedError(
+                f"the language model ({type(own.language_model).__name__}) of this "
+                f"{type(session.model).__name__} is also that of a {type(other.model).__name__} "
+                f"which is patched with {other.trace.method}; call tokprune.unpatch(...) on that "
+                "model first: only one of them can be patched at a time"
+            )
 
 
 def unpatch(model: nn.Module) -> None:
     """Take all hooks out. Does nothing for a model that is not patched."""
     session = _session(model)
-    _sessions.pop(model, None)
     if session is not None:
+        for module in (session.model, session.parts.multimodal):
+            _sessions.pop(module, None)
         session.remove()
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether a method is at work on the model."""
     return _session(model) is not None
 
 
@@ -190,5 +232,4 @@ def compress(
         if _session(model) is session:
             unpatch(model)
             if outer is not None:
-                outer.install()
-                _sessions[model] = weakref.ref(outer)
+                _install(outer)

@@ -25,7 +25,8 @@ class PictureError(ValueError):
 
 
 class AlreadyPatchedError(RuntimeError):
-    """The model carries a patch already, and the requested nesting is not a composition."""
+    """The model carries a patch, or shares its decoder with one that does, and what was asked for
+    cannot be done with it: nesting, pickling, a second patch."""
 
 
 class CompositionError(ValueError):

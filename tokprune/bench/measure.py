@@ -33,7 +33,7 @@ from tokprune.bench.clock import CLOCKS, no_garbage_collection, synchronise, tur
 from tokprune.bench.instrumented import Instrumented, Stopwatch
 from tokprune.engine.cache import cache_argument
 from tokprune.engine.shared_encoder import ENCODERS
-from tokprune.families import bind, family_of
+from tokprune.families import bind
 from tokprune.methods.base import Method
 
 #: seconds by part, see above
@@ -155,14 +155,14 @@ def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]
 def new_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config.get_text_config())
+    return DynamicCache(config=bind(model).model.config.get_text_config())
 
 
 def _check(
     model: Any, inputs: Mapping[str, Any], rounds: int, max_new_tokens: int, clock: str
 ) -> None:
-    family = family_of(model)
-    multimodal = family.parts(model).multimodal
+    bound = bind(model)
+    family, multimodal = bound.family, bound.parts.multimodal
     if is_patched(model):
         raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
     if any(name in multimodal.__dict__ for name in ENCODERS):
@@ -188,10 +188,10 @@ class _Passes:
 
     def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
         self.model, self.shared, self.tokens, self.clock = model, inputs, tokens, clock
-        self.device = model.device
         bound = bind(model)
+        self.device = bound.model.device
         self.family, self.facts, self.multimodal = bound.family, bound.facts, bound.parts.multimodal
-        self.cache_name = cache_argument(model)
+        self.cache_name = cache_argument(bound.model)
 
     def _inputs(self, variant: Variant) -> dict[str, Any]:
         return self.shared if variant.inputs is None else on_device(variant.inputs, self.device)

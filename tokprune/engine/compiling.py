@@ -36,6 +36,11 @@ class Uncompiled:
                 module.__dict__["forward"] = forward
                 self._before.append((module, before, forward))
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that have a ``forward`` of ours."""
+        return [module for module, _, _ in self._before]
+
     def release(self) -> None:
         for module, before, forward in self._before:
             if module.__dict__.get("forward") is not forward:

@@ -18,7 +18,7 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.masks import backend_of, check_backend, encoder_mask
+from tokprune.engine.masks import check_backend, encoder_mask
 from tokprune.engine.tap import Call, install_tap, tapped_backend
 
 
@@ -197,7 +197,7 @@ class EncoderHooks:
         #: attention of transformers 4.37, which takes masks of full shape only
         self.legacy = legacy
         if stages:
-            check_backend(backend_of(layers[0].self_attn), "vision tower")
+            check_backend(tapped_backend(layers[0].self_attn), "vision tower")
 
     def install(self) -> list[Any]:
         handles: list[Any] = []

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokprune.engine.cache import cache_in, check_cache
 from tokprune.engine.checkpointing import without_checkpoints
 from tokprune.engine.contracts import TowerInput
+from tokprune.engine.copies import refuse_replica
 from tokprune.engine.encoder import TowerPass
 from tokprune.engine.images import Encoding, attach, attached
 from tokprune.engine.model import Tiles
@@ -31,7 +32,7 @@ from tokprune.engine.prompt_layout import (
     read_layout,
 )
 from tokprune.engine.shared_encoder import ENCODERS, Encoded, share_keys, shared_encoder
-from tokprune.errors import PromptMismatchError, UnsupportedVideoError
+from tokprune.errors import PromptMismatchError, UnsupportedModelError, UnsupportedVideoError
 
 if TYPE_CHECKING:
     from tokprune.engine.images import ImageRecord
@@ -61,6 +62,8 @@ class Entry(ABC):
     def __init__(self, session: Session) -> None:
         self.session = session
         self.parts, self.family = session.parts, session.family
+        #: names of attributes that :meth:`install` put on modules
+        self.wrapped: dict[nn.Module, tuple[str, ...]] = {self.parts.multimodal: ENCODERS}
 
     @abstractmethod
     def install(self) -> list[Any]:
@@ -258,6 +261,12 @@ class TransformersEntry(Entry):
                     tower.finish()
                     outcomes = tower.outcomes
                 projected = state.projected
+                if projected is None and isinstance(tower, TowerPass):
+                    raise UnsupportedModelError(
+                        f"the projector that {type(self.session.model).__name__} had when it was "
+                        "patched did not run: another module (an adapter?) has taken its place; "
+                        "patch the model again"
+                    )
                 if shared is not None:
                     shared.put(pixels, self.keys, Encoded(result, projected, outcomes))
             else:
@@ -348,6 +357,7 @@ class TransformersEntry(Entry):
     # ------------------------------------------------------------------ the forward
 
     def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        refuse_replica(module)
         self.session.new_state()
         call = {**dict(zip(self.arguments, args)), **kwargs}
         cache = cache_in(call)

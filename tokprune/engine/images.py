@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -178,11 +179,18 @@ def _on_grids(
 @dataclass(frozen=True)
 class Encoding:
     """What is known of the images or videos of one encoder call: ``images`` (or tiles), how many
-    entries its features have, and the records of the images when these are known."""
+    entries its features have, and the records of the images when these are known. Features that
+    are copied share it; those that are saved go without."""
 
     images: list[ImageLayout] | Tiles
     entries: int
     records: Callable[[list[ImageLayout]], list[ImageRecord]]
+
+    def __deepcopy__(self, memo: object) -> Encoding:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # nothing, and torch.load(weights_only=True) takes it
 
 
 def attach(output: Any, encoding: Encoding) -> None:
@@ -204,9 +212,9 @@ def attached(output: Any) -> tuple[Encoding, int] | None:
     """What travels with an output, and how many copies of each prompt share its images; None where
     nothing does."""
     encoding: Encoding | None = getattr(output, _ATTRIBUTE, None)
-    if encoding is None and not isinstance(output, tuple | list | Tensor):
+    if not encoding and not isinstance(output, tuple | list | Tensor):
         encoding = getattr(_first(output), _ATTRIBUTE, None)
-    if encoding is None:
+    if not encoding:
         return None
     return encoding, max(1, len(output.pooler_output) // max(1, encoding.entries))
 

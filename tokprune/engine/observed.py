@@ -22,9 +22,9 @@ from tokprune.engine.contracts import (
 )
 from tokprune.engine.encoder import initial_tokens
 from tokprune.engine.images import ImageRecord
-from tokprune.engine.masks import backend_of, check_backend
+from tokprune.engine.masks import check_backend
 from tokprune.engine.model import ImageLayout, ObservedTower
-from tokprune.engine.tap import Call
+from tokprune.engine.tap import Call, tapped_backend
 
 
 @dataclass
@@ -143,7 +143,7 @@ def install_observers(
 
     layers = sorted({layer for stage in stages for layer in stage.taps})
     if layers:
-        check_backend(backend_of(tower.attentions[0]), "vision tower")
+        check_backend(tapped_backend(tower.attentions[0]), "vision tower")
     return [
         tap(tower.attentions[n], function(n), lambda: current() is not None) for n in layers
     ]  # fmt: skip

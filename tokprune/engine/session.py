@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
 from tokprune.engine.compiling import Uncompiled
 from tokprune.engine.contracts import Plan
+from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
 from tokprune.engine.family import BoundModel, Family
@@ -58,6 +60,9 @@ class Session:
         self._current = CurrentState()
         #: made by compress(), not by patch()
         self.nested = False
+        #: called with every deep copy of the model, which is bare
+        self.copied: Callable[[nn.Module], object] | None = None
+        self._guards: Guards | None = None
         self._check_backend()
         reducing = [stage for stage in plan.encoder if stage.reduces]
         positions = [s.positions for s in reducing] + [s.positions for s in plan.prompt]
@@ -114,6 +119,10 @@ class Session:
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             self._uncompiled = Uncompiled(self.model, self.handles)
+            names = dict.fromkeys(self._uncompiled.modules, ("forward",))
+            for module, own in self.entry.wrapped.items():
+                names[module] = (*names.get(module, ()), *own)
+            self._guards = Guards(self.model, self.handles, names, self.copied)
         except BaseException:
             self.remove()
             raise
@@ -128,6 +137,9 @@ class Session:
         self.handles.clear()
         self.layers.clear()
         self.entry.remove()
+        if self._guards is not None:
+            self._guards.release()
+            self._guards = None
 
     def _install_decoder_layer(self, number: int, block: Block) -> None:
         stages = self.plan.decoder
@@ -198,10 +210,12 @@ class Session:
     def _language_model_input(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the language model: choose what is left of the images, or prepare a step on a
         short cache. The model then makes masks and positions for the whole prompt."""
+        refuse_replica(module)
         self.entry.language_model_input(kwargs)
         self._current.alive = None
         self._check_backend()
         state, cache = self.state, cache_in(kwargs)
+        state.step = None  # of an earlier call of the language model alone
         mask = kwargs.get("attention_mask")
         real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else state.attention_mask
         calls = LayerCalls(module, mask, real, self.family.legacy)

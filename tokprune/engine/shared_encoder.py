@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokprune.engine.contracts import EncoderOutcome, EncoderStage
+from tokprune.engine.copies import Guard
 from tokprune.engine.family import BoundModel
 from tokprune.errors import AlreadyPatchedError, UnsupportedModelError
 
@@ -72,6 +73,7 @@ class SharedEncoder:
                          if hasattr(self.multimodal, n)}  # fmt: skip
         self.unpatched = {name: self._wrap(own) for name, own in self.original.items()}
         self.multimodal.__dict__.update(self.unpatched)
+        Guard.of(self.multimodal).names.update(ENCODERS)
         _open[self.multimodal] = weakref.ref(self)
         return self
 
@@ -81,6 +83,7 @@ class SharedEncoder:
         for name, method in self.unpatched.items():
             if own.get(name) is method:
                 del own[name]
+        Guard.of(self.multimodal).release((), ENCODERS)
         self.remember(None)
 
     def remember(self, pixels: Tensor | None) -> None:

@@ -9,6 +9,7 @@ see nothing of it, and taking the tap out puts the module's config back.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -79,26 +80,49 @@ def _capture(module: Any) -> Iterator[None]:
 
 
 class Tap:
-    """One tapped module; :meth:`remove` gives its config back."""
+    """One tap of a module; with the last of them, :meth:`remove` gives its config back."""
 
     def __init__(self, module: Any, function: TapFunction, wanted: Callable[[], bool]) -> None:
         self.module, self.function, self.wanted = module, function, wanted
-        self.config = module.config
 
     def remove(self) -> None:
-        if _tap_of(self.module) is self:
-            self.module.config = self.config
+        tapped = _tapped(self.module)
+        if tapped is None or self not in tapped.taps:
+            return
+        tapped.taps = tuple(tap for tap in tapped.taps if tap is not self)
+        if not tapped.taps:
+            self.module.config = tapped.config
 
 
-def _tap_of(module: Any) -> Tap | None:
-    # kept on the module's own config, so that module and tap go together
+class _Tapped:
+    """The model's own config of a module, and its taps: one of each model that shares it."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.taps: tuple[Tap, ...] = ()
+
+    def copied(self) -> Any:
+        """A config that names our attention function. Copied, pickled or written, it is the
+        model's own."""
+        config = self.config
+        own = copy.copy(config)
+        own._attn_implementation_internal = NAME
+        own.__dict__.update(
+            {_ATTRIBUTE: self, "to_dict": config.to_dict, "__reduce_ex__": config.__reduce_ex__,
+             "__deepcopy__": functools.partial(copy.deepcopy, config)}
+        )  # fmt: skip
+        return own
+
+
+def _tapped(module: Any) -> _Tapped | None:
+    # kept on the module's own config, so that module and taps go together
     return module.config.__dict__.get(_ATTRIBUTE)  # type: ignore[no-any-return]
 
 
 def tapped_backend(module: Any) -> str | None:
     """The backend that an attention module runs on, tapped or not."""
-    tap = _tap_of(module)
-    config = module.config if tap is None else tap.config
+    tapped = _tapped(module)
+    config = module.config if tapped is None else tapped.config
     return getattr(config, "_attn_implementation", None)
 
 
@@ -123,11 +147,12 @@ def _tapped_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    tap = _tap_of(module)
-    assert tap is not None
+    tapped = _tapped(module)  # None: another thread took the taps out just now
+    config, taps = (module.config, ()) if tapped is None else (tapped.config, tapped.taps)
     captured = getattr(_capturing, "module", None) is module
+    wanting = [tap for tap in taps if tap.wanted()]
     call = None
-    if captured or tap.wanted():
+    if captured or wanting:
         call = Call(
             query, key, value, attention_mask,
             query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -135,14 +160,15 @@ def _tapped_attention(
         )  # fmt: skip
         if captured:
             raise _Captured(call)
-    result = _backend(module, tap.config._attn_implementation)(
-        _UnderOwnConfig(module, tap.config), query, key, value, attention_mask,
+    result = _backend(module, config._attn_implementation)(
+        _UnderOwnConfig(module, config), query, key, value, attention_mask,
         scaling=scaling, **kwargs,
     )  # fmt: skip
     if call is not None:
         # scores need no gradient; and what is recomputed for one (checkpointing) reads nothing
         with torch.no_grad():
-            tap.function(call)
+            for tap in wanting:
+                tap.function(call)
     return result
 
 
@@ -151,10 +177,7 @@ def install_tap(module: Any, function: TapFunction, wanted: Callable[[], bool]) 
 
     Raises:
         UnsupportedModelError: the module computes its attention by itself, out of reach.
-        RuntimeError: the module is tapped already.
     """
-    if _tap_of(module) is not None:
-        raise RuntimeError(f"{type(module).__name__} is tapped already; remove that tap first")
     files = [sys.modules.get(cls.__module__) for cls in type(module).__mro__]
     if not any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files):
         raise UnsupportedModelError(
@@ -164,9 +187,9 @@ def install_tap(module: Any, function: TapFunction, wanted: Callable[[], bool]) 
         )
     if NAME not in AttentionInterface().valid_keys():
         AttentionInterface.register(NAME, _tapped_attention)
-    tap = Tap(module, function, wanted)
-    own = copy.copy(module.config)
-    own._attn_implementation_internal = NAME
-    own.__dict__[_ATTRIBUTE] = tap
-    module.config = own
+    tap, tapped = Tap(module, function, wanted), _tapped(module)
+    if tapped is None:
+        tapped = _Tapped(module.config)
+        module.config = tapped.copied()
+    tapped.taps += (tap,)
     return tap

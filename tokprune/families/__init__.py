@@ -9,6 +9,7 @@ from tokprune.families.registry import (
     refuse_models,
     register_family,
     supported_models,
+    unwrap,
 )
 
 refuse_models(REFUSED)
@@ -31,4 +32,6 @@ if not LEGACY:
     ):  # fmt: skip
         register_family(_family())
 
-__all__ = ["BoundModel", "Family", "bind", "family_of", "register_family", "supported_models"]
+__all__ = [
+    "BoundModel", "Family", "bind", "family_of", "register_family", "supported_models", "unwrap",
+]  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from tokprune.engine.family import BoundModel, Family
 from tokprune.errors import UnsupportedModelError
+from tokprune.families import wrappers
 from tokprune.plugins import plugins
 
 _FAMILIES: dict[str, Family] = {}
@@ -65,31 +67,51 @@ def why_refused(name: str) -> str | None:
     return None
 
 
+def _known(model: Any) -> str | None:
+    """The name by which a model's class is covered or refused."""
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((name for name in names if name in _FAMILIES or name in _REFUSED), None)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside wrappers: PEFT, DataParallel, DDP, FSDP, compiled modules, value heads,
+    modules of one's own with one model in them; also of objects with a ``model`` (pipelines,
+    trainers). ``model`` itself where nothing in it is known.
+
+    Raises:
+        UnsupportedModelError: there are several in it (says where).
+    """
+    _load_plugins()
+    return wrappers.unwrap(model, lambda module: _known(module) is not None)
+
+
 def family_of(model: nn.Module) -> Family:
-    """Family of a model.
+    """Family of a model (out of its wrappers, see :func:`unwrap`).
 
     Raises:
         UnsupportedModelError: the model's class is refused (says why) or not known (lists those
             that are).
     """
     _load_plugins()
-    for cls in type(model).__mro__:
-        if cls.__name__ in _FAMILIES:
-            return _FAMILIES[cls.__name__].of(model)
-        if cls.__name__ in _REFUSED:
-            raise UnsupportedModelError(
-                f"model {cls.__name__} is not supported: {_REFUSED[cls.__name__]}"
-            )
-    raise UnsupportedModelError(
-        f"model {type(model).__name__} is not supported; known model classes: "
-        + ", ".join(supported_models())
-    )
+    name = _known(model)
+    if name is None:
+        raise UnsupportedModelError(
+            f"model {type(model).__name__} is not supported; known model classes: "
+            + ", ".join(supported_models())
+        )
+    if name in _FAMILIES:
+        return _FAMILIES[name].of(model)
+    raise UnsupportedModelError(f"model {name} is not supported: {_REFUSED[name]}")
 
 
 def bind(model: nn.Module) -> BoundModel:
-    """A model with its family, the modules that are hooked, its facts and its widths.
+    """A model, out of its wrappers, with its family, the modules that are hooked, its facts and
+    its widths.
 
     Raises:
         UnsupportedModelError: its class is not supported, or it lacks something that is needed.
     """
-    return family_of(model).bind(model)
+    inner = unwrap(model)
+    family = family_of(inner)
+    wrappers.check_prompt_learning(model, inner)
+    return family.bind(inner)

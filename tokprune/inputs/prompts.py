@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from tokprune.engine.compat import RELEASE
-from tokprune.families import bind
+from tokprune.families import bind, unwrap
 from tokprune.inputs.clips import Clip
 from tokprune.inputs.pixel_limits import check_shape
 
@@ -139,7 +139,7 @@ def add_token_types(model: Any, inputs: Any) -> Any:
     """Say which tokens are images and videos, where the model wants to be told and the inputs do
     not: without ``mm_token_type_ids`` models with M-RoPE in transformers 5 silently take
     positions on one axis, and without ``token_type_ids`` images of Gemma 3 are read as text."""
-    takes = inspect.signature(type(model).forward).parameters
+    takes = inspect.signature(type(unwrap(model)).forward).parameters
     missing = [
         name
         for name in ("mm_token_type_ids", "token_type_ids")

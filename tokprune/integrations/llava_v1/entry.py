@@ -52,7 +52,7 @@ class PrepareEntry(Entry):
         super().__init__(session)
         self.model: Any = session.model
         self.thread = threading.local()
-        self.wrapped: list[str] = []
+        self.wrapped = {self.model: ("prepare_inputs_labels_for_multimodal", "generate")}
 
     @property
     def generations(self) -> list[_Generation]:
@@ -61,17 +61,16 @@ class PrepareEntry(Entry):
         return stack
 
     def install(self) -> list[Any]:
-        self._wrap("prepare_inputs_labels_for_multimodal", self._prepare)
-        self._wrap("generate", self._generate)
+        for name, stand_in in zip(self.wrapped[self.model], (self._prepare, self._generate)):
+            self._wrap(name, stand_in)
         handles: list[Any] = [self.model.register_forward_hook(self.leave, always_call=True)]
         for block in self.parts.decoder_layers:
             handles.append(longer_tables(block.attention.rotary_emb, self._length))
         return handles
 
     def remove(self) -> None:
-        for name in self.wrapped:
+        for name in self.wrapped[self.model]:
             self.model.__dict__.pop(name, None)
-        self.wrapped.clear()
 
     def _wrap(self, name: str, stand_in: Callable[..., Any]) -> None:
         """These are methods, no modules: an attribute of this one instance stands before them."""
@@ -84,7 +83,6 @@ class PrepareEntry(Entry):
             return stand_in(functools.partial(original, *args, **kwargs), bound.arguments)
 
         self.model.__dict__[name] = wrapper
-        self.wrapped.append(name)
 
     def _length(self) -> int:
         active = self.session.state.active
