@@ -47,6 +47,8 @@ class CompressedLayer(DynamicLayer):
         self.places: Tensor | None = None
         self.place_shift: Tensor | None = None
         self.padded = self.gaps = False
+        #: newest entries of the prefill that are the newest tokens of all rows
+        self.behind = 0
         #: original tokens beyond the entries that are really cached
         self.missing = 0
         self._pending: tuple[Tensor, Tensor, int] | None = None
@@ -161,7 +163,7 @@ class CompressedLayer(DynamicLayer):
         if moved:
             self.slots = slots.gather(1, place).masked_fill(index < 0, -1)
         self.missing += before - index.shape[1]
-        self.padded = padded
+        self.padded, self.behind = padded, 0
         real = (self.columns >= 0).sum(1)
         if self.places is not None or next_position is not None:
             self.places = places.gather(1, place)
@@ -204,11 +206,19 @@ class CompressedLayer(DynamicLayer):
         if remove <= 0 or not self.is_initialized:
             return
         later = self.entries - (self.columns.shape[1] if self.columns is not None else 0)
-        if remove > later:
+        if remove > later + self.behind:
             raise NotImplementedError(
-                f"crop({max_length}) would cut into a prompt compressed by tokprune; only tokens "
-                f"after it ({later}) can be removed"
+                f"crop({max_length}) would cut into the images of a prompt compressed by tokprune; "
+                f"only the tokens after them ({later + self.behind}) can be removed"
             )
+        if (cut := remove - later) > 0:
+            self.behind -= cut
+            together = self.slots is self.columns
+            for name in ("columns", "slots", "places"):
+                if (value := getattr(self, name)) is not None:
+                    setattr(self, name, value[:, : value.shape[1] - cut])
+            if together:
+                self.slots = self.columns
         self.keys = self.keys[..., : self.entries - remove, :]
         self.values = self.values[..., : self.entries, :]
 

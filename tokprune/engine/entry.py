@@ -21,6 +21,7 @@ from tokprune.engine.checkpointing import without_checkpoints
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.copies import refuse_replica
 from tokprune.engine.encoder import TowerPass
+from tokprune.engine.generations import Generations
 from tokprune.engine.images import Encoding, attach, attached
 from tokprune.engine.model import Tiles
 from tokprune.engine.observed import ObservedPass
@@ -163,11 +164,20 @@ class TransformersEntry(Entry):
         self.arguments = list(forward.parameters)[1:]
         #: by which passes of the encoder are shared
         self.keys = share_keys(session.plan.encoder)
+        pixels = (self.family.pixels, self.family.video_pixels)
+        prunes_cache = any(stage.has_cache_policy for stage in session.plan.decoder)
+        self.generation = Generations(
+            session.model,
+            (*pixels, "mm_encoder_outputs"),
+            session.trace.method if prunes_cache else None,
+        )
+        self.wrapped[session.model] = ("generate",)
 
     def install(self) -> list[Any]:
         self._wrap("get_image_features", self._image_features)
         if self.parts.video_token_id is not None:
             self._wrap("get_video_features", self._video_features)
+        self.generation.install()
         multimodal = self.parts.multimodal
         return [
             multimodal.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -180,6 +190,7 @@ class TransformersEntry(Entry):
             own.pop(name, None)
         if (shared := shared_encoder(self.parts.multimodal)) is not None:
             own.update(shared.unpatched)
+        self.generation.remove()
 
     def language_model_input(self, kwargs: dict[str, Any]) -> None:
         pass  # the forward around it has said everything
@@ -371,6 +382,8 @@ class TransformersEntry(Entry):
             )
         else:
             layout = self._read_layout(call, mask, past)
+            if layout is not None:
+                layout.guesses = self.generation.guesses(past + call["input_ids"].shape[1])
         self.admit(layout, mask, cache)
 
     def _read_layout(

@@ -17,7 +17,8 @@ from tokprune.engine.contracts import (
     KeepDecision,
     SequenceView,
 )
-from tokprune.engine.drops import Drop, shortened, survivors
+from tokprune.engine.drops import Drop, shortened
+from tokprune.engine.guesses import Guesses
 from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block, Deep
 from tokprune.engine.positions import shifted
@@ -43,11 +44,13 @@ class PrefillPass:
         ahead: Callable[[Block, tuple[Any, ...], dict[str, Any]], Call],
         input_drop: InputDrop | None = None,
         deep: list[Deep] | None = None,
+        guesses: int = 0,
     ) -> None:
         #: the attention call of a layer that has not run
         self.ahead = ahead
         self.calls, self.stages, self.native = calls, stages, native
         self.sequence = native
+        self.guesses = Guesses(guesses)
         self.cache, self.contracts = cache, contracts
         self.input, self.deep = input_drop, deep or []
         if input_drop is not None:
@@ -94,9 +97,11 @@ class PrefillPass:
         for stage, run in zip(self.stages, self.runs):
             if number in stage.prune_before:
                 ahead = LayerAhead(self, number, block, args, kwargs)
-                keep = run.before_layer(number, hidden, self.sequence, ahead)
+                seen, sequence = self.guesses.cut(hidden), self.guesses.sequence(self.sequence)
+                scoring = self.guesses.scoring(ahead, hidden)
+                keep = run.before_layer(number, seen, sequence, scoring)
                 if keep is not None:
-                    self.contracts.keep_decision(run, number, keep, hidden, self.sequence)
+                    self.contracts.keep_decision(run, number, keep, seen, sequence)
                     hidden = self._drop(number, hidden, keep)
         self.sequences.append(self.sequence)
         args, kwargs, position = self.arguments(number, block, hidden, args, kwargs, announce=True)
@@ -178,13 +183,13 @@ class PrefillPass:
         return self._take(hidden, index)
 
     def _drop(self, number: int, hidden: Tensor, keep: KeepDecision) -> Tensor:
-        shorter = survivors(self.sequence, keep, self.native)
+        shorter = self.guesses.survivors(self.sequence, keep, self.native)
         if shorter is None:
             return hidden
         before, (self.sequence, index) = self.sequence, shorter
         self.drops.append(Drop(number, before.segment, index, keep.group))
-        hidden = hidden if keep.hidden is None else keep.hidden
-        place = index.clamp(min=0)
+        hidden = hidden if keep.hidden is None else self.guesses.hidden(keep.hidden, hidden)
+        place = self.guesses.cut(index.clamp(min=0))
         for run in self.runs:
             run.dropped(number, place)
         return self._take(hidden, index)
@@ -212,10 +217,10 @@ class PrefillPass:
 
     def attention(self, number: int, call: Call) -> None:
         """Right after the attention of a tapped layer."""
-        attention = self.attention_of(call, self.kwargs)
+        attention = self.guesses.attention(self.attention_of(call, self.kwargs))
         for stage, run in zip(self.stages, self.runs):
             if number in stage.taps:
-                run.attention(number, attention, self.sequence)
+                run.attention(number, attention, self.guesses.sequence(self.sequence))
 
     @staticmethod
     def attention_of(call: Call, kwargs: dict[str, Any]) -> Attention:
@@ -240,9 +245,10 @@ class PrefillPass:
         self, number: int, name: Literal["attention", "mlp"], before: Tensor, after: Tensor
     ) -> None:
         """After a module of a layer with transition taps."""
+        before, after = self.guesses.cut(before), self.guesses.cut(after)
         for stage, run in zip(self.stages, self.runs):
             if number in stage.transition_layers:
-                run.transition(number, name, before, after, self.sequence)
+                run.transition(number, name, before, after, self.guesses.sequence(self.sequence))
 
     def finish(self) -> None:
         """End of the prefill: methods that prune the KV cache do it now."""

@@ -17,13 +17,14 @@ class PrefillCache:
     """The cache of one prefill, or that there is none; ``past`` tokens of earlier turns (in the
     original count) precede the untouched prompt ``native``. ``attention_mask`` [B, past + L] or
     None. ``source`` [B, L] (CPU): column of the user's prompt that each of a wider one comes from
-    (:mod:`tokprune.engine.widen`); None: it is the user's."""
+    (:mod:`tokprune.engine.widen`); None: it is the user's.
+    ``text_behind``: text at the end of all rows."""
 
     def __init__(
         self, past: int, attention_mask: Tensor | None, native: SequenceView,
-        source: Tensor | None = None,
+        source: Tensor | None = None, text_behind: int = 0,
     ) -> None:  # fmt: skip
-        self.source = source
+        self.source, self.text_behind = source, text_behind
         #: filled in where the first layer is handed one
         self.cache: DynamicCache | None = None
         self.past, self.attention_mask, self.native = past, attention_mask, native
@@ -93,6 +94,7 @@ class PrefillCache:
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
         layer.places = None if view.places is None else view.places[1]
         layer.padded, layer.gaps = view.padded, view.gaps
+        layer.behind = self.text_behind
 
     @property
     def original(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,8 @@ class PromptLayout:
     image_of: list[list[int]]
     segment: Tensor
     valid: Tensor
+    #: the last tokens of every row, which are no part of its prompt (assisted generation)
+    guesses: int = 0
 
     @property
     def after(self) -> Tensor:
@@ -37,6 +39,7 @@ class PromptLayout:
         arange = torch.arange(length)
         last = torch.where(self.segment >= 0, arange, torch.full_like(arange, -1)).amax(1)
         text = (arange[None, :] > last[:, None]) & self.valid
+        text[:, length - self.guesses :] = False
         return text & (last >= 0)[:, None]
 
     @property
@@ -62,18 +65,25 @@ class PromptLayout:
                     segment[b, own_columns] = len(columns[b])
                     columns[b].append(own_columns)
                     image_of[b].append(first[image] + number)
-        return PromptLayout(columns, image_of, segment, self.valid)
+        return replace(self, columns=columns, image_of=image_of, segment=segment)
 
     def repeated(self, times: int) -> PromptLayout:
         """Every row ``times`` times in a row, with the same images (samples, beams)."""
         if times == 1:
             return self
-        return PromptLayout(
-            [row for row in self.columns for _ in range(times)],
-            [row for row in self.image_of for _ in range(times)],
-            self.segment.repeat_interleave(times, 0),
-            self.valid.repeat_interleave(times, 0),
+        return replace(
+            self,
+            columns=[row for row in self.columns for _ in range(times)],
+            image_of=[row for row in self.image_of for _ in range(times)],
+            segment=self.segment.repeat_interleave(times, 0),
+            valid=self.valid.repeat_interleave(times, 0),
         )
+
+    @property
+    def text_behind(self) -> int:
+        """Tokens at the end of every row that are text in all rows, guesses among them."""
+        behind = self.valid & (self.segment < 0)
+        return int(behind.flip(1).int().cummin(1).values.sum(1).min())
 
 
 #: what placeholders stand for, and where their pixels are passed

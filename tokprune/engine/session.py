@@ -119,6 +119,7 @@ class Session:
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             self._uncompiled = Uncompiled(self.model, self.handles)
+            names: dict[nn.Module, tuple[str, ...]]
             names = dict.fromkeys(self._uncompiled.modules, ("forward",))
             for module, own in self.entry.wrapped.items():
                 names[module] = (*names.get(module, ()), *own)
@@ -251,10 +252,10 @@ class Session:
         state.calls = calls
         for layer in self.layers:
             layer.enter()
-        held = PrefillCache(past, real, native, source)
+        held = PrefillCache(past, real, native, source, layout.text_behind)
         state.prefill = PrefillPass(
             calls, self.plan.decoder, native, held, self.contracts,
-            self.family.attention_ahead, drop, self.family.deep(kwargs, first),
+            self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,
         )  # fmt: skip
         return args, kwargs
 
