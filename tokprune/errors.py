@@ -20,6 +20,10 @@ class NonFiniteFeaturesError(ValueError):
     """Image features hold NaN or infinite values, so no ranking of tokens means anything."""
 
 
+class PictureError(ValueError):
+    """An image that a user gave cannot be read; the text begins with the user's name of it."""
+
+
 class AlreadyPatchedError(RuntimeError):
     """The model carries a patch already, and the requested nesting is not a composition."""
 
