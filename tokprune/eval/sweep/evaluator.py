@@ -45,9 +45,9 @@ class Batch:
 
     @cached_property
     def visuals(self) -> list[Any]:
-        """Of every question its image, or the list of its frames."""
+        """Of every question its images, or the frames of its video."""
         video = self.benchmark.media == "video"
-        visual_of = self.benchmark.video if video else self.benchmark.image
+        visual_of = self.benchmark.video if video else self.benchmark.images
         return [each(visual_of(item), lambda image: image.convert("RGB")) for item in self.items]
 
     @cached_property
