@@ -164,9 +164,7 @@ def encode(
         model: as for :func:`model_inputs`.
     """
     video = media == "video"
-    shown = [
-        visual if isinstance(visual, list) and not video else [visual] for visual in visuals
-    ]
+    shown = [visual if isinstance(visual, list) and not video else [visual] for visual in visuals]
     images, videos = ([], shown) if video else (shown, [])
     texts = [
         prompt_text(processor, question, images=0 if video else len(own), videos=int(video))

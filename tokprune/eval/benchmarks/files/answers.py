@@ -61,14 +61,16 @@ class AnswerFile:
             self._answers.append(tuple(map(intern, answers)))
         question = _question(entry)
         self._said.append(0 if question is None else hash(question))
-        for table, key in (
-            (self._by_id, name), (self._by_question, _key(entry)),
-        ):  # fmt: skip
-            if key is None:
-                continue
-            before = table.setdefault(key, number)  # type: ignore[attr-defined]
-            if before != number and self._answers[before] != self._answers[number]:
-                table[key] = -1  # type: ignore[index]
+        self._remember(self._by_id, name, number)
+        self._remember(self._by_question, _key(entry), number)
+
+    def _remember(self, table: dict[Any, int], key: Any, number: int) -> None:
+        """Which answers are a question's; -1 where several differ."""
+        if key is None:
+            return
+        before = table.setdefault(key, number)
+        if before < 0 or self._answers[before] != self._answers[number]:
+            table[key] = -1
 
     def of(self, entry: Entry, name: str | None, where: str) -> Any:
         """The answers to a question, as a column would hold them.

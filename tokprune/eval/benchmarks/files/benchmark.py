@@ -108,9 +108,7 @@ class FileBenchmark(Benchmark):
 
     # ------------------------------------------------------------------ reading
 
-    def _scan(
-        self, named: Shape | None, answer_file: AnswerFile | None, suffix: str
-    ) -> Survey:
+    def _scan(self, named: Shape | None, answer_file: AnswerFile | None, suffix: str) -> Survey:
         """Check every row, and remember where it stands."""
         survey, ids, first = Survey(), _Ids(), True
         self._fewest = 1 << 30
@@ -258,8 +256,9 @@ class FileBenchmark(Benchmark):
     def _image_id(self, row: int, question: Question) -> str:
         if question.image_id is not None:
             return question.image_id
-        if all(isinstance(one, Path) for one in question.images):
-            names = [self._folder.name_of(one) for one in question.images]
+        files = [one for one in question.images if isinstance(one, Path)]
+        if len(files) == len(question.images):
+            names = [self._folder.name_of(one) for one in files]
             if len(names) == 1 and not question.video:
                 return names[0]
             # two videos may begin alike

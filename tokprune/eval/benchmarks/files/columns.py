@@ -46,9 +46,7 @@ def numbered_images(entry: Entry) -> list[str]:
 
 def choice_columns(columns: Iterable[str]) -> dict[str, str]:
     """Columns of options by their letter, in order; empty where there are not at least two."""
-    found = {
-        (m[1] or m[2]).upper(): name for name in columns if (m := _LETTERED.fullmatch(name))
-    }
+    found = {(m[1] or m[2]).upper(): name for name in columns if (m := _LETTERED.fullmatch(name))}
     return dict(sorted(found.items())) if {"A", "B"} <= set(found) else {}
 
 

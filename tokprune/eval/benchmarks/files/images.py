@@ -100,7 +100,9 @@ class ImageFolder:
         stems = self._by_stem()
         found = stems.get(name) or (stems.get(f"#{int(name)}") if name.isdecimal() else None)
         if not found:
-            also = f", {int(name):012}.jpg or COCO_…_{int(name):012}.jpg" if name.isdecimal() else ""
+            also = (
+                f", {int(name):012}.jpg or COCO_…_{int(name):012}.jpg" if name.isdecimal() else ""
+            )
             raise FileNotFoundError(
                 f"{where}: {name}: no file {name}.jpg, {name}.png{also} in {self.root}{self._hint}"
             )

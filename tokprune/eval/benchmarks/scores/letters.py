@@ -15,7 +15,9 @@ from tokprune.eval.benchmarks.base import Item, normalise
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: a letter at the beginning that a mark or the end follows: "B", "(b)", "B. two dogs", "**B**"
 _FIRST = re.compile(r"[\s(\[*\"']*([A-Za-z])\s*(?:[)\].:,*\"']|$|\n)")
-_STATED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[(\[*\"']*([A-Z])(?![A-Za-z0-9'])")
+_STATED = re.compile(
+    r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[(\[*\"']*([A-Z])(?![A-Za-z0-9'])"
+)
 _ALONE = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9'])")
 #: words that are letters, too
 _WORDS = frozenset("AI")

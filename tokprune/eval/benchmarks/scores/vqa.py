@@ -17,13 +17,9 @@ _AGREEING = 3
 FEWEST = _AGREEING + 1
 
 _ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split()
-    )
-} | {"none": "0"}  # fmt: skip
-_MARKS = ";/[]\"{}()=+\\_-><@`,?!"
+_DIGITS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS.split())} | {"none": "0"}
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 
@@ -37,13 +33,13 @@ _APOSTROPHES = (
     "they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've "
     "when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't "
     "would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
-).split()
+)
 
 
 def _spellings() -> dict[str, str]:
     """Every spelling with one apostrophe left out, to the full one."""
     found = {}
-    for word in _APOSTROPHES:
+    for word in _APOSTROPHES.split():
         places = [place for place, letter in enumerate(word) if letter == "'"]
         for kept in combinations(places, len(places) - 1):
             short = "".join(c for n, c in enumerate(word) if c != "'" or n in kept)

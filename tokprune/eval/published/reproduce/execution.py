@@ -160,9 +160,7 @@ def _lmms_task(row: Row) -> str | None:
     return BENCHMARKS[row.benchmark].task(row.split)
 
 
-def _file_tasks(
-    benchmark: str | None, settings: Mapping[str, Any]
-) -> Callable[[Row], str | None]:
+def _file_tasks(benchmark: str | None, settings: Mapping[str, Any]) -> Callable[[Row], str | None]:
     """Which task of a file holds the questions of a row's benchmark.
 
     Raises:
