@@ -116,8 +116,8 @@ class Sweep:
         earlier = earlier_run(folder, len(self.store.rows))
         entries: dict[str, Any] = {"benchmark": self._benchmark_entry()}
         if earlier is not None:
-            check_same(earlier, entries, folder)
             check_settings(earlier, settings, folder)
+            check_same(earlier, entries, folder)
         self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
         harness = self.harness.check_compatible(self.loaded, settings)
         entries["model"] = self.loaded.describe()

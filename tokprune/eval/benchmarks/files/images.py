@@ -52,7 +52,9 @@ class ImageFolder:
         if not self.root.is_dir():
             raise FileNotFoundError(f"images {self.root}: no such folder")
         self._real = os.path.realpath(self.root)
-        self._real_folder = lru_cache(4096)(os.path.realpath)
+        self._real_folder = lru_cache(1024)(os.path.realpath)
+        #: questions about one image mostly stand together
+        self._looked_up = lru_cache(1024)(self._look_up)
         self._stems: dict[str, list[str]] | None = None
 
     def find(self, name: str, where: str) -> Path:
@@ -68,24 +70,30 @@ class ImageFolder:
                 f"{where}: {name[:200]}: a web address; images are read from files, so download "
                 "them and name their folder with --images"
             )
-        outside: Path | None = None
         try:
-            for place in self._places:
-                path = place / name
-                if not _is_file(path):
-                    continue
-                if self._inside(path):
-                    return path
-                outside = outside or path
+            path, outside = self._looked_up(name)
         except (OSError, ValueError) as error:  # a name too long, a null character
             said = getattr(error, "strerror", None) or str(error)
             raise ValueError(f"{where}: {short(name)}: no usable path ({said})") from None
-        if outside is not None:
+        if path is not None:
+            return path
+        if outside:
             raise ValueError(
                 f"{where}: {name}: lies outside the folder {self.root}; name the folder that may "
                 "be read with --images ('--images /' allows all)"
             )
         raise FileNotFoundError(f"{where}: {name}: no such file in {self.root}{self._hint}")
+
+    def _look_up(self, name: str) -> tuple[Path | None, bool]:
+        """The file of that name in the folder, or whether there is one outside."""
+        outside = False
+        for place in self._places:
+            path = place / name
+            if _is_file(path):
+                if self._inside(path):
+                    return path, False
+                outside = True
+        return None, outside
 
     def find_id(self, name: str, where: str) -> Path:
         """The file of an image by its id: as it is, with a suffix, or numbered as in COCO

@@ -16,7 +16,7 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: a letter at the beginning that a mark or the end follows: "B", "(b)", "B. two dogs", "**B**"
 _FIRST = re.compile(r"[\s(\[*\"']*([A-Za-z])\s*(?:[)\].:,*\"']|$|\n)")
 _STATED = re.compile(
-    r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*[(\[*\"']*([A-Z])(?![A-Za-z0-9'])"
+    r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?:\s+is)?\s*:?\s*[(\[*\"']*([A-Z])(?![A-Za-z0-9'])"
 )
 _ALONE = re.compile(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9'])")
 #: words that are letters, too
