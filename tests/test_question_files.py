@@ -372,6 +372,12 @@ def test_images_stay_in_their_folder(folder: Path, tmp_path_factory: Any) -> Non
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"id": 1}\n', "line 1: no column holds a question.*expected.*found id"),
+        (
+            "a.jsonl",
+            b'{"id": 1, "question": "?", "image": "a", "gold": "x"}\n',
+            "has no answers.*expected one of answers, answer.*found id, question, image, gold",
+        ),
+        ("a.jsonl", b'{"question": "\\ud800", "image": "a", "answer": "x"}\n', "a lone surrogate"),
         ("a.jsonl", b"", "holds no question"),
         ("a.jsonl", b'{"q": "\xff"}\n', "line 1: not valid UTF-8"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: (JSON that is nested too deeply|not valid)"),

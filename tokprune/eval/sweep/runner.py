@@ -111,12 +111,12 @@ class Sweep:
     def prepare(self, command: Sequence[str]) -> None:
         """Load the model, match the budgets, write run.json."""
         settings, folder = self.settings, self.store.folder
-        for note in self.harness.benchmark.notes:
-            self.progress.say(note)
         earlier = earlier_run(folder, len(self.store.rows))
         entries: dict[str, Any] = {"benchmark": self._benchmark_entry()}
         if earlier is not None:
-            check_settings(earlier, settings, folder)
+            # of one benchmark, other tasks and limits have other versions
+            if earlier["benchmark"]["name"] == entries["benchmark"]["name"]:
+                check_settings(earlier, settings, folder)
             check_same(earlier, entries, folder)
         self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
         harness = self.harness.check_compatible(self.loaded, settings)
@@ -139,6 +139,8 @@ class Sweep:
             **entries,
             "trials": [],
         }
+        for note in self.harness.benchmark.notes:
+            self.progress.say(note)
         self._find_trials(earlier)
         self.save()
 

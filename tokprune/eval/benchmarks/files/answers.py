@@ -16,6 +16,7 @@ from tokprune.eval.benchmarks.files.columns import (
     answers_of,
     first_of,
     id_of,
+    names_of,
 )
 from tokprune.eval.benchmarks.files.containers import open_container
 from tokprune.eval.benchmarks.files.containers.base import short
@@ -48,8 +49,8 @@ class AnswerFile:
         answers = answers_of(entry, where)
         if answers is None:
             raise ValueError(
-                f"{where}: holds no answer; expected one of {', '.join(ANSWERS)}, found "
-                f"{', '.join(map(str, entry)) or 'no column'}"
+                f"{where}: holds no answer; expected one of {', '.join(ANSWERS)}; found "
+                f"{names_of(entry)}"
             )
         _, name = id_of(entry, where)
         number = len(self._answers)

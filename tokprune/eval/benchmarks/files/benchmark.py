@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from tokprune.eval.benchmarks.base import Benchmark, Item
 from tokprune.eval.benchmarks.files.answers import AnswerFile
-from tokprune.eval.benchmarks.files.columns import choice_columns, id_of
+from tokprune.eval.benchmarks.files.columns import ANSWERS, choice_columns, id_of, names_of
 from tokprune.eval.benchmarks.files.containers import open_container
 from tokprune.eval.benchmarks.files.images import Embedded, ImageFolder, OtherRow
 from tokprune.eval.benchmarks.files.reading import (
@@ -135,7 +135,7 @@ class FileBenchmark(Benchmark):
                 self._left_out += 1
                 continue
             except NoAnswersError as error:
-                raise ValueError(_without_answers(error, self.path, bool(self._rows))) from None
+                raise ValueError(self._without_answers(error)) from None
             self._check_media(question, where)
             row = len(self._rows)
             self._rows.append(number)
@@ -154,6 +154,15 @@ class FileBenchmark(Benchmark):
             raise ValueError(f"benchmark {self.path}: holds no question {what}")
         self._check_references(references)
         return survey
+
+    def _without_answers(self, error: Exception) -> str:
+        if self._rows:  # other rows have one
+            return str(error)
+        return (
+            f"{self.path} has no answers, so nothing can be scored ({error}); expected one of "
+            f"{', '.join(ANSWERS)}; found {names_of(self._first)}; where a second file has them, "
+            "name it with --answers"
+        )
 
     def _names_row(self, text: str) -> bool:
         """Whether a short cell is no file but another row's index, seen already or not."""
@@ -408,15 +417,6 @@ def _row(item: Item) -> int:
     if not isinstance(item, FileItem):
         raise TypeError(f"item {item.id!r} is not of a file; items() gives those that are")
     return item.row
-
-
-def _without_answers(error: Exception, path: Path, later: bool) -> str:
-    if later:  # other rows have one
-        return str(error)
-    return (
-        f"{path} has no answers, so nothing can be scored ({error}); where a second file has them, "
-        "name it with --answers"
-    )
 
 
 def _balanced(rows: Sequence[int], task_of: Sequence[int], limit: int) -> Sequence[int]:

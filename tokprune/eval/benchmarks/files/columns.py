@@ -13,7 +13,7 @@ from tokprune.eval.benchmarks.files.images import listed
 Entry = Mapping[str, Any]
 
 IDS = ("id", "question_id", "questionId", "index", "qid")
-QUESTIONS = ("question", "text", "query")
+QUESTIONS = ("question", "text", "query", "prompt")
 ANSWERS = ("answers", "answer", "label", "gt_answer", "multiple_choice_answer")
 IMAGES = (
     "images", "image", "frames", "image_path", "img_path", "image_file", "image_local_name",
@@ -26,6 +26,11 @@ HINTS = ("hint", "context")
 CATEGORIES = ("category", "question_type", "type")
 _NUMBERED = re.compile(r"(?:image|img)_?(\d+)")
 _LETTERED = re.compile(r"([A-Z])|(?:choice|option)_([a-zA-Z])")
+
+
+def names_of(entry: Iterable[Any]) -> str:
+    """The columns of an entry, in words."""
+    return ", ".join(map(str, entry)) or "no column"
 
 
 def missing(value: Any) -> bool:

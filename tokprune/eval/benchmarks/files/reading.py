@@ -19,6 +19,7 @@ from tokprune.eval.benchmarks.files.columns import (
     first_of,
     id_of,
     missing,
+    names_of,
     numbered_images,
     options_of,
     text_of,
@@ -79,6 +80,11 @@ class Reader:
         text = text_of(entry, column, where)
         options = options_of(entry, where) if self.shape.choices else {}
         answers = self._answers(entry, name, options, where)
+        task, image_id = self._task(entry, where), _image_id(entry)
+        try:
+            "".join((name or "", text, *answers, task, image_id or "")).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: holds half of a letter (a lone surrogate)") from None
         images, video = self.images(entry, where)
         hint = first_of(entry, HINTS) if self.shape.choices else None
         if hint is not None and (options or self.shape.hint) and str(entry[hint]).strip():
@@ -96,7 +102,7 @@ class Reader:
                     meta.setdefault(key, entry[known])
         return Question(
             name, named_by, text + self.suffix, images, video, answers,
-            self._task(entry, where), _image_id(entry), meta,
+            task, image_id, meta,
         )  # fmt: skip
 
     def _answers(
@@ -147,7 +153,7 @@ class Reader:
             return [self.folder.find_id(str(entry[column]), place)], False
         raise NoImageError(
             f"{where}: field 'image' should be the path of an image, is missing; expected one of "
-            f"{', '.join((*IMAGES, *IMAGE_IDS))}, found {', '.join(map(str, entry))}"
+            f"{', '.join((*IMAGES, *IMAGE_IDS))}; found {names_of(entry)}"
         )
 
     def _listed(self, entry: Entry, column: str, where: str) -> tuple[list[Image], bool]:

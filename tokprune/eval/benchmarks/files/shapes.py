@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokprune.errors import did_you_mean
-from tokprune.eval.benchmarks.files.columns import ANSWERS, IDS, Entry
+from tokprune.eval.benchmarks.files.columns import ANSWERS, IDS, IMAGES, QUESTIONS, Entry, names_of
 
 
 @dataclass
@@ -149,7 +149,7 @@ SHAPES: tuple[Shape, ...] = (
         lambda s, name: "vqa" if s.people else s.scoring(),
     ),
     Shape("table", "question, text or query; image, images or image_path; answer, answers or label",
-          _any("question", "text", "query"), _suggested("yes-no"), "task"),
+          _any(*QUESTIONS), _suggested("yes-no"), "task"),
 )  # fmt: skip
 
 
@@ -176,12 +176,12 @@ def shape_of(entry: Entry, path: Path, where: str) -> Shape:
     for shape in SHAPES:
         if shape.fits(entry):
             return shape
-    if _any(*ANSWERS)(entry) and _any(*IDS)(entry):
+    found = f"expected {SHAPES[-1].columns}; found {names_of(entry)}"
+    if _any(*ANSWERS)(entry) and _any(*IDS)(entry) and not _any(*IMAGES)(entry):
         raise ValueError(
             f"{where}: holds answers and no question (field 'question' should be text, is "
-            "missing); --benchmark names the file of questions, and --answers this one"
+            f"missing); --benchmark names the file of questions, and --answers this one; {found}"
         )
     raise ValueError(
-        f"{where}: no column holds a question: field 'question' should be text, is missing; "
-        f"expected {SHAPES[-1].columns}, found {', '.join(map(str, entry)) or 'no column'}"
+        f"{where}: no column holds a question: field 'question' should be text, is missing; {found}"
     )
