@@ -353,11 +353,13 @@ class FileBenchmark(Benchmark):
         return self._open(item, self._sources(_row(item)))
 
     def _open(self, item: Item, sources: Sequence[Any]) -> list[Image.Image]:
-        name = f"benchmark {self.path}, item {item.id!r}"
-        # an embedded image is text, which is read as such
-        return [
-            read_picture(str(one) if isinstance(one, Embedded) else one, name) for one in sources
-        ]
+        found = []
+        for one in sources:
+            file = f"{one.name} of " if isinstance(one, Path) else ""
+            # an embedded image is text, which is read as such
+            source = str(one) if isinstance(one, Embedded) else one
+            found.append(read_picture(source, f"benchmark {self.path}, {file}item {item.id!r}"))
+        return found
 
     def score(self, item: Item, answer: str) -> float:
         return SCORINGS[self.scoring](answer, item)
