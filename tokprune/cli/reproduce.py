@@ -51,8 +51,8 @@ def reproduce(
     benchmark: Annotated[
         str | None,
         typer.Option(
-            help="Questions for the builtin harness: a .jsonl or .parquet file whose tasks are "
-            "named as the ledger's benchmarks."
+            help="Questions for the builtin harness: a file whose tasks are named as the ledger's "
+            "benchmarks. How it is read (images, answers, shape, scoring): in --config."
         ),
     ] = None,
     limit: Annotated[

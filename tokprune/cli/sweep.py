@@ -38,9 +38,36 @@ def sweep(
         typer.Option(
             "--benchmark",
             "--task",
-            help="'mini', 'mini-video' (for models that take videos), or a .jsonl or .parquet file "
-            "of questions.",
+            help="'mini', 'mini-video' (for models that take videos), or a .jsonl, .parquet, .json "
+            "or .tsv file of questions.",
         ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the images of a file; images outside are refused ('/' allows all). "
+            "Default: the file's own folder."
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Second file, where the file of questions has no answers.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="How a file is read: llava, vqa, vlmevalkit, scienceqa, docvqa, infovqa, chartqa, "
+            "ocrbench, mme, table or tokprune. Default: by its columns."
+        ),
+    ] = None,
+    scoring: Annotated[
+        str | None,
+        typer.Option(
+            help="Rule of scores for a file: exact, vqa, anls, relaxed, letter, yes-no, pope, mme "
+            "or contains. Default: by its shape."
+        ),
+    ] = None,
+    prompt_suffix: Annotated[
+        str | None, typer.Option(help="Text put after every question of a file.")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -142,6 +169,9 @@ def sweep(
     controls. Results go to a run folder; a run that was stopped goes on where it was."""
     options: dict[str, Any] = {
         "model": model, "out": None if out is None else str(out), "benchmark": benchmark,
+        "images": None if images is None else str(images),
+        "answers": None if answers is None else str(answers),
+        "shape": shape, "scoring": scoring, "prompt_suffix": prompt_suffix,
         "methods": parse_list("methods", ",".join(methods) if methods else None),
         "keep": parse_list("keep", keep), "tasks": parse_list("tasks", tasks),
         "split": split, "limit": limit, "seeds": parse_numbers("seeds", seeds), "match": match,

@@ -166,14 +166,17 @@ def encode(
     """Model inputs of a batch, padded at the left.
 
     Args:
-        visuals: one a question: an image, or the list of a video's frames (PIL images; equally
-            many in all videos of a batch).
+        visuals: one a question: an image or a list of some, or the list of a video's frames (PIL
+            images; equally many frames in all videos of a batch).
         media: which of the two.
         model: as for :func:`model_inputs`.
     """
     video = media == "video"
-    texts = [prompt_text(processor, q, images=not video, videos=video) for q in questions]
-    shown = [[visual] for visual in visuals]
+    shown = [visual if isinstance(visual, list) and not video else [visual] for visual in visuals]
     images, videos = ([], shown) if video else (shown, [])
+    texts = [
+        prompt_text(processor, question, images=0 if video else len(own), videos=int(video))
+        for question, own in zip(questions, shown, strict=True)
+    ]
     made = model_inputs(processor, texts, images, videos, model=model, padding=True)
     return made.to(device)

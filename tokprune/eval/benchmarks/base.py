@@ -36,7 +36,8 @@ class Benchmark(ABC):
     (names, the default first); ``tasks`` (question types, in display order); ``groups`` (display
     name → its tasks; a task may be in none); ``headline`` (tasks that count in the macro average);
     ``prompt_suffix`` (appended to every question, "" for none); ``max_new_tokens`` (longest
-    answer).
+    answer); ``scoring`` (name of the rule of :meth:`score`); ``shape`` (of a file: how it was read,
+    else None); ``notes`` (what a user should know before the first answer).
     """
 
     name: str
@@ -48,16 +49,23 @@ class Benchmark(ABC):
     media: Literal["image", "video"] = "image"
     prompt_suffix: str = ""
     max_new_tokens: int = 16
+    scoring: str = "exact"
+    shape: str | None = None
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def items(
         self, split: str | None = None, tasks: Sequence[str] | None = None, limit: int | None = None
-    ) -> list[Item]:
+    ) -> Sequence[Item]:
         """Items of a split in a fixed order; ``limit`` takes a subset balanced over the tasks.
 
         Raises:
             ValueError: unknown split or task (names what there is), or ``limit`` below 1.
         """
+
+    def version_of(self, items: Sequence[Item]) -> str:
+        """The version of a part of the benchmark, as :meth:`items` gives it."""
+        return self.version
 
     def selected(
         self, split: str | None, tasks: Sequence[str] | None, limit: int | None
@@ -92,6 +100,10 @@ class Benchmark(ABC):
             "video(item) gives its frames"
         )
 
+    def images(self, item: Item) -> list[Image.Image]:
+        """All images of an item in order; most have one."""
+        return [self.image(item)]
+
     def video(self, item: Item) -> list[Image.Image]:
         """The frames of an item's video in order, RGB and of one size. Nothing is kept.
 
@@ -108,8 +120,14 @@ class Benchmark(ABC):
 
         Exact match after trimming, lower-casing and dropping a final full stop.
         """
-        text = normalise(answer)
-        return float(any(text == normalise(accepted) for accepted in item.answers))
+        return exact(answer, item)
+
+
+def exact(answer: str, item: Item) -> float:
+    """1 where the answer is an accepted one, after trimming, lower-casing and dropping a final full
+    stop; else 0."""
+    text = normalise(answer)
+    return float(any(text == normalise(accepted) for accepted in item.answers if accepted.strip()))
 
 
 def normalise(answer: str) -> str:

@@ -105,17 +105,26 @@ def _gallery(
         return None, ["the run holds no overlays, so there is no gallery"]
     name: Any = data.run["benchmark"]["name"]
     if benchmark is None:
-        from tokprune.eval.benchmarks import load_benchmark
+        from tokprune.eval.benchmarks.load import FILE_OPTIONS, load_benchmark
 
         # a benchmark in a file is known by the path that the sweep was given
-        source: Any = data.run["settings"].get("benchmark")
+        settings = data.run["settings"]
+        source: Any = settings.get("benchmark")
+        options = {option: settings.get(option) for option in FILE_OPTIONS}
         try:
-            benchmark = load_benchmark(source if isinstance(source, str) else name)
+            benchmark = load_benchmark(
+                source if isinstance(source, str) else name, lazy=True, **options
+            )
         except (ValueError, OSError, ImportError) as error:
             return None, [f"benchmark {name!r} cannot be loaded, so there is no gallery ({error})"]
-    if benchmark.version != data.run["benchmark"]["version"]:
+    asked = (data.run["settings"].get(name) for name in ("split", "tasks", "limit"))
+    try:
+        version = benchmark.version_of(benchmark.items(*asked))
+    except (ValueError, OSError) as error:
+        return None, [f"the items of benchmark {name!r} are not there any more ({error})"]
+    if version != data.run["benchmark"]["version"]:
         return None, [
-            f"benchmark {name!r} is version {benchmark.version!r} by now, the run is of "
+            f"benchmark {name!r} is version {version!r} by now, the run is of "
             f"{data.run['benchmark']['version']!r}: its images may differ, so there is no gallery"
         ]
     from tokprune.eval.report.gallery import make_gallery

@@ -40,7 +40,10 @@ def make_gallery(
             at.setdefault(record["item"], []).append(record)
     if not at:
         return None, ["the run holds no overlays, so there is no gallery"]
-    questions = {item.id: item for item in benchmark.items(data.run["benchmark"].get("split"))}
+    questions = {
+        item.id: item
+        for item in benchmark.items(data.run["benchmark"].get("split")) if item.id in at
+    }  # fmt: skip
     owner = {trial: r for r in analysis.results for trial in r.point.trials}
     exhibits, notes = [], []
     for item in list(at)[:most]:

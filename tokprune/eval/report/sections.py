@@ -76,7 +76,9 @@ def document(
             ("model", f"{model['class']}, {model['parameters'] / 1e6:,.1f} M parameters"),
             ("visual tokens", f"{data.tokens} in {model['decoder_layers']} layers"),
             ("benchmark", f"{benchmark['name']} {benchmark['version'][:12]}"
-             + (f", {benchmark['split']}" if benchmark["split"] else "")),
+             + (f", {benchmark['split']}" if benchmark["split"] else "")
+             + (f", scored by {rule}" if (rule := benchmark.get("scoring", "exact")) != "exact"
+                else "")),
             ("questions", f"{len(data.items)} on {len({i.image for i in data.items})} "
              + ("videos" if data.media == "video" else "images")),
             ("points", f"{len(data.points)}, {len(analysis.series())} variants"),

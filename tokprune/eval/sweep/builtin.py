@@ -28,7 +28,7 @@ class BuiltinHarness:
     """The sweep's own way of asking; see :class:`tokprune.eval.sweep.harness.Harness`."""
 
     benchmark: Benchmark
-    items: list[Item]
+    items: Sequence[Item]
     split: str | None
     runtime: dict[str, str] = field(default_factory=dict)
     own_processes: bool = False
@@ -40,7 +40,7 @@ class BuiltinHarness:
         Raises:
             ValueError, OSError: no such benchmark, task or split, or no item of it.
         """
-        benchmark = load_benchmark(settings.benchmark)
+        benchmark = load_benchmark(settings.benchmark, lazy=True, **settings.file_options())
         tasks = None if settings.tasks is None else list(settings.tasks)
         items = benchmark.items(settings.split, tasks, settings.limit)
         if not items:

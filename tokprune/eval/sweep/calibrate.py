@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from tokprune.calibration import MeanTokens, fitting, mean_tokens, nearest
 from tokprune.errors import UnsupportedModelError, UnsupportedVideoError
 from tokprune.eval.sweep.budgets import Budget, tolerance
@@ -55,16 +57,19 @@ class Calibrator:
 
     Args:
         loaded: the model, not patched.
-        batch: questions about one image or one video each.
+        batch: questions about images, or about one video each.
         match: "mean" or "last".
     """
 
     def __init__(self, loaded: LoadedModel, batch: Batch, match: str) -> None:
         self.loaded, self.inputs, self.match = loaded, batch.inputs, match
         self.tokens_at = batch.tokens_at
-        visual = (loaded.family.placeholders(loaded.parts, self.inputs) > 0).sum(1)
-        #: mean visual tokens of the unpruned images
-        self.visual_tokens = float(visual.float().mean())
+        whole = (loaded.family.placeholders(loaded.parts, self.inputs) > 0).sum(1)
+        shown = torch.tensor(batch.shown, device=whole.device)
+        #: mean visual tokens of an unpruned image
+        self.visual_tokens = float(whole.sum()) / int(shown.sum())
+        #: of the images of a question, in the mean
+        visual = whole / shown
         video, facts = batch.benchmark.media == "video", loaded.facts
         #: frames of every video, None for images
         self.frames = len(batch.visuals[0]) if video else None

@@ -46,13 +46,19 @@ class Batch:
 
     @cached_property
     def visuals(self) -> list[Any]:
-        """Of every question its image, or the list of its frames."""
+        """Of every question its images, or the frames of its video."""
         video = self.benchmark.media == "video"
-        visual_of = self.benchmark.video if video else self.benchmark.image
+        visual_of = self.benchmark.video if video else self.benchmark.images
         return [
             each(visual_of(item), partial(read_picture, name=f"item {item.id!r}"))
             for item in self.items
         ]
+
+    @property
+    def shown(self) -> list[int]:
+        """Of every question the number of its images; 1 for a video."""
+        video = self.benchmark.media == "video"
+        return [len(own) if isinstance(own, list) and not video else 1 for own in self.visuals]
 
     @cached_property
     def inputs(self) -> Any:
@@ -90,9 +96,9 @@ class Batch:
         return self._reduced[trial.reduced_input]
 
     def tokens_at(self, reduced: ReducedInput) -> float:
-        """Mean visual tokens of the images or videos made smaller."""
+        """Mean visual tokens of an image or a video made smaller."""
         visual = self.loaded.family.placeholders(self.loaded.parts, self._shown(reduced)) > 0
-        return float(visual.sum()) / len(visual)
+        return float(visual.sum()) / sum(self.shown)
 
     def _shown(self, reduced: ReducedInput) -> Any:
         return self._encode([reduced(visual) for visual in self.visuals])

@@ -60,7 +60,7 @@ class Harness(Protocol):
 
     #: what the questions are
     benchmark: Benchmark
-    items: list[Item]
+    items: Sequence[Item]
     #: name for run.json
     split: str | None
     #: versions beside torch's and transformers' that can change an answer

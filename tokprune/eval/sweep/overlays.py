@@ -41,14 +41,18 @@ def overlay_name(item: str, trial: str) -> str:
 
 
 def overlay_record(trace: Trace, row: int, item: str, trial: str) -> dict[str, Any]:
-    """Patches alive in the last decoder layer that holds any, for one row of a batch."""
+    """Patches alive in the last decoder layer that holds any, for one row of a batch; of several
+    images those of the first."""
     assert trace.last is not None
     layers = trace.last.layers
     alive = [n for n, layer in enumerate(layers) if any(layer.counts[row])]
     layer = alive[-1] if alive else len(layers) - 1
-    tokens = [t for t in trace.kept(layer, row) if t.kind == "patch"]
-    merged = any(len(t.sources) > 1 for t in tokens)
     tiles, grid = _grid(trace, row)
+    tokens = [
+        t for t in trace.kept(layer, row)
+        if t.kind == "patch" and ("frames" in grid or not t.image)
+    ]  # fmt: skip
+    merged = any(len(t.sources) > 1 for t in tokens)
 
     def number(tile: int) -> int:
         return (tile + 1) % tiles if tiles else tile

@@ -88,12 +88,14 @@ def check_same(run: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> 
     Raises:
         ValueError: another benchmark, version, model or dtype.
     """
-    for part, fields in (("benchmark", ("name", "version")), ("model", ("hash", "dtype"))):
+    for part, fields in (
+        ("benchmark", ("name", "scoring", "version")), ("model", ("hash", "dtype")),
+    ):  # fmt: skip
         if part not in now:
             continue
+        before, here = ({"scoring": "exact", **entries[part]} for entries in (run, now))
         for field in fields:
-            if run[part][field] != now[part][field]:
-                before, here = run[part], now[part]
+            if before[field] != here[field]:
                 raise ValueError(
                     f"run folder {folder} belongs to another {part}: {before['name']} ({field} "
                     f"{str(before[field])[:16]}), not {here['name']} ({field} "

@@ -114,8 +114,10 @@ class Sweep:
         earlier = earlier_run(folder, len(self.store.rows))
         entries: dict[str, Any] = {"benchmark": self._benchmark_entry()}
         if earlier is not None:
+            # of one benchmark, other tasks and limits have other versions
+            if earlier["benchmark"]["name"] == entries["benchmark"]["name"]:
+                check_settings(earlier, settings, folder)
             check_same(earlier, entries, folder)
-            check_settings(earlier, settings, folder)
         self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
         harness = self.harness.check_compatible(self.loaded, settings)
         entries["model"] = self.loaded.describe()
@@ -137,6 +139,8 @@ class Sweep:
             **entries,
             "trials": [],
         }
+        for note in self.harness.benchmark.notes:
+            self.progress.say(note)
         self._find_trials(earlier)
         self.save()
 
@@ -151,7 +155,9 @@ class Sweep:
         return {
             "name": benchmark.name,
             **media,
-            "version": benchmark.version,
+            "version": benchmark.version_of(self.items),
+            **({} if benchmark.shape is None else {"shape": benchmark.shape}),
+            "scoring": benchmark.scoring,
             "split": self.harness.split,
             "tasks": [task for task in benchmark.tasks if task in present],
             "groups": {name: list(tasks) for name, tasks in benchmark.groups.items()},
@@ -272,9 +278,10 @@ class Sweep:
     def _open_trials(self) -> list[OpenTrial]:
         """The trials that can be run, with the rows that they lack."""
         found = []
+        items = [(item.id, item.task) for item in self.items]
         for trial in [*self.noise, *self.main]:
             if trial.runs:
-                names = {i.id: row_id(self.info, trial.entry, i.id, i.task) for i in self.items}
+                names = {item: row_id(self.info, trial.entry, item, task) for item, task in items}
                 rows = {item: row for item, row in names.items() if row not in self.done}
                 found.append(OpenTrial(trial, rows))
         return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokprune.errors import did_you_mean
+from tokprune.eval.benchmarks.load import FILE_OPTIONS
 from tokprune.eval.sweep.budgets import DEFAULT_KEEP, Budget, parse_budget
 from tokprune.eval.sweep.variants import (
     Variant,
@@ -49,7 +50,12 @@ class Settings:
     Args:
         model: folder or hub name.
         out: run folder; made where missing, resumed where it holds the same sweep.
-        benchmark: name, or a ``.jsonl`` or ``.parquet`` file.
+        benchmark: name, or a ``.jsonl``, ``.parquet``, ``.json`` or ``.tsv`` file of questions.
+        images: of a file, folder of its images, which may not lie outside; None: the file's own.
+        answers: of a file, a second one that has the answers.
+        shape: of a file, how its columns are read; None: by their names.
+        scoring: of a file, the rule of scores; None: that of its shape.
+        prompt_suffix: of a file, text put after every question.
         methods: names, ``"name:option=value"``, or tables with a name; empty: every method.
         keep: budgets, see :func:`tokprune.eval.sweep.budgets.parse_budget`.
         tasks: question types; None: all of the benchmark.
@@ -88,6 +94,11 @@ class Settings:
     model: str
     out: str
     benchmark: str = "mini"
+    images: str | None = None
+    answers: str | None = None
+    shape: str | None = None
+    scoring: str | None = None
+    prompt_suffix: str | None = None
     methods: tuple[Any, ...] = ()
     keep: tuple[Any, ...] = DEFAULT_KEEP
     tasks: tuple[str, ...] | None = None
@@ -132,7 +143,7 @@ class Settings:
                 if not isinstance(value, Sequence):
                     raise ValueError(f"{name}={value!r} should be a list")
                 object.__setattr__(self, name, tuple(value))
-            elif name in ("model", "out", "benchmark"):
+            elif name in ("model", "out", "benchmark", "images", "answers"):
                 object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
         self._check_types()
         for name, choices in (
@@ -177,7 +188,7 @@ class Settings:
                     raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
             elif kind == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} should be true or false")
-            elif value is None and name in ("split", "base"):
+            elif value is None and name in ("split", "base", *FILE_OPTIONS):
                 continue
             elif kind == "str" and not (isinstance(value, str) and value):
                 raise ValueError(f"{name}={value!r} should be text")
@@ -204,6 +215,10 @@ class Settings:
         methods = [parse_variant(spec) for spec in self.methods]
         return build_variants(methods, self.controls, self.variants, media)
 
+    def file_options(self) -> dict[str, Any]:
+        """How a file of questions is read; for :func:`tokprune.eval.benchmarks.load_benchmark`."""
+        return {name: getattr(self, name) for name in FILE_OPTIONS}
+
     def to_dict(self) -> dict[str, Any]:
         """All settings in JSON types; methods with their options."""
         table = dataclasses.asdict(self)
@@ -221,7 +236,7 @@ class Settings:
 _KINDS = {field.name: re.split(r"\W", str(field.type))[0] for field in dataclasses.fields(Settings)}
 
 #: settings that mean something in one harness only
-_BUILTIN_ONLY = ("benchmark", "split", "share", "latency_rounds")
+_BUILTIN_ONLY = ("benchmark", *FILE_OPTIONS, "split", "share", "latency_rounds")
 _LMMS_ONLY = ("base", "processes", "launch", "launcher", "include_path", "model_args")
 #: arguments of the model that the sweep sets
 _SET_BY_SWEEP = frozenset({

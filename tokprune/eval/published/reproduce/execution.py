@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def execute(
         out: folder of the run folders.
         runner: runs a sweep (``tokprune.eval.sweep.run_sweep``).
         harness: "builtin", on the questions of ``benchmark``, or "lmms-eval".
-        benchmark: ``.jsonl`` or ``.parquet`` file whose tasks are named as the ledger's benchmarks.
+        benchmark: file of questions whose tasks are named as the ledger's benchmarks.
         settings: further fields of :class:`tokprune.eval.sweep.Settings`, for example ``limit``;
             not those in :data:`DECIDED`.
 
@@ -88,7 +88,7 @@ def plan(
     for name in settings:
         if name in DECIDED:
             raise ValueError(f"setting {name!r} follows from the published rows; leave it out")
-    task_of = _file_tasks(benchmark) if harness == "builtin" else _lmms_task
+    task_of = _file_tasks(benchmark, settings) if harness == "builtin" else _lmms_task
     reasons: dict[tuple[Any, ...], str] = {}
     found: dict[str, tuple[dict[str, Any] | None, dict[str, None], list[Row]]] = {}
     for row in rows:
@@ -160,7 +160,7 @@ def _lmms_task(row: Row) -> str | None:
     return BENCHMARKS[row.benchmark].task(row.split)
 
 
-def _file_tasks(benchmark: str | None) -> Callable[[Row], str | None]:
+def _file_tasks(benchmark: str | None, settings: Mapping[str, Any]) -> Callable[[Row], str | None]:
     """Which task of a file holds the questions of a row's benchmark.
 
     Raises:
@@ -168,13 +168,14 @@ def _file_tasks(benchmark: str | None) -> Callable[[Row], str | None]:
     """
     if benchmark is None:
         raise ValueError(
-            "benchmark is missing: harness 'builtin' needs a .jsonl or .parquet file whose tasks "
-            "are named as the ledger's benchmarks (gqa, pope, …); or use harness 'lmms-eval'"
+            "benchmark is missing: harness 'builtin' needs a file of questions whose tasks are "
+            "named as the ledger's benchmarks (gqa, pope, …); or use harness 'lmms-eval'"
         )
-    from tokprune.eval.benchmarks import load_benchmark
+    from tokprune.eval.benchmarks.load import FILE_OPTIONS, load_benchmark
 
     tasks: dict[str, list[tuple[str, str | None]]] = {}
-    for task in load_benchmark(benchmark).tasks:
+    options = {name: settings.get(name) for name in FILE_OPTIONS}
+    for task in load_benchmark(benchmark, lazy=True, **options).tasks:
         named = find_benchmark(task)
         if named is not None:
             tasks.setdefault(named[0].name, []).append((task, named[1]))

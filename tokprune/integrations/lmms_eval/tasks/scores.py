@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokprune.eval.benchmarks.scores.letters import chosen
+
 Sample = Mapping[str, Any]
 
 #: fields of a logged sample that are not metrics
@@ -80,24 +82,21 @@ def _at_least_half(value: Any) -> float | None:
 
 
 def _letter(value: Any) -> float | None:
-    """Multiple choice: the letter that the answer begins with, or the option it repeats."""
+    """Multiple choice: the option that the answer means."""
     if not isinstance(value, Mapping):
         return None
     correct = str(value.get("answer", "")).strip().upper()
     if not re.fullmatch(r"[A-Z]", correct):
         return None  # a split whose answers are not public
-    answer = str(value.get("prediction", value.get("pred", ""))).strip()
-    found = re.match(r"[\s(\[*]*([A-Z])(?![A-Za-z0-9])", answer.upper())
-    if found is None:
-        options = {name: _plain(value.get(name)) for name in "ABCDEFGH" if _plain(value.get(name))}
-        same = [name for name, text in options.items() if text == _plain(answer)]
-        return float(same == [correct])
-    return float(found[1] == correct)
+    answer = str(value.get("prediction", value.get("pred", "")))
+    texts = {name: _plain(value.get(name)) for name in "ABCDEFGH"}
+    options = {name: text for name, text in texts.items() if text}
+    return float(chosen(answer, options) == correct)
 
 
 def _plain(value: Any) -> str:
-    text = " ".join(str(value or "").lower().split()).rstrip(".")
-    return "" if text == "nan" else text
+    text = str(value or "").strip()
+    return "" if text.lower() == "nan" else text
 
 
 def _first_letter(value: Any) -> float | None:
