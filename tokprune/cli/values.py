@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import ast
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tokprune.cli.app import BadInput
 
 
 class Device(str, Enum):
     auto, cpu, cuda = "auto", "cpu", "cuda"
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let code of the model's own run; without it none ever does."
+    ),
+]
 
 
 class Dtype(str, Enum):
