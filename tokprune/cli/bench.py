@@ -15,7 +15,14 @@ import typer
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.console import console
 from tokprune.cli.model import load_model, place_of, quiet
-from tokprune.cli.values import Device, Dtype, parse_keep, parse_list, parse_numbers
+from tokprune.cli.values import (
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    parse_keep,
+    parse_list,
+    parse_numbers,
+)
 from tokprune.cli.visuals import open_image
 
 
@@ -50,6 +57,7 @@ def bench(
         Dtype,
         typer.Option(help="auto: as the checkpoint says; random weights: bfloat16 on CUDA."),
     ] = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     attention: Annotated[str, typer.Option(help="Attention backend: sdpa, eager, …")] = "sdpa",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     clock: Annotated[
@@ -104,7 +112,9 @@ def bench(
         opened = image_of(random_weights) if opened is None else opened
     else:
         assert model is not None
-        loaded, processor = load_model(model, place, dtype, attn_implementation=attention)
+        loaded, processor = load_model(
+            model, place, dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
     with Bar() if sys.stderr.isatty() else Progress() as progress:
         result = run(
             loaded,

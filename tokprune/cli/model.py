@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from tokprune.cli.app import BadInput
@@ -37,8 +37,7 @@ def load_model(
     """Model, with the method at work, and processor."""
     from tokprune.loading import load
 
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise BadInput(f"--model {path}: no such folder")
     quiet()
+    path = os.path.expanduser(path)
     model, processor = load(path, method, processor=True, dtype=dtype.value, **options)
     return model.to(place).eval(), processor

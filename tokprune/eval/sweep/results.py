@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokprune import files
 from tokprune.eval.sweep.identity import canonical, row_id
 from tokprune.eval.sweep.schema import ROW, TRIAL, check_row, check_run, current_names
 
@@ -136,13 +136,7 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: should be a JSON object, is {type(value).__name__}")
-    named: dict[str, Any] = current_names(value)
+    named: dict[str, Any] = current_names(files.read_object(path))
     return named
 
 
@@ -184,7 +178,7 @@ def scan_lines(path: Path) -> tuple[list[dict[str, Any]], int, str | None]:
             try:
                 if not line.endswith(b"\n"):
                     raise ValueError("cut off in the middle")
-                row = current_names(json.loads(line))
+                row = current_names(files.parse_json(line))
                 check_row(row, "row")
             except ValueError as error:  # decoding errors are ValueErrors, too
                 wrong = (number, f"corrupt row ({error})")

@@ -116,7 +116,9 @@ class Sweep:
         if earlier is not None:
             check_same(earlier, entries, folder)
             check_settings(earlier, settings, folder)
-        self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
+        self.loaded = LoadedModel.load(
+            settings.model, settings.dtype, settings.device, settings.trust_remote_code
+        )
         harness = self.harness.check_compatible(self.loaded, settings)
         entries["model"] = self.loaded.describe()
         if earlier is not None:

@@ -60,6 +60,7 @@ class Settings:
             the tokens left after the "last" pruning.
         dtype: "auto": as the checkpoint says; float16 weights run in float32 on a CPU.
         device: "auto" takes CUDA where there is some.
+        trust_remote_code: whether code of the checkpoint's own may run.
         batch_size: questions that are answered together; None: 16, in lmms-eval 1.
         max_new_tokens: longest answer; None: as the benchmark, or each task, says.
         controls: run ``blind``, ``random``, ``grid``, ``pool`` and ``downsample`` as well.
@@ -97,6 +98,7 @@ class Settings:
     match: str = "mean"
     dtype: str = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
     batch_size: int = None  # type: ignore[assignment]
     max_new_tokens: int | None = None
     controls: bool = True

@@ -21,6 +21,7 @@ from tokprune.eval.sweep.results import (
     RUN_FILE,
     scan_lines,
 )
+from tokprune.files import read_object
 
 _WRITTEN = (RUN_FILE, ROWS_FILE, LATENCY_FILE, METRICS_FILE)
 
@@ -92,10 +93,9 @@ class Store:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A file of the folder; None where it is missing or not a JSON object."""
         try:
-            value = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            return read_object(self.folder / name)
         except (OSError, ValueError):
             return None
-        return value if isinstance(value, dict) else None
 
     def _clear(self) -> None:
         for name in _WRITTEN:

@@ -13,6 +13,7 @@ from typing import Any
 from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.settings import Settings
 from tokprune.eval.sweep.trials import Trial
+from tokprune.files import parse_json
 from tokprune.integrations.lmms_eval.wrapped import Base, base_class, parameters
 from tokprune.methods.base import Method
 from tokprune.methods.registry import available_methods, make_method, option_names
@@ -191,7 +192,7 @@ def _setting(path: str, sha: Any) -> Method | None:
     if str(sha).lower() != found:
         raise ValueError(f"setting_sha={sha} is not that of setting={path}, which is {found}")
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except ValueError as error:
         raise ValueError(f"setting {path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -261,6 +262,8 @@ def model_arguments(
         args["dtype"] = trial.entry["dtype"]
     if device == "cpu" and base.takes("device_map"):
         args["device_map"] = "cpu"
+    if settings.trust_remote_code and base.takes("trust_remote_code"):
+        args["trust_remote_code"] = True
     args |= settings.model_args
     setting = setting_text(trial)
     if setting is not None:
