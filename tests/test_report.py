@@ -518,7 +518,7 @@ def test_cli(small: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyP
     [
         (["nowhere"], "nowhere: no such folder"),
         (["a", "b"], "takes one run folder, got 2"),
-        (["RUN", "--at", "-3"], "at=-3.0"),
+        (["RUN", "--at", "-3"], "--at -3 should be"),
         (["RUN", "--groups-from", "nowhere"], "nowhere: no group files"),
         ([], "Missing argument"),
     ],

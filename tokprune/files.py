@@ -45,5 +45,5 @@ def read_object(path: Path, what: str = "") -> dict[str, Any]:
     value = read_json(path, what)
     if not isinstance(value, dict):
         where = f"{what} {path}".lstrip()
-        raise ValueError(f"{where}: should hold a JSON object, is {type(value).__name__}")
+        raise ValueError(f"{where}: should be a JSON object, is {type(value).__name__}")
     return value

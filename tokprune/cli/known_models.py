@@ -70,8 +70,8 @@ def _skeleton(name: str) -> Any:
     """The model of a checkpoint, without weights."""
     from transformers import AutoConfig
 
-    from tokprune.checkpoint import check_place, reading
-    from tokprune.cli.model import quiet
+    from tokprune.checkpoint import check_config, check_place, reading
+    from tokprune.cli.model import naming_option, quiet
     from tokprune.loading import meta_model, model_class
     from tokprune.models import resolve
 
@@ -83,9 +83,11 @@ def _skeleton(name: str) -> Any:
             f"--model {name}: no such family, model class, or folder"
             + (f"; did you mean {near[0]}?" if near else f"; families: {', '.join(family_names())}")
         )
-    check_place(path)
-    with reading(path, "config.json"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    cls = model_class(config)
-    with reading(path, "config.json"):
-        return meta_model(cls, config)
+    with naming_option():
+        check_place(path)
+        with reading(path, "config.json"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_config(path, config, trust_remote_code=False)
+        cls = model_class(config)
+        with reading(path, "config.json"):
+            return meta_model(cls, config)

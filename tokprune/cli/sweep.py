@@ -29,7 +29,7 @@ def sweep(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Budgets separated by commas: counts (64) or shares (0.11, 11%, 1/9) of the "
+            help="Budgets separated by commas: counts (64) or shares (1/4, 0.25, 25%) of the "
             "visual tokens. Default: 1/2,1/4,1/9,1/16,1/36."
         ),
     ] = None,
