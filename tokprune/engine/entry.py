@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokprune.engine.cache import cache_in, check_cache
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.encoder import TowerPass
+from tokprune.engine.finite import blame
 from tokprune.engine.images import Encoding, attach, attached
 from tokprune.engine.model import Tiles
 from tokprune.engine.observed import ObservedPass
@@ -262,6 +263,9 @@ class TransformersEntry(Entry):
                 result, projected = known.result, known.projected
                 if tower is not None:
                     tower.outcomes = known.outcomes
+        except Exception as error:
+            blame(error, pixels, None if tower is None else tower.seen)
+            raise
         finally:
             state.tower = state.observed = state.projected = None
         records = functools.partial(
