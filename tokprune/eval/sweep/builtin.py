@@ -143,6 +143,7 @@ class BuiltinHarness:
             job.loaded, question.inputs, trials, job.settings.latency_rounds,
             self.benchmark.max_new_tokens, progress,
             {t.id: question.inputs_for(t) for t in trials if t.reduced_input is not None},
+            job.answering,
         )  # fmt: skip
 
 

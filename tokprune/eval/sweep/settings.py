@@ -67,7 +67,8 @@ class Settings:
         variants: run the published variants of the methods as well.
         noise: run the unpruned model at another batch size and another dtype first.
         latency: time every trial at the end.
-        latency_rounds: measurements of each part.
+        latency_rounds: measurements of each part; None: five, or fewer where they would take longer
+            than the answers did.
         share: run the encoder once for all trials that leave it alone.
         calibrate: items on which budgets are matched.
         fresh: throw away what the run folder holds.
@@ -105,7 +106,7 @@ class Settings:
     variants: bool = False
     noise: bool = True
     latency: bool = True
-    latency_rounds: int = 5
+    latency_rounds: int | None = None
     share: bool = True
     calibrate: int = 8
     fresh: bool = False
@@ -173,7 +174,7 @@ class Settings:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if kind == "int":
-                if value is None and name in ("limit", "max_new_tokens"):
+                if value is None and name in ("limit", "max_new_tokens", "latency_rounds"):
                     continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
