@@ -301,7 +301,7 @@ def test_page_escapes_what_others_wrote(tmp_path: Path) -> None:
     page = report.html.read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert "\\<script>" in report.markdown.read_text()
+    assert "\\<script\\>" in report.markdown.read_text()
 
 
 def test_same_run_same_page(made: Any, folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ class Store:
         Raises:
             OSError: they could not be written (a full disk, …); the file is as it was before.
         """
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        data = text.encode(errors="backslashreplace")  # halves of characters, as JSON has them
         try:
             left = memoryview(data)
             while left:
@@ -146,7 +147,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         # the process id keeps writers apart that share a file system but not a lock
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        data = text().encode()
+        data = text().encode(errors="backslashreplace")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
