@@ -70,6 +70,20 @@ def test_every_part_of_every_variant_is_measured_each_round(model: Any) -> None:
     assert not is_patched(model)
 
 
+@pytest.mark.parametrize(("rounds_wanted", "kept"), [(0, 1), (1, 1), (3, 3), (99, 4)])
+def test_rounds_end_when_it_is_enough(model: Any, rounds_wanted: int, kept: int) -> None:
+    inputs = tiny.make_inputs(model, [[4, "image", 6]])
+    told: list[tuple[int, int]] = []
+    asked = iter(range(-1, 99))  # the warm-up first
+    times = measure_trials(
+        model, inputs, {"none": None, "random": make_method("random", keep=9)}, 4, 2,
+        progress=lambda *now: told.append(now),
+        enough=lambda: next(asked) + 1 >= rounds_wanted,
+    )  # fmt: skip
+    assert {len(v) for parts in times.values() for v in parts.values()} == {kept}
+    assert told[-1] == (4, 4)
+
+
 def test_one_new_token_leaves_nothing_to_decode(model: Any) -> None:
     inputs = tiny.make_inputs(model, [[4, "image", 6]])
     times = measure_trials(model, inputs, {"none": None}, 1, 1)

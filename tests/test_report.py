@@ -301,7 +301,7 @@ def test_page_escapes_what_others_wrote(tmp_path: Path) -> None:
     page = report.html.read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert "\\<script>" in report.markdown.read_text()
+    assert "\\<script\\>" in report.markdown.read_text()
 
 
 def test_same_run_same_page(made: Any, folder: Path, tmp_path: Path) -> None:
@@ -518,7 +518,7 @@ def test_cli(small: Path, tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyP
     [
         (["nowhere"], "nowhere: no such folder"),
         (["a", "b"], "takes one run folder, got 2"),
-        (["RUN", "--at", "-3"], "at=-3.0"),
+        (["RUN", "--at", "-3"], "--at -3 should be"),
         (["RUN", "--groups-from", "nowhere"], "nowhere: no group files"),
         ([], "Missing argument"),
     ],

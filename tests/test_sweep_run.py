@@ -479,6 +479,21 @@ def test_tiled_models_match_counts_and_shares(sweep: Any) -> None:
             assert abs(mean - trial["budget"]) <= max(0.5, 0.01 * trial["budget"]), name
 
 
+def test_timing_is_in_proportion_to_the_answers(
+    sweep: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few questions: one round. Many, that is, answers that took long: five."""
+    from tokprune.eval.sweep import runner
+
+    for seconds, rounds in ((0.0, 1), (1e9, 5)):
+        monkeypatch.setattr(runner, "_seconds", lambda rows, seconds=seconds: seconds)
+        run = run_sweep(sweep(methods=("random",), keep=(9,), limit=2, latency=True, fresh=True))
+        times = run.latency["trials"]
+        assert {part["n"] for parts in times.values() for part in parts.values() if part} == {
+            rounds
+        }
+
+
 def test_smaller_images_are_matched_on_their_measured_tokens(sweep: Any) -> None:
     run = run_sweep(
         sweep(

@@ -42,7 +42,7 @@ BAD_SETTINGS = [
     ({"keep": ("0",)}, "keep=0 should be at least 1"),
     ({"keep": ("1.5",)}, "share in"),
     ({"keep": ("abc",)}, "keep='abc' should be a count"),
-    ({"keep": ("1/0",)}, "keep='1/0' should be"),
+    ({"keep": ("1/0",)}, "keep=1/0 should be"),
     ({"keep": (True,)}, "keep=True should be"),
     ({"keep": ("nan",)}, "share in"),
     ({"methods": ("fastvv",)}, "Did you mean 'fastv'"),

@@ -41,6 +41,16 @@ class UnsupportedVideoError(ValueError):
     """The method takes tokens away where the model still needs every frame of a video whole."""
 
 
+class ChatTemplateError(ValueError):
+    """The chat template of a checkpoint fails, or makes a prompt without the images."""
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """The ``repr`` of a value for an error text, its middle left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 20]}…{text[-19:]}"
+
+
 def did_you_mean(word: object, known: Iterable[str], most: int = 1) -> str:
     """`` Did you mean 'x'?``, for the end of an error text; "" where nothing known is near."""
     near = difflib.get_close_matches(str(word), list(known), n=most)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from tokprune.api import patch
+from tokprune.checkpoint import check_config, check_no_code, check_place, check_weights, reading
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind, supported_models
@@ -70,7 +72,8 @@ def load(
             they are (Qwen-VL, GLM-4V): smaller images are enlarged, larger ones shrunk. They say
             how many visual tokens an image has, of which ``keep`` then leaves some: on Qwen2.5-VL
             28 × 28 pixels are a token.
-        trust_remote_code: passed on to transformers.
+        trust_remote_code: whether transformers may run code of the checkpoint's own. Without it
+            none is run, and nobody is asked.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
             ``attn_implementation``, …) to ``from_pretrained``. With ``package="llava"``: to
             ``load_pretrained_model`` (``device_map``, ``device``, ``load_4bit``, …; ``model_base``
@@ -81,7 +84,8 @@ def load(
         UnsupportedModelError: the checkpoint is of no supported class; lists those.
         ValueError, TypeError: bad method or option.
         ImportError: ``package="llava"`` where that package is not installed; says how to.
-        OSError: no such checkpoint, or one without safetensors.
+        OSError: no such checkpoint, a broken file in it, weights that are no safetensors in its own
+            folder, or code of its own that would run; names the file.
 
     Example::
 
@@ -101,19 +105,37 @@ def load(
         made, options = _split(method, options, loader.options())
         return loader.load(path, made, options, processor)
     path = resolve(path)
+    check_place(path, options.get("subfolder", ""))
     own = _HUB | _LOADER | set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
     made, options = _split(method, options, own)
     hub = {name: options[name] for name in options if name in _HUB}
-    if trust_remote_code:
-        hub["trust_remote_code"] = options["trust_remote_code"] = True
-    config = AutoConfig.from_pretrained(path, **hub)
+    # said in so many words: left open, transformers asks whoever sits at the terminal
+    hub["trust_remote_code"] = options["trust_remote_code"] = trust_remote_code
+    if not trust_remote_code:
+        check_no_code(path, options.get("subfolder", ""))
+    with reading(path, "config.json"):
+        config = AutoConfig.from_pretrained(path, **hub)
     cls = model_class(config)
     if isinstance(backend := options.get("attn_implementation"), str):
         check_backend(backend, "model")
+    check_config(path, config, trust_remote_code, options.get("subfolder", ""))
     if made is not None:
-        check_plan(cls, config, made)
-    loaded = cls.from_pretrained(path, use_safetensors=True, **options)
-    model: Any = loaded[0] if options.get("output_loading_info") else loaded
+        with reading(path, "config.json"):
+            skeleton = meta_model(cls, config)
+        made.plan(bind(skeleton).facts)
+    check_weights(path, config, options)
+    with reading(path, "weights"):
+        told = bool(options.pop("output_loading_info", False))
+        model, info = cls.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
+        )
+    if info["missing_keys"] and options.get("state_dict") is None:
+        lacking = sorted(info["missing_keys"])
+        raise OSError(
+            f"model {path}: its weights lack {len(lacking)} that the model has, and that would be "
+            f"random: {', '.join(lacking[:3])}" + (", …" if len(lacking) > 3 else "")
+        )
+    loaded = (model, info) if told else model
     if made is not None:
         patch(model, made)
     if not processor:
@@ -122,7 +144,8 @@ def load(
     from tokprune.inputs.frames_processor import load_processor
     from tokprune.inputs.pixel_limits import limit_pixels
 
-    made_for = load_processor(path, model, hub)
+    with reading(path, "processor"):
+        made_for = load_processor(path, model, hub)
     limit_pixels(made_for, min_pixels, max_pixels)
     return loaded, made_for
 
@@ -174,15 +197,17 @@ def _split(
 def model_class(config: Any) -> Any:
     """The supported transformers class of a config, by its architectures or its model type."""
     names = supported_models()
-    for name in getattr(config, "architectures", None) or []:
+    asked = getattr(config, "architectures", None) or []
+    asked = [asked] if isinstance(asked, str) or not isinstance(asked, Iterable) else list(asked)
+    for name in asked:
         if name in names and hasattr(transformers, name):
             return getattr(transformers, name)
     for name in names:
         cls = getattr(transformers, name, None)
         kind = getattr(getattr(cls, "config_class", None), "model_type", None)
-        if kind is not None and kind == config.model_type and not config.architectures:
+        if kind is not None and kind == config.model_type and not asked:
             return cls
-    asked = list(getattr(config, "architectures", None) or []) or [_usual_class(config)]
+    asked = [str(name) for name in asked] or [_usual_class(config)]
     reason = next(filter(None, map(why_refused, asked)), None)
     raise UnsupportedModelError(
         f"checkpoint of class {', '.join(asked)} is not supported"
@@ -202,6 +227,11 @@ def _usual_class(config: Any) -> str:
 
 def check_plan(cls: Any, config: Any, method: Method) -> None:
     """Whether the method fits the model, tried on a copy without weights."""
-    with torch.device("meta"):
-        skeleton = cls(config)
-    method.plan(bind(skeleton).facts)
+    method.plan(bind(meta_model(cls, config)).facts)
+
+
+def meta_model(cls: Any, config: Any) -> Any:
+    """A model without weights."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a broken config is said in one sentence
+        return cls(config)

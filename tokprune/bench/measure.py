@@ -69,6 +69,7 @@ def measure_trials(
     clock: str = "wall",
     progress: Callable[[int, int], None] | None = None,
     own_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of every part of every variant, one entry a round; see the module for the parts.
 
@@ -82,6 +83,8 @@ def measure_trials(
         clock: "wall", or "cpu" for the time this process spent.
         progress: called with (rounds done, rounds), the warm-up being round 0.
         own_inputs: batches of the same questions for variants that see other images, by trial id.
+        enough: asked after every round; true ends the measurements. Where it is true right after
+            the warm-up, that round counts as the only one.
 
     Returns:
         ``{trial id: {part: [seconds, …]}}``. The model is unpatched, also after an exception.
@@ -102,7 +105,9 @@ def measure_trials(
         name: replace(Variant.of(model, method), inputs=others.get(name))
         for name, method in variants.items()
     }
-    return measure(model, inputs, timed, rounds, max_new_tokens, clock=clock, progress=progress)
+    return measure(
+        model, inputs, timed, rounds, max_new_tokens, clock=clock, progress=progress, enough=enough
+    )
 
 
 def measure(
@@ -116,6 +121,7 @@ def measure(
     warmup: int = 1,
     clock: str = "wall",
     progress: Callable[[int, int], None] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """As :func:`measure_trials`, for variants of any kind and a choice of ``parts``."""
     others = (variant.inputs for variant in variants.values())
@@ -136,14 +142,19 @@ def measure(
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     with torch.inference_mode():
         for number in range(-warmup, rounds):
+            if number == 0:  # what was measured to warm up goes
+                times = {name: {} for name in names}
             with no_garbage_collection():
                 for work in passes:
                     for name in turns(names, number):
                         for part, seconds in work(variants[name]).items():
-                            if number >= 0 and part in parts:
+                            if part in parts:
                                 times[name].setdefault(part, []).append(seconds)
+            over = enough is not None and enough()
             if progress is not None:
-                progress(max(number + 1, 0), rounds)
+                progress(rounds if over else max(number + 1, 0), rounds)
+            if over:
+                break
     return {n: {p: seconds[p] for p in PARTS if p in seconds} for n, seconds in times.items()}
 
 

@@ -34,7 +34,8 @@ class _App(typer.Typer):
 
 
 def _is_bad_input(error: Exception) -> bool:
-    if isinstance(error, (BadInput, ValueError, OSError)):
+    # ImportError: what a model or a file needs is not installed
+    if isinstance(error, (BadInput, ValueError, OSError, ImportError)):
         return True
     # click's usage errors, whichever click typer brings; ours (all of them say what to do)
     return hasattr(error, "format_message") or type(error).__module__ == "tokprune.errors"

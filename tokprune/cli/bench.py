@@ -15,7 +15,14 @@ import typer
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.console import console
 from tokprune.cli.model import load_model, place_of, quiet
-from tokprune.cli.values import Device, Dtype, parse_keep, parse_list, parse_numbers
+from tokprune.cli.values import (
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    parse_keep,
+    parse_list,
+    parse_numbers,
+)
 from tokprune.cli.visuals import named, open_image
 
 
@@ -27,7 +34,11 @@ class Clock(str, Enum):
 def bench(
     methods: Annotated[str, typer.Option(help="Method names, separated by commas.")],
     keep: Annotated[
-        str, typer.Option(help="Visual tokens per image, counts or fractions: 64,192 or 0.11.")
+        str,
+        typer.Option(
+            help="Budgets separated by commas: counts (64) or shares (1/4, 0.25, 25%) of the "
+            "visual tokens."
+        ),
     ],
     model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     random_weights: Annotated[
@@ -52,6 +63,7 @@ def bench(
         Dtype,
         typer.Option(help="auto: as the checkpoint says; random weights: bfloat16 on CUDA."),
     ] = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     attention: Annotated[str, typer.Option(help="Attention backend: sdpa, eager, …")] = "sdpa",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     clock: Annotated[
@@ -66,7 +78,7 @@ def bench(
     if (model is None) == (random_weights is None):
         raise BadInput("give one of --model and --random-weights")
     names = parse_list("methods", methods) or []
-    keeps = [_budget(text) for text in parse_list("keep", keep) or []]
+    keeps = [parse_keep(text, schedule=False) for text in parse_list("keep", keep) or []]
     sizes = parse_numbers("batch-sizes", batch_sizes, 1) or []
     lengths = parse_numbers("text-tokens", text_tokens, 1) or []
     for option, value in (("--rounds", rounds), ("--new-tokens", new_tokens)):
@@ -107,7 +119,9 @@ def bench(
         opened = image_of(random_weights) if opened is None else opened
     else:
         assert model is not None
-        loaded, processor = load_model(model, place, dtype, attn_implementation=attention)
+        loaded, processor = load_model(
+            model, place, dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
         if image is not None and opened is not None:
             check_shape(processor, opened, named("--image", image))
     with Bar() if sys.stderr.isatty() else Progress() as progress:
@@ -130,13 +144,6 @@ def bench(
         out.print(part)
     if json_file is not None:
         _write(json_file, result)
-
-
-def _budget(text: str) -> Any:
-    value = parse_keep(text)
-    if value <= 0 or (isinstance(value, float) and not value <= 1):
-        raise BadInput(f"--keep {text} should be a count of at least 1 or a fraction in (0, 1]")
-    return value
 
 
 def _random(

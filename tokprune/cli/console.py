@@ -9,6 +9,6 @@ def console(width: int) -> Any:
     """A console that prints text as it is: no markup, no colours of its own."""
     from rich.console import Console
 
-    plain: dict[str, Any] = {"highlight": False, "markup": False}
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     found = Console(**plain)
     return found if found.is_terminal else Console(width=width, **plain)

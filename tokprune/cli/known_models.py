@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,26 @@ def _tiny(name: str) -> Any:
 
 def _skeleton(name: str) -> Any:
     """The model of a checkpoint, without weights."""
-    import torch
     from transformers import AutoConfig
 
-    from tokprune.cli.model import quiet
-    from tokprune.loading import model_class
+    from tokprune.checkpoint import check_config, check_place, reading
+    from tokprune.cli.model import naming_option, quiet
+    from tokprune.loading import meta_model, model_class
     from tokprune.models import resolve
 
     quiet()
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise BadInput(f"--model {name}: no such folder")
-    path = resolve(name)
+    path = resolve(os.path.expanduser(name))
     if "/" not in name and str(path) == name and not Path(name).exists():
         near = difflib.get_close_matches(name, family_names(), n=1)
         raise BadInput(
             f"--model {name}: no such family, model class, or folder"
             + (f"; did you mean {near[0]}?" if near else f"; families: {', '.join(family_names())}")
         )
-    config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        return model_class(config)(config)
+    with naming_option():
+        check_place(path)
+        with reading(path, "config.json"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        check_config(path, config, trust_remote_code=False)
+        cls = model_class(config)
+        with reading(path, "config.json"):
+            return meta_model(cls, config)

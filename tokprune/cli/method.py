@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 Name = Annotated[str | None, typer.Option(help="See 'tokprune methods'.")]
 Keep = Annotated[
     str | None,
-    typer.Option(help="Visual tokens per image: 64, 0.11, or a schedule 0.875,0.625,0.125."),
+    typer.Option(
+        help="Visual tokens per image: a count (64), a share (1/4, 0.25, 25%), or a schedule of "
+        "these (0.875,0.625,0.125)."
+    ),
 ]
 Options = Annotated[
     list[str] | None, typer.Option(help="Method option name=value; repeat for several.")

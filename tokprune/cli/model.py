@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from tokprune.cli.app import BadInput
@@ -31,14 +33,25 @@ def quiet() -> None:
         transformers.logging.disable_progress_bar()
 
 
+@contextlib.contextmanager
+def naming_option() -> Iterator[None]:
+    """Errors about ``model X`` become errors about ``--model X``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not str(error).startswith("model "):
+            raise
+        raise BadInput(f"--{error}") from None
+
+
 def load_model(
     path: str, place: str, dtype: Dtype, method: Any = None, **options: Any
 ) -> tuple[Any, Any]:
     """Model, with the method at work, and processor."""
     from tokprune.loading import load
 
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise BadInput(f"--model {path}: no such folder")
     quiet()
-    model, processor = load(path, method, processor=True, dtype=dtype.value, **options)
+    path = os.path.expanduser(path)
+    with naming_option():
+        model, processor = load(path, method, processor=True, dtype=dtype.value, **options)
     return model.to(place).eval(), processor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
+from tokprune.cli.values import parse_amount
+from tokprune.words import parse_budget
 
 
 class Minimise(str, Enum):
@@ -27,7 +30,11 @@ def recommend(
         str | None, typer.Option(help="Longest measured time of one answer: 120ms or 0.12s.")
     ] = None,
     max_tokens: Annotated[
-        float | None, typer.Option(help="Most visual tokens per image, mean over layers.")
+        str | None,
+        typer.Option(
+            help="Most visual tokens per image, mean over layers: 64, or a share of the unpruned "
+            "ones (1/4, 0.25, 25%)."
+        ),
     ] = None,
     min_accuracy: Annotated[
         str | None, typer.Option(help="Least macro accuracy: 80% or 0.8.")
@@ -46,7 +53,7 @@ def recommend(
     limits = {
         "max_drop": _share(max_drop, "--max-drop", "2% or 0.02"),
         "max_latency": _seconds(max_latency),
-        "max_tokens": max_tokens,
+        "max_tokens": parse_amount(max_tokens, "--max-tokens"),
         "min_accuracy": _share(min_accuracy, "--min-accuracy", "80% or 0.8"),
     }
     if all(value is None for value in limits.values()):
@@ -63,7 +70,7 @@ def recommend(
             run,
             max_drop=limits["max_drop"],
             max_latency=limits["max_latency"],
-            max_tokens=max_tokens,
+            max_tokens=limits["max_tokens"],
             min_accuracy=limits["min_accuracy"],
             minimise=None if minimise is None else minimise.value,
             confident=confident,
@@ -107,16 +114,15 @@ def _print(found: Any) -> None:
 def _share(text: str | None, option: str, example: str) -> float | None:
     if text is None:
         return None
+    if re.fullmatch(r"0+(?:\.0*)?\s*%?", text.strip()):
+        return 0.0
     try:
-        if text.strip().endswith("%"):
-            value = float(text.strip()[:-1]) / 100
-        else:
-            value = float(text)
+        value = parse_budget(text, option)
     except ValueError:
-        raise BadInput(f"{option} {text!r} should be a share: {example}") from None
-    if not 0 <= value <= 1:
-        raise BadInput(f"{option} {text!r} should be between 0 and 100 %: {example}")
-    return value
+        value = 2
+    if isinstance(value, int) and value > 1:
+        raise BadInput(f"{option} {text!r} should be a share between 0 and 100 %: {example}")
+    return float(value)
 
 
 def _seconds(text: str | None) -> float | None:

@@ -9,6 +9,7 @@ import typer
 
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.console import console
+from tokprune.cli.values import parse_amount
 
 
 @app.command()
@@ -22,8 +23,11 @@ def report(
         typer.Option(help="Take the groups A and B from another model's run or group files."),
     ] = None,
     at: Annotated[
-        float | None,
-        typer.Option(help="Budget for pairwise comparisons: tokens, or a fraction (default 0.11)."),
+        str | None,
+        typer.Option(
+            help="Budget for pairwise comparisons: tokens (64), or a share (1/4, 0.25, 25%; "
+            "default 0.11)."
+        ),
     ] = None,
     published: Annotated[
         str | None,
@@ -44,6 +48,7 @@ def report(
             f"report takes one run folder, got {len(run)}; make a report of each, and use "
             "--groups-from to judge one model on the questions of another"
         )
+    budget = parse_amount(at, "--at")
     try:
         from tokprune.eval.report import build_report
     except ImportError as error:
@@ -64,7 +69,7 @@ def report(
 
         papers = [part.strip() for part in published.split(",")]
         further = [partial(published_section, papers=papers, model=as_model)]
-    built = build_report(run[0], out, groups_from=groups_from, at=at, further=further)
+    built = build_report(run[0], out, groups_from=groups_from, at=budget, further=further)
     _print(built)
     if show:
         import webbrowser

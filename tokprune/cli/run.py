@@ -11,7 +11,7 @@ import typer
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
 from tokprune.cli.model import load_model, place_of
-from tokprune.cli.values import Device, Dtype
+from tokprune.cli.values import Device, Dtype, TrustRemoteCode
 from tokprune.cli.visuals import named, open_image, open_video
 
 MinPixels = Annotated[
@@ -69,6 +69,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint says.")] = Dtype.auto,
+    trust_remote_code: TrustRemoteCode = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer without pruning too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -90,8 +91,9 @@ def run(
     from tokprune.api import patch, unpatch
 
     loaded, processor = load_model(
-        model, place_of(device), dtype, chosen, min_pixels=min_pixels, max_pixels=max_pixels
-    )
+        model, place_of(device), dtype, chosen, min_pixels=min_pixels, max_pixels=max_pixels,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     _check_shapes(processor, [*zip(image or [], images)], [*zip(video or [], clips)])
     if clips:
         _check_videos(model, loaded, processor, clips)
@@ -162,10 +164,13 @@ def _check_videos(name: str, model: Any, processor: Any, clips: list[Any]) -> No
 
 def _inputs(model: Any, processor: Any, prompt: str, images: list[Any], clips: list[Any]) -> Any:
     """Tokens and pixels of one prompt about all the images and videos."""
+    from tokprune.errors import ChatTemplateError
     from tokprune.inputs.prompts import model_inputs, prompt_text
 
     try:
         text = prompt_text(processor, prompt, len(images), len(clips))
+    except ChatTemplateError:
+        raise
     except ValueError as error:
         raise BadInput(f"--prompt: {error}") from None
     try:

@@ -10,7 +10,7 @@ import typer
 
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.model import quiet
-from tokprune.cli.values import Device, Dtype, parse_list, parse_numbers
+from tokprune.cli.values import Device, Dtype, TrustRemoteCode, parse_list, parse_numbers
 
 _Many = list[str] | None
 
@@ -29,7 +29,7 @@ def sweep(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Budgets separated by commas: counts (64) or shares (0.11, 11%, 1/9) of the "
+            help="Budgets separated by commas: counts (64) or shares (1/4, 0.25, 25%) of the "
             "visual tokens. Default: 1/2,1/4,1/9,1/16,1/36."
         ),
     ] = None,
@@ -102,6 +102,7 @@ def sweep(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="auto: as the checkpoint says.")] = None,
     device: Annotated[Device | None, typer.Option(help="Where to run.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -177,6 +178,7 @@ def sweep(
         "split": split, "limit": limit, "seeds": parse_numbers("seeds", seeds), "match": match,
         "dtype": None if dtype is None else dtype.value,
         "device": None if device is None else device.value, "batch_size": batch_size,
+        "trust_remote_code": trust_remote_code or None,
         "max_new_tokens": max_new_tokens, "variants": variants or None,
         "controls": False if no_controls else None,
         "noise": False if no_noise else None, "latency": False if no_latency else None,

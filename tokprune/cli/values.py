@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tokprune.cli.app import BadInput
+from tokprune.words import option_value, parse_budget, parse_schedule
 
 
 class Device(str, Enum):
     auto, cpu, cuda = "auto", "cpu", "cuda"
+
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let code of the model's own run; without it none ever does."
+    ),
+]
 
 
 class Dtype(str, Enum):
@@ -44,17 +55,28 @@ def parse_numbers(option: str, text: str | None, least: int = 0) -> list[int] | 
     return None if parts is None else [int(part) for part in parts]
 
 
-def parse_keep(text: str) -> Any:
-    """``64`` → 64, ``0.11`` → 0.11, ``0.875,0.625,0.125`` → a tuple of these."""
+def parse_keep(text: str, option: str = "--keep", schedule: bool = True) -> Any:
+    """``64`` → 64; ``1/4``, ``0.25`` and ``25%`` → 0.25; ``0.875,0.625,0.125`` → a tuple of these,
+    where ``schedule`` allows it."""
     try:
-        parts = [int(p) if p.lstrip("+-").isdigit() else float(p)
-                 for p in (part.strip() for part in text.split(","))]  # fmt: skip
-    except ValueError:
-        raise BadInput(
-            f"--keep {text!r} should be a count (64), a fraction (0.11) or a schedule of these "
-            "(0.875,0.625,0.125)"
-        ) from None
-    return parts[0] if len(parts) == 1 else tuple(parts)
+        return parse_schedule(text, option) if schedule else parse_budget(text, option)
+    except ValueError as error:
+        raise BadInput(_as_option(error, option)) from None
+
+
+def parse_amount(text: str | None, option: str) -> int | float | None:
+    """A budget, or a number of tokens that need not be whole (96.5); None where the option is not
+    used."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]+\.[0-9]+", text.strip()) and float(text) > 1:
+        return float(text)
+    return parse_keep(text, option, schedule=False)
+
+
+def _as_option(error: ValueError, option: str) -> str:
+    """``--keep=x should be …`` as it was typed: ``--keep x``."""
+    return str(error).replace(f"{option}=", f"{option} ", 1)
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
@@ -68,7 +90,7 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
         if name in options:
             raise BadInput(f"--option {name} is given twice")
         try:
-            options[name] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[name] = text.strip()
+            options[name] = option_value(name, text)
+        except ValueError as error:
+            raise BadInput(f"--option {error}") from None
     return options

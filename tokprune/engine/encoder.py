@@ -82,6 +82,8 @@ class TowerPass:
         #: tokens after each layer, for the trace: (layer, tokens)
         self.history: list[tuple[int, TowerTokens]] = []
         self.residual: Tensor | None = None
+        #: what the stages looked at last
+        self.seen: Tensor | None = None
         self.outcomes: list[EncoderOutcome] = []
         self.reduced = False
         #: output of the feature layer, where a stage reduced it there
@@ -102,6 +104,7 @@ class TowerPass:
         return bias
 
     def attention(self, layer: int, call: Call) -> None:
+        self.seen = call.query
         attention = Attention(
             call.query, call.key, call.value, call.scaling, causal=False, mask=self.tokens.valid
         )
@@ -111,6 +114,7 @@ class TowerPass:
     def between(self, layer: int, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
         """Before the norm in front of the MLP."""
         self.residual, hidden = None, args[0]
+        self.seen = hidden
         for run in self.runs_at("between_layers", layer):
             reduction = run.between(layer, hidden, self.tokens)
             if reduction is not None:
@@ -129,6 +133,7 @@ class TowerPass:
         """After the whole block."""
         whole = isinstance(output, tuple)
         hidden, changed = output[0] if whole else output, self.residual is not None
+        self.seen = hidden
         if self.residual is not None:
             hidden, self.residual = self.residual, None
         for run in self.runs_at("after_layers", layer):

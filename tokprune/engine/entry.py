@@ -21,6 +21,7 @@ from tokprune.engine.checkpointing import without_checkpoints
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.copies import refuse_replica
 from tokprune.engine.encoder import TowerPass
+from tokprune.engine.finite import blame
 from tokprune.engine.generations import Generations
 from tokprune.engine.images import Encoding, attach, attached
 from tokprune.engine.model import Tiles
@@ -284,6 +285,9 @@ class TransformersEntry(Entry):
                 result, projected = known.result, known.projected
                 if tower is not None:
                     tower.outcomes = known.outcomes
+        except Exception as error:
+            blame(error, pixels, None if tower is None else tower.seen)
+            raise
         finally:
             state.tower = state.observed = state.projected = None
         records = functools.partial(

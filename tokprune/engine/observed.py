@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokprune.engine.check import Contracts
 from tokprune.engine.contracts import (
@@ -50,6 +51,8 @@ class ObservedPass:
         self.stages, self.contracts, self.packed = stages, contracts, tower.packed
         self.facts, self.device = facts, device
         self.outcomes: list[EncoderOutcome] = []
+        #: what the stages looked at last
+        self.seen: Tensor | None = None
         #: groups that a layer's attention has met so far
         self._met: dict[int, int] = {}
         self.groups: list[_Group] = []
@@ -73,6 +76,7 @@ class ObservedPass:
         self.groups.append(_Group(tower, initial_tokens(tower), runs))
 
     def attention(self, layer: int, call: Call) -> None:
+        self.seen = call.query
         if not self.packed:
             if not self.groups:
                 tiles = tuple(range(call.query.shape[0]))

@@ -36,7 +36,7 @@ class PackedPass(ObservedPass):
 
     def after(self, layer: int, hidden: Tensor) -> Tensor | None:
         """After a block: what is left of its output [rows, D]; None: all."""
-        parts, changed = [], False
+        self.seen, parts, changed = hidden, [], False
         for group, part in zip(self.groups, hidden.split(self.lengths)):
             for stage, run in zip(self.stages, group.runs):
                 if layer not in stage.after_layers:

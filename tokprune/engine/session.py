@@ -19,6 +19,7 @@ from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
 from tokprune.engine.family import BoundModel, Family
+from tokprune.engine.finite import guarded, not_finite
 from tokprune.engine.images import ImageRecord, build_records
 from tokprune.engine.labels import Alive, LossHooks
 from tokprune.engine.layer_calls import LayerCalls
@@ -36,7 +37,7 @@ from tokprune.engine.state import CurrentState, ForwardState
 from tokprune.engine.step import StepPass
 from tokprune.engine.tap import Call
 from tokprune.engine.widen import widen_arguments, widened
-from tokprune.errors import NonFiniteFeaturesError, UnsupportedModelError
+from tokprune.errors import UnsupportedModelError
 
 __all__ = ["Session", "visual_positions"]
 
@@ -95,7 +96,9 @@ class Session:
             self.handles += self.entry.install() + self.loss.install()
             decoder = parts.language_model
             self.handles += [
-                decoder.register_forward_pre_hook(self._language_model_input, with_kwargs=True),
+                decoder.register_forward_pre_hook(
+                    self._guarded(self._language_model_input), with_kwargs=True
+                ),
                 decoder.register_forward_hook(self._decoded),
             ]
             if (tower := parts.tower) is not None:
@@ -278,7 +281,7 @@ class Session:
             active = self.state.active
             return None if active is None else active.prepare(number, block, args, kwargs)
 
-        return hook
+        return self._guarded(hook)
 
     def _after_layer(self, number: int) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
@@ -296,7 +299,7 @@ class Session:
             if (prefill := self.state.prefill) is not None:
                 prefill.attention(number, call)
 
-        return tap
+        return self._guarded(tap)
 
     def _transition(self, number: int, name: Literal["attention", "mlp"]) -> Any:
         inputs = threading.local()
@@ -311,7 +314,10 @@ class Session:
                 with torch.no_grad():  # scores need no gradient
                     prefill.transition(number, name, inputs.__dict__.pop("hidden"), made)
 
-        return before, after
+        return before, self._guarded(after)
+
+    def _guarded(self, hook: Any) -> Any:
+        return guarded(hook, lambda: self.state.finite)
 
     def _decoded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the language model: prune caches, check features, write the trace."""
@@ -363,11 +369,7 @@ def _check_finite(finite: Tensor) -> None:
     """Raise for NaN or infinite features; read at the end of the prefill, where the caller is
     about to look at the logits anyway."""
     if not bool(finite):
-        raise NonFiniteFeaturesError(
-            "the embedded prompt (pixel_values through vision tower and projector, or "
-            "inputs_embeds) holds NaN or infinite values; no ranking of tokens means anything "
-            "there. Check pixel_values, and the dtype (float16 may overflow: try bfloat16)"
-        )
+        raise not_finite()
 
 
 def _uses_cache(module: Any, kwargs: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ class Limits:
     max_drop: float | None = None
     #: seconds, median of one answer
     max_latency: float | None = None
-    #: visual tokens per image, mean over decoder layers
+    #: visual tokens per image, mean over decoder layers; a float up to 1: of the unpruned ones
     max_tokens: float | None = None
     #: macro accuracy in [0, 1]
     min_accuracy: float | None = None
@@ -83,6 +83,8 @@ def recommend(
     from tokprune.eval.report import analyse, load_run
 
     analysis = analyse(load_run(folder), draws=draws, seed=seed)
+    if isinstance(max_tokens, float) and max_tokens <= 1:
+        limits = replace(limits, max_tokens=max_tokens * analysis.data.tokens)
     candidates = [r for r in analysis.results if _eligible(r, analysis)]
     if not candidates:
         raise ValueError(

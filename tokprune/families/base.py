@@ -102,7 +102,16 @@ def feature_layer(setting: int | list[int], layers: int) -> int | None:
 
     ``hidden_states`` has L+1 entries, the first being the embeddings, hence −2 → layer L−2.
     None for a list of layers.
+
+    Raises:
+        UnsupportedModelError: there is no such layer.
     """
+    several = setting if isinstance(setting, (list, tuple)) else [setting]
+    if not all(isinstance(n, int) and -layers - 1 <= n <= layers for n in several):
+        raise UnsupportedModelError(
+            f"config.vision_feature_layer={setting!r} should lie between {-layers - 1} and "
+            f"{layers}: the vision tower has {layers} layers"
+        )
     if not isinstance(setting, int):
         return None
     return (setting if setting >= 0 else layers + 1 + setting) - 1

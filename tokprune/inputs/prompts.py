@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from tokprune.engine.compat import RELEASE
+from tokprune.errors import ChatTemplateError, shorten
 from tokprune.families import bind, unwrap
 from tokprune.inputs.clips import Clip
 from tokprune.inputs.pixel_limits import check_shape
+from tokprune.inputs.places import PORTABLE, place_pattern, split_places
+from tokprune.inputs.whole_prompts import Turn, question_in, turns_of
 
-#: what stands for an image or a video in a prompt, whatever the model's own word for it is
-_PORTABLE = {"image": "<image>", "video": "<video>"}
-#: markers that templates set around a place, and that are not to be doubled either
-_BEFORE = r"(?:<\|vision_start\|>|<\|begin_of_image\|>|<\|begin_of_video\|>|<img>)?"
-_AFTER = r"(?:<\|vision_end\|>|<\|end_of_image\|>|<\|end_of_video\|>|</img>)?"
 #: prompts of processors without a chat template; ``{}`` is the question with its places
 _PLAIN_FORMS = {"PaliGemmaProcessor": "{}", "PixtralProcessor": "<s>[INST]{}[/INST]"}
 #: LLaVA-1.5's own form
@@ -30,55 +30,99 @@ def prompt_text(processor: Any, question: str, images: int = 1, videos: int = 0)
     or in a plain form where it has none (LLaVA-1.5's; PaliGemma's and Pixtral's have their own).
 
     Images and videos come first, or where the question says so: ``<image>`` and ``<video>``, or the
-    model's own words for them, are their places.
+    words that any of the families has for them, are their places. A question that is a whole
+    prompt already (``USER: <image>\\nwhat is it? ASSISTANT:``), of this model or of another one,
+    is taken apart and put into this model's form.
 
     Raises:
         ValueError: the question has places, but not as many as there are images or videos.
+        ChatTemplateError: the model's chat template fails, or leaves the images out.
     """
-    content = _content(processor, question, images, videos)
-    if getattr(processor, "chat_template", None):
-        text: str = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return text
-    name = type(processor).__name__
-    form = _PLAIN_FORMS.get(name, _PLAIN_FORM)
-    words = {
-        kind: getattr(processor, f"{kind}_token", None) or word for kind, word in _PORTABLE.items()
-    }
-    shown = "".join(part.get("text") or words.get(part["type"], "") for part in content)
-    if form is _PLAIN_FORM and content[0]["type"] != "text":
-        places = next((n for n, part in enumerate(content) if part["type"] == "text"), len(content))
-        lead = "".join(words[part["type"]] for part in content[:places])
-        shown = f"{lead}\n{shown[len(lead) :].lstrip(chr(10))}"
-    return form.format(shown)
+    place = place_pattern(processor)
 
+    def render(text: str) -> str:
+        shown = [("image", "")] * images + [("video", "")] * videos
+        return _rendered(processor, [("user", [*shown, ("text", text)])])
 
-def _content(processor: Any, question: str, images: int, videos: int) -> list[dict[str, str]]:
-    """What a chat template is given: text, images and videos in order."""
-    kinds: dict[str, str] = {}
-    for kind, word in _PORTABLE.items():
-        own = getattr(processor, f"{kind}_token", None)
-        kinds |= {word: kind, **({own: kind} if isinstance(own, str) else {})}
-    words = "|".join(re.escape(word) for word in sorted(kinds, key=len, reverse=True))
-    parts = re.split(f"{_BEFORE}({words}){_AFTER}", question)
-    found = [kinds[word] for word in parts[1::2]]
-    if not found:
-        shown = ["image"] * images + ["video"] * videos
-        return [*({"type": kind} for kind in shown), {"type": "text", "text": question}]
+    inner = question_in(question, render, place)
+    turns = None if inner is not None else turns_of(question, place)
+    if turns is None:
+        turns = [Turn("user", question if inner is None else inner)]
+    parts = [(turn.role, split_places(processor, turn.text)) for turn in turns]
+    found = [kind for _, content in parts for kind, _ in content]
     for kind, given in (("image", images), ("video", videos)):
-        if found.count(kind) != given:
+        if found.count(kind) != given and not set(found) <= {"text"}:
             raise ValueError(
-                f"prompt {question!r} has {found.count(kind)} place(s) for {kind}s, and there are "
-                f"{given}; they should be as many, or the prompt without places"
+                f"prompt {shorten(question)} has {found.count(kind)} place(s) for {kind}s, and "
+                f"there are {given}; they should be as many, or the prompt without places"
             )
-    content: list[dict[str, str]] = []
-    for number, part in enumerate(parts):
-        if number % 2:
-            content.append({"type": kinds[part]})
-        elif part:
-            content.append({"type": "text", "text": part})
-    return content
+    if set(found) <= {"text"}:
+        first = next(content for role, content in parts if role == "user")
+        first[:0] = [("image", "")] * images + [("video", "")] * videos
+    text = _rendered(processor, parts)
+    if images and not place.search(text):
+        raise ChatTemplateError(f"{_template_name(processor)} leaves out the image")
+    return text
+
+
+#: (role, [("text", words), ("image", ""), …]) of every turn
+_Turns = Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+def _rendered(processor: Any, turns: _Turns) -> str:
+    """The prompt of a conversation that the assistant goes on with.
+
+    Raises:
+        ChatTemplateError: the model's template fails.
+    """
+    if getattr(processor, "chat_template", None):
+        messages = [
+            {
+                "role": role,
+                "content": [
+                    {"type": kind, **({"text": words} if kind == "text" else {})}
+                    for kind, words in content
+                ],
+            }
+            for role, content in turns
+        ]
+        try:
+            text: str = processor.apply_chat_template(messages, add_generation_prompt=True)
+        except Exception as error:  # a template can raise whatever Python can
+            raise ChatTemplateError(
+                f"{_template_name(processor)} cannot make a prompt ({type(error).__name__}: "
+                f"{' '.join(str(error).split())})"
+            ) from error
+        return text
+    form = _PLAIN_FORMS.get(type(processor).__name__, _PLAIN_FORM)
+    shown = [
+        form.format(_plain(processor, content, form)) if role == "user"
+        else "".join(words for _, words in content)
+        for role, content in turns
+    ]  # fmt: skip
+    return " ".join(shown)
+
+
+def _plain(processor: Any, content: Sequence[tuple[str, str]], form: str) -> str:
+    """Places and words in a line; in LLaVA's form those that come first have lines of their own."""
+    words = {
+        kind: getattr(processor, f"{kind}_token", None) or word for kind, word in PORTABLE.items()
+    }
+    shown = [text if kind == "text" else words[kind] for kind, text in content]
+    texts = [n for n, (kind, _) in enumerate(content) if kind == "text"]
+    leading = texts[0] if texts else len(content)
+    if form is _PLAIN_FORM and leading:
+        shown.insert(leading, "\n")
+    return "".join(shown)
+
+
+def _template_name(processor: Any) -> str:
+    """The chat template, and the file that it is from, for people."""
+    home = Path(str(getattr(getattr(processor, "tokenizer", None), "name_or_path", "")))
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        if (home / name).is_file():
+            return f"chat template {home / name}"
+    return "the model's chat template"
 
 
 def model_inputs(
@@ -104,8 +148,8 @@ def model_inputs(
 
     Raises:
         ImportError: these inputs need a package that is not installed.
-        ValueError: videos that cannot stand in one batch; an image too long and thin to be
-            processed.
+        ValueError: videos that cannot stand in one batch, a processor that is not the model's, or
+            an image too long and thin to be processed.
     """
     for number, image in enumerate((image for own in images for image in own), 1):
         check_shape(processor, image, f"image {number}")
@@ -131,7 +175,16 @@ def model_inputs(
     begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     if begin and texts[0].startswith(begin):  # the template has it already
         given["add_special_tokens"] = False
-    inputs = processor(text=list(texts), padding=padding, return_tensors="pt", **given)
+    try:
+        inputs = processor(text=list(texts), padding=padding, return_tensors="pt", **given)
+    except (ValueError, ImportError, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a processor whose files do not fit each other
+        raise ValueError(
+            f"{type(processor).__name__} cannot make inputs of the prompt ({type(error).__name__}: "
+            f"{error}); its files (processor_config.json, preprocessor_config.json, …) should be "
+            "those of the model"
+        ) from error
     return inputs if model is None else add_token_types(model, inputs)
 
 

@@ -21,8 +21,22 @@ from typing import Annotated, Any, Literal
 Check = Callable[[Any, str], object]
 
 
+def is_number(value: Any) -> bool:
+    """A number that a float32 can hold."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return known and -_LARGEST <= value <= _LARGEST
+
+
+_LARGEST = 3.4e38
+
+
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_sequence(value: Any) -> bool:
+    """Values in an order: a list or tuple, but no text and no bytes."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 def check_keep(keep: Any, name: str = "keep") -> int | float:
@@ -48,10 +62,7 @@ def check_keep(keep: Any, name: str = "keep") -> int | float:
 
 def check_range(value: Any, name: str, low: float, high: float, low_open: bool = False) -> None:
     """``low ≤ value ≤ high`` (``low_open``: strictly above), or a ValueError naming the option."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value <= high) or (
-        low_open and value == low
-    ):
+    if not (is_number(value) and low <= value <= high) or (low_open and value == low):
         bracket = "(" if low_open else "["
         raise ValueError(f"{name}={value!r} should be in {bracket}{low}, {high}]")
 
@@ -69,7 +80,7 @@ def check_layers(layers: Any, name: str, first: int = 0) -> None:
         ValueError: it is empty or something else.
     """
     several = (layers,) if is_whole(layers) else layers
-    fine = isinstance(several, Sequence) and len(several) > 0 and all(
+    fine = is_sequence(several) and len(several) > 0 and all(
         is_whole(x) and x >= first for x in several
     )  # fmt: skip
     if not fine or list(several) != sorted(set(several)):
@@ -114,6 +125,12 @@ class AtLeast:
             raise ValueError(f"{name}={value!r} should be a whole number, at least {self.least}")
 
 
+def check_seed(value: Any, name: str) -> None:
+    """What seeds a random generator, or a ValueError naming the option."""
+    if not is_whole(value) or not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}={value!r} should be a whole number of at most 63 bits")
+
+
 @dataclass(frozen=True)
 class LayerNumbers:
     """One or several ascending layer numbers from ``first`` on."""
@@ -128,6 +145,8 @@ class LayerNumbers:
 Budget = Annotated[int | float, check_keep]
 #: a budget, or one for each of several pruning steps (checked where the steps are known)
 BudgetSchedule = int | float | Sequence[int | float]
+#: of a random generator
+Seed = Annotated[int, check_seed]
 #: decoder layers, 0-based: what is pruned goes before they run
 PruneBefore = Annotated[int | tuple[int, ...], LayerNumbers()]
 
@@ -183,7 +202,7 @@ def _whole(value: Any, name: str) -> None:
 
 
 def _number(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(f"{name}={value!r} should be a finite number")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokprune.engine.contracts import ImageTokens
+from tokprune.methods.options import Seed
 from tokprune.methods.registry import register_method
 from tokprune.methods.scoring import PromptScorer
 
@@ -29,7 +30,7 @@ class Random(PromptScorer):
     needs = "nothing"
     control = True
 
-    seed: int = 0
+    seed: Seed = 0
 
     def score(self, image: ImageTokens) -> torch.Tensor:
         # drawn on the host, so that every device draws the same

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from tokprune.methods.base import resolve_keep
-from tokprune.methods.options import BudgetSchedule, check_keep
+from tokprune.methods.options import BudgetSchedule, check_keep, is_sequence
 
 #: absorbs rounding of powers, so that 576 · (1/8)^(1/3) is 288
 _ROUNDING = 1e-6
@@ -31,9 +31,10 @@ def check_steps(
     Raises:
         ValueError, TypeError: it is neither.
     """
-    if not isinstance(keep, Sequence) or isinstance(keep, str):
+    if not is_sequence(keep):
         check_keep(keep)
         return
+    assert isinstance(keep, Sequence)
     if len(keep) != len(steps):
         raise ValueError(
             f"keep={keep!r} should hold one budget per layer of {name}, {len(steps)} in all"

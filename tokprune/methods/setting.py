@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokprune.files import read_object
 from tokprune.methods.base import Method
 from tokprune.methods.registry import make_method
 
@@ -64,15 +65,9 @@ def _read(setting: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, An
     if isinstance(setting, Mapping):
         return "setting", setting
     path = Path(setting)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"setting {path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"setting {path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"setting {path}: should hold a JSON object, is {type(value).__name__}")
-    return f"setting {path}", value
+    if not path.is_file():
+        raise FileNotFoundError(f"setting {path}: no such file")
+    return f"setting {path}", read_object(path, "setting")
 
 
 def as_tuples(value: Any) -> Any:

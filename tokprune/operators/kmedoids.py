@@ -167,4 +167,5 @@ def _recentre(distance: Tensor, assign: Tensor, k: int) -> Tensor:
     least = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assign, cost, "amin")
     index = torch.arange(n, device=assign.device)
     candidate = torch.where(cost == least.gather(1, assign), index, n)
-    return assign.new_full((batch, k), n).scatter_reduce(1, assign, candidate, "amin")
+    found = assign.new_full((batch, k), n).scatter_reduce(1, assign, candidate, "amin")
+    return found.clamp(max=n - 1)  # distances that are NaN have no least sum

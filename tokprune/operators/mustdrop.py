@@ -143,4 +143,4 @@ def filter_score(total: Tensor, peak: Tensor, gamma: float = 1.0, alpha: float =
     if alpha == 0:
         return torch.full_like(by_share, torch.inf)
     # Divided by a tensor: a number would become a multiplication by its rounded inverse.
-    return torch.maximum(by_share, peak / torch.full_like(peak, alpha))
+    return torch.maximum(by_share, peak / torch.full_like(peak, float(alpha)))

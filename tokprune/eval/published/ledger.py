@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from tokprune.errors import did_you_mean
 from tokprune.eval.published.benchmarks import BENCHMARKS
 from tokprune.eval.published.models import MODELS
 from tokprune.eval.sweep.schema import check_object
+from tokprune.files import read_json
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "figures"
@@ -163,11 +163,7 @@ def load_paper(key: str, folder: str | Path = FOLDER) -> list[Row]:
         hint = did_you_mean(key, known)
         raise ValueError(f"paper {key!r} is not in the ledger; it has {', '.join(known)}.{hint}")
     path = Path(folder) / f"{key}.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name}: not valid JSON ({error})") from None
-    return read_paper(content, path.name)
+    return read_paper(read_json(path), path.name)
 
 
 def load_ledger(keys: Iterable[str] | None = None, folder: str | Path = FOLDER) -> list[Row]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokprune.eval.report.analysis import Analysis
+from tokprune.eval.report.legible import short
 from tokprune.eval.report.palette import COLOURS, MARKERS, UNPRUNED, Look
 from tokprune.eval.report.plots import (
     Plot,
@@ -104,7 +105,7 @@ def _panel(
             [mark.tokens], [100 * mark.accuracy], ls="", marker=shape[mark.paper], ms=7.5,
             mfc="white", mec=colour[mark.method], mew=1.5, zorder=5, clip_on=False,
         )  # fmt: skip
-    area.set_title(task, fontsize=10, loc="left", pad=3)
+    area.set_title(short(task), fontsize=10, loc="left", pad=3)
     area.set_xscale("log")
     low, high = min(xs), max(xs)
     area.set_xlim(low / 1.15, high * 1.15)

@@ -116,8 +116,8 @@ def analyse(data: RunData, at: float | None = None, draws: int = 4000, seed: int
 
     Args:
         data: of :func:`tokprune.eval.report.data.load_run`.
-        at: budget for pairwise comparisons: a count ≥ 1 or a fraction of the visual tokens; the
-            nearest that was run is taken. Default: 11 % of the tokens.
+        at: budget for pairwise comparisons: a count, or a float up to 1, a fraction of the visual
+            tokens; the nearest that was run is taken. Default: 11 % of the tokens.
         draws, seed: of the bootstrap.
 
     Raises:
@@ -149,10 +149,10 @@ def analyse(data: RunData, at: float | None = None, draws: int = 4000, seed: int
 
 
 def nearest_budget(budgets: Sequence[float], wanted: float, tokens: int) -> float:
-    """The budget nearest to ``wanted`` (a count ≥ 1, or a fraction of ``tokens``)."""
+    """The budget nearest to ``wanted`` (a count, or a float up to 1: a fraction of ``tokens``)."""
     if not budgets:
         return math.nan
-    count = wanted * tokens if wanted < 1 else wanted
+    count = wanted * tokens if isinstance(wanted, float) and wanted <= 1 else wanted
     return min(budgets, key=lambda b: (abs(b - count), b))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tokprune.eval.report.legible import legible
 
 if TYPE_CHECKING:
     from tokprune.eval.sweep.results import Run
@@ -224,6 +226,7 @@ def _read(folder: str | Path) -> tuple[Run, list[str]]:
         warnings.simplefilter("always")
         try:
             run = read_run(folder)
+            run = replace(run, info=legible(run.info), rows=legible(run.rows))
         except (ValueError, OSError) as error:
             raise RunFolderError(str(error)) from None
     notes = [str(w.message) for w in caught]
@@ -240,7 +243,7 @@ def _read(folder: str | Path) -> tuple[Run, list[str]]:
 def _overlays(run: Run, notes: list[str]) -> list[Mapping[str, Any]]:
     """Records for the gallery; a damaged one costs the gallery, not the report."""
     try:
-        return list(run.overlays())
+        return list(legible(run.overlays()))
     except (ValueError, OSError) as error:
         notes.append(f"no gallery: {error}")
         return []

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tokprune.eval.report.analysis import Analysis, Interval, Result
 from tokprune.eval.report.data import RunFolderError
 from tokprune.eval.report.statistics import CORRECT, Flips, flips, holm, wilson
+from tokprune.files import read_object
 
 RULE = (
     "unpruned model correct; A (hard): incorrect on the down-sampled image; B (easy): correct on it"
@@ -148,7 +149,7 @@ def read_groups(folder: str | Path) -> list[Groups]:
 
 def _read(file: Path) -> Groups:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_object(file)
         if value["schema"] != 1:
             raise ValueError(f"schema={value['schema']!r} is unknown; known: 1")
         lists = {k: tuple(map(str, value[k])) for k in ("hard", "easy", "missing")}

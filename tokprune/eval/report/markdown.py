@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokprune.eval.report.document import (
@@ -15,16 +16,17 @@ from tokprune.eval.report.document import (
     Table,
     Text,
 )
+from tokprune.eval.report.legible import one_line
 
 
 def write_markdown(document: Document, folder: Path) -> Path:
     """``report.md`` and ``plots/*.svg`` in a folder."""
-    lines = [f"# {document.title}", "", document.subtitle, ""]
+    lines = [f"# {_plain(document.title)}", "", _plain(document.subtitle), ""]
     lines += [*_table(Table(("", ""), document.facts, words=frozenset(range(2)))), ""]
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     for section in document.sections:
-        lines += [f"## {section.title}", ""]
+        lines += [f"## {_plain(section.title)}", ""]
         for block in section.blocks:
             lines += [*_block(block, plots), ""]
     path = folder / "report.md"
@@ -38,14 +40,20 @@ def _block(block: Block, plots: Path) -> list[str]:
     if isinstance(block, Bullets):
         return [f"- {_plain(line)}" for line in block.lines]
     if isinstance(block, Code):
-        return ["```bash", block.text, "```"]
+        longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
+        fence = "`" * max(3, longest + 1)
+        return [f"{fence}bash", block.text, fence]
     if isinstance(block, Table):
         title = [f"### {_plain(block.title)}", ""] if block.title else []
         note = ["", _plain(block.note)] if block.note else []
         return [*title, *_table(block), *note]
     if isinstance(block, Figure):
         (plots / f"{block.plot.name}.svg").write_text(block.plot.wide, encoding="utf-8")
-        return [f"![{block.plot.alt}](plots/{block.plot.name}.svg)", "", _plain(block.caption)]
+        return [
+            f"![{_plain(block.plot.alt)}](plots/{block.plot.name}.svg)",
+            "",
+            _plain(block.caption),
+        ]
     return _gallery(block)
 
 
@@ -60,7 +68,7 @@ def _exhibit(exhibit: Exhibit) -> list[str]:
     cards = [*([exhibit.unpruned] if exhibit.unpruned else []), *exhibit.cards]
     rows = [[c.variant, c.detail, c.answer, "correct" if c.correct else "incorrect"] for c in cards]
     table = Table(("variant", "tokens", "answer", ""), rows, words=frozenset(range(4)))
-    return [f"**{_plain(exhibit.question)}** ({exhibit.task}; correct: "
+    return [f"**{_plain(exhibit.question)}** ({_plain(exhibit.task)}; correct: "
             f"{_plain(' or '.join(exhibit.answers))})", "", *_table(table)]  # fmt: skip
 
 
@@ -74,11 +82,9 @@ def _table(table: Table) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|").replace("\n", " ")
+    return _plain(text).replace("|", "\\|")
 
 
 def _plain(text: str) -> str:
-    """Text of others, with what Markdown would take as mark-up escaped."""
-    for mark in ("\\", "`", "*", "_", "<", "["):
-        text = text.replace(mark, f"\\{mark}")
-    return text
+    """Text of others in a line, with what Markdown would take as mark-up escaped."""
+    return re.sub(r"([\\`*_<>\[\]$~&])", r"\\\1", one_line(text))

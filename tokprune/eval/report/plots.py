@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from tokprune.eval.report.analysis import Analysis, Result
+from tokprune.eval.report.legible import short
 from tokprune.eval.report.palette import UNPRUNED, Look, looks
 
 _GRID = "#e3e3e3"
 _FRONTIER = "#c9d6e8"
 _STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # a dollar sign is a dollar sign
     "svg.fonttype": "none",  # text stays text: small files, readable by machines
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -31,6 +34,7 @@ _STYLE: dict[str, Any] = {
 }
 
 
+_TAG = re.compile(r"<[^>]*>")
 #: characters of a variant's name that fit the title of a panel, and a line of the legend
 _TITLE, _LEGEND = 19, 20
 
@@ -144,8 +148,8 @@ def panels(analysis: Analysis) -> Plot | None:
             bounds = 100 * np.array([r.interval for r in series[variant]])
             area.fill_between(x, *bounds.T, color=look[variant].colour, alpha=0.18, lw=0)
             _line(area, series[variant], axis, look[variant], size=5)
-            size_ = 10 * min(1, _TITLE / len(variant))
-            area.set_title(variant, fontsize=size_, loc="left", pad=3)
+            size_ = 10 * min(1, _TITLE / len(short(variant)))
+            area.set_title(short(variant), fontsize=size_, loc="left", pad=3)
             _scales(area, analysis, axis, series, small=True, labels=False)
         for n, (area, _) in enumerate(used):
             if n + across >= len(used):  # the lowest panel of its column
@@ -173,7 +177,8 @@ def retention(analysis: Analysis, results: Sequence[Result]) -> Plot | None:
     def draw(narrow: bool) -> str:
         table = values.T if narrow else values
         names = [r.point.variant for r in results]
-        rows, columns = (list(tasks), names) if narrow else (names, list(tasks))
+        rows, columns = (tasks, names) if narrow else (names, tasks)
+        rows, columns = [short(row) for row in rows], [short(column) for column in columns]
         cell = (0.42, 0.34) if narrow else (0.78, 0.34)
         left = 0.2 + 0.085 * max(map(len, rows))
         top = 0.25 + 0.085 * max(map(len, columns)) * (1 if narrow else 0.6)
@@ -367,7 +372,10 @@ def _ranked(series: Mapping[str, list[Result]]) -> list[str]:
 def variant_handle(variant: str, look: Look) -> Any:
     from matplotlib.lines import Line2D
 
-    label = variant if len(variant) <= _LEGEND else variant.replace("+", "\n+", 1)
+    name = short(variant)
+    label = name if len(name) <= _LEGEND else name.replace("+", "\n+", 1)
+    if label.startswith("_"):  # which would keep it out of the legend
+        label = f"\u200b{label}"
     return Line2D(
         [], [], color=look.colour, ls=look.line, lw=1.5, marker=look.marker, ms=6.5, label=label,
         mfc=look.colour if look.filled else "white",
@@ -414,14 +422,20 @@ def svg_text(figure: Any, salt: str) -> str:
         r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="width:100%;max-width:{widest}px"', text,
         count=1, flags=re.S,
     )  # fmt: skip
-    names = sorted(set(re.findall(r'\bid="([^"]+)"', text)), key=len, reverse=True)
+    tags = "".join(_TAG.findall(text))
+    names = sorted(set(re.findall(r'\bid="([^"]+)"', tags)), key=len, reverse=True)
     return _renamed(text, {name: f"{salt}-{n}" for n, name in enumerate(names)})
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:
-    text = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', text)
-    text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", text)
-    return re.sub(r'href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', text)
+    """With other ids, in tags alone: a text may look like one."""
+
+    def tag(found: re.Match[str]) -> str:
+        own = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{names[m[1]]}"', found[0])
+        own = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", own)
+        return re.sub(r'href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', own)
+
+    return _TAG.sub(tag, text)
 
 
 def styled(draw: Callable[..., Plot | None], *arguments: Any) -> Plot | None:
@@ -429,7 +443,9 @@ def styled(draw: Callable[..., Plot | None], *arguments: Any) -> Plot | None:
     import matplotlib
 
     style: Any = {**_STYLE, "svg.hashsalt": "tokprune"}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        # only its width is guessed then: the text itself is in the file
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         return draw(*arguments)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
+
+from tokprune import words
 
 #: a half, a quarter, a ninth, … of the tokens: what average pooling can do as well
 DEFAULT_KEEP = ("1/2", "1/4", "1/9", "1/16", "1/36")
-
-_FORMS = "a count (64), a share (0.11, 11% or 1/9)"
 
 
 @dataclass(frozen=True)
@@ -37,25 +34,10 @@ def parse_budget(value: Any) -> Budget:
     Raises:
         ValueError: anything else, a count below 1, or a share outside (0, 1].
     """
-    text = str(value).strip()
-    if isinstance(value, bool):
-        raise ValueError(f"keep={value!r} should be {_FORMS}")
-    if re.fullmatch(r"\d+", text):
-        if int(text) < 1:
-            raise ValueError(f"keep={text} should be at least 1 token")
-        return Budget(text, count=int(text))
-    try:
-        if text.endswith("%"):
-            share = float(text[:-1]) / 100
-        elif "/" in text:
-            share = float(Fraction(text))
-        else:
-            share = float(text)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"keep={text!r} should be {_FORMS}") from None
-    if not math.isfinite(share) or not 0 < share <= 1:
-        raise ValueError(f"keep={text} should be a share in (0, 1], or a whole number of tokens")
-    return Budget(text, share=share)
+    text, budget = str(value).strip(), words.parse_budget(value)
+    if isinstance(budget, int):
+        return Budget(text, count=budget)
+    return Budget(text, share=budget)
 
 
 def check_budgets(budgets: tuple[Budget, ...], visual_tokens: int) -> None:

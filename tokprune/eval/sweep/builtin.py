@@ -80,7 +80,10 @@ class BuiltinHarness:
         entry, loaded = task.trial.entry, job.loaded
         if entry["dtype"] != loaded.dtype:
             try:
-                loaded = LoadedModel.load(job.settings.model, entry["dtype"], loaded.device.type)
+                loaded = LoadedModel.load(
+                    job.settings.model, entry["dtype"], loaded.device.type,
+                    job.settings.trust_remote_code,
+                )  # fmt: skip
             except (MemoryError, RuntimeError) as error:
                 entry["status"] = "unreachable"
                 entry["reason"] = f"no room for a second copy: {' '.join(str(error).split())}"
@@ -140,6 +143,7 @@ class BuiltinHarness:
             job.loaded, question.inputs, trials, job.settings.latency_rounds,
             self.benchmark.max_new_tokens, progress,
             {t.id: question.inputs_for(t) for t in trials if t.reduced_input is not None},
+            job.answering,
         )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ class Job:
     trials: list[OpenTrial]
     #: batches of one item that budgets were matched on
     sample: list[Batch] = field(default_factory=list)
+    #: seconds that all answers took together
+    answering: float = 0.0
 
 
 @dataclass(frozen=True)

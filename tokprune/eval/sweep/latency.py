@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from tokprune.bench.environment import environment
 from tokprune.bench.measure import PARTS, measure_trials
 from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.trials import Trial
+
+#: measurements of each part in a sweep that answers many questions
+ROUNDS = 5
 
 
 def timed_trials(trials: Sequence[Trial]) -> list[Trial]:
@@ -31,23 +35,29 @@ def measure_latency(
     loaded: LoadedModel,
     inputs: Any,
     trials: Sequence[Trial],
-    rounds: int,
+    rounds: int | None,
     max_new_tokens: int,
     progress: Callable[[int, int], None] | None = None,
     own_inputs: Mapping[str, Any] | None = None,
+    answering: float = math.inf,
 ) -> dict[str, Any]:
     """The object of latency.json, all trials interleaved.
 
     Args:
         inputs: a batch of one question.
         trials: those of :func:`timed_trials`.
-        rounds: measurements of each part.
+        rounds: measurements of each part; None: at most :data:`ROUNDS`, and no more once they have
+            taken as long as ``answering``.
         progress: called with (rounds done, rounds).
         own_inputs: the same question with other images or frames, by trial id.
+        answering: seconds that the answers of the sweep took.
     """
+    start = time.monotonic()
+    enough = None if rounds is not None else lambda: time.monotonic() - start >= answering
     times = measure_trials(
-        loaded.model, inputs, {trial.id: trial.method for trial in trials}, rounds=rounds,
-        max_new_tokens=max_new_tokens, progress=progress, own_inputs=own_inputs,
+        loaded.model, inputs, {trial.id: trial.method for trial in trials},
+        rounds=ROUNDS if rounds is None else rounds, max_new_tokens=max_new_tokens,
+        progress=progress, own_inputs=own_inputs, enough=enough,
     )  # fmt: skip
     return {
         "environment": environment(loaded.device),

@@ -28,12 +28,18 @@ class LoadedModel(BoundModel):
     dtype: str
 
     @classmethod
-    def load(cls, name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    def load(
+        cls,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> LoadedModel:
         """Load a checkpoint for answering.
 
         Raises:
             ValueError: no CUDA device where one is wanted.
-            OSError: no such checkpoint.
+            OSError: no such checkpoint, or a broken file in it.
             UnsupportedModelError: not of a supported class.
         """
         place = device
@@ -41,9 +47,10 @@ class LoadedModel(BoundModel):
             place = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: no CUDA device is available")
-        if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-            raise FileNotFoundError(f"model {name}: no such folder")
-        model, processor = load(os.path.expanduser(name), processor=True, dtype=dtype)
+        model, processor = load(
+            os.path.expanduser(name), processor=True, dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         if dtype == "auto" and place == "cpu" and model.dtype == torch.float16:
             model = model.float()  # CPUs have no fast half precision
         model = model.to(place).eval()

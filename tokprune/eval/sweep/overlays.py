@@ -32,11 +32,16 @@ def gallery_trials(trials: Sequence[Trial], visual_tokens: float) -> set[str]:
     return {c.id for c in main if c.entry["budget"] == budget}
 
 
+#: letters of an item's id in a file name
+_LONGEST = 80
+
+
 def overlay_name(item: str, trial: str) -> str:
     """File name of a record."""
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", item)
-    if slug != item:
-        slug += "-" + hashlib.sha256(item.encode()).hexdigest()[:6]
+    if slug != item or len(slug) > _LONGEST:
+        known = hashlib.sha256(item.encode(errors="backslashreplace")).hexdigest()
+        slug = f"{slug[:_LONGEST]}-{known[:6]}"
     return f"{slug}__{trial}.json"
 
 

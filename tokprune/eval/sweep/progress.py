@@ -75,10 +75,10 @@ class Bar(Progress):
             def render(self, task: Any) -> Text:
                 return Text("" if not task.speed else f"{task.speed:.3g}/s")
 
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)
         self._bar = RichProgress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console,
         )  # fmt: skip
         self._task: Any = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokprune import files
 from tokprune.eval.sweep.identity import canonical, row_id
 from tokprune.eval.sweep.schema import ROW, TRIAL, check_row, check_run, current_names
 
@@ -136,13 +136,7 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
         ValueError: it is something else.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: should be a JSON object, is {type(value).__name__}")
-    named: dict[str, Any] = current_names(value)
+    named: dict[str, Any] = current_names(files.read_object(path))
     return named
 
 
@@ -165,30 +159,63 @@ def _valid_rows(path: Path, info: dict[str, Any]) -> tuple[list[dict[str, Any]],
     return list(found.values()), stale, duplicates
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line of rows.jsonl that is not blank."""
+
+    #: counted from 1
+    number: int
+    data: bytes
+    #: None: it cannot be read, for this reason
+    row: dict[str, Any] | None
+    reason: str = ""
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Every line of a file of rows, whether or not it can be read; blank ones are none."""
+    found = []
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            if not data.strip():
+                continue
+            try:
+                if not data.endswith(b"\n"):
+                    raise ValueError("cut off in the middle")
+                row = current_names(files.parse_json(data))
+                check_row(row, "row")
+            except ValueError as error:
+                found.append(Line(number, data, None, f"corrupt row ({error})"))
+            else:
+                found.append(Line(number, data, row))
+    return found
+
+
 def scan_lines(path: Path) -> tuple[list[dict[str, Any]], int, str | None]:
     """All rows of a file, the number of bytes that hold them, and what is wrong with its last line
     (None: nothing).
 
     Raises:
-        ValueError: a line before the last is corrupt; names file and line.
+        ValueError: a line before the last is corrupt; names file and line, and what repairs it.
     """
     if not path.exists():
         return [], 0, None
-    rows: list[dict[str, Any]] = []
-    good = 0
-    wrong: tuple[int, str] | None = None
+    lines = read_lines(path)
+    wrong = [line for line in lines if line.row is None]
+    size = path.stat().st_size
+    if not wrong:
+        return [line.row for line in lines if line.row is not None], size, None
+    said = f"{path}, line {wrong[0].number}: {wrong[0].reason}"
+    if wrong[0] is not lines[-1]:
+        intact = sum(line.row is not None for line in lines)
+        raise ValueError(
+            f"{said}; {intact} of {len(lines)} rows are intact: 'tokprune repair {path.parent}' "
+            "drops the others, and the same sweep then asks their questions again"
+        )
+    rows = [line.row for line in lines if line.row is not None]
+    return rows, size - _from(path, wrong[0]), said
+
+
+def _from(path: Path, line: Line) -> int:
+    """Bytes from the start of a line to the end of the file."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if wrong is not None:
-                raise ValueError(f"{path}, line {wrong[0]}: {wrong[1]}; later lines are intact")
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("cut off in the middle")
-                row = current_names(json.loads(line))
-                check_row(row, "row")
-            except ValueError as error:  # decoding errors are ValueErrors, too
-                wrong = (number, f"corrupt row ({error})")
-                continue
-            rows.append(row)
-            good += len(line)
-    return rows, good, None if wrong is None else f"{path}, line {wrong[0]}: {wrong[1]}"
+        return sum(len(data) for n, data in enumerate(file, 1) if n >= line.number)

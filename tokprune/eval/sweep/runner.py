@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from typing import Any
@@ -102,8 +102,10 @@ class Sweep:
     ) -> None:
         self.settings, self.harness = settings, harness
         self.items, self.store, self.progress = harness.items, store, progress
-        #: identities of the rows that are there
-        self.done = {row["row"] for row in store.rows}
+        #: identities of the rows that are there, and what they say that they answer
+        self.done = {row["row"]: _answered(row) for row in store.rows}
+        #: seconds that the answers took
+        self.answering = _seconds(store.rows)
         self.failed = 0
 
     # ------------------------------------------------------------------ before
@@ -118,7 +120,9 @@ class Sweep:
             if earlier["benchmark"]["name"] == entries["benchmark"]["name"]:
                 check_settings(earlier, settings, folder)
             check_same(earlier, entries, folder)
-        self.loaded = LoadedModel.load(settings.model, settings.dtype, settings.device)
+        self.loaded = LoadedModel.load(
+            settings.model, settings.dtype, settings.device, settings.trust_remote_code
+        )
         harness = self.harness.check_compatible(self.loaded, settings)
         entries["model"] = self.loaded.describe()
         if earlier is not None:
@@ -272,7 +276,7 @@ class Sweep:
         if self.settings.latency:
             self._time(job)
         self.info["finished"] = all(
-            self.done.issuperset(task.rows.values()) for task in job.trials if task.trial.runs
+            self.done.keys() >= set(task.rows.values()) for task in job.trials if task.trial.runs
         )
 
     def _open_trials(self) -> list[OpenTrial]:
@@ -282,7 +286,12 @@ class Sweep:
         for trial in [*self.noise, *self.main]:
             if trial.runs:
                 names = {item: row_id(self.info, trial.entry, item, task) for item, task in items}
-                rows = {item: row for item, row in names.items() if row not in self.done}
+                # a row with the right identity and another item is damaged
+                rows = {
+                    item: names[item]
+                    for item, task in items
+                    if self.done.get(names[item]) != (trial.id, item, task)
+                }
                 found.append(OpenTrial(trial, rows))
         return found
 
@@ -302,7 +311,8 @@ class Sweep:
             self.store.write_json(name, value)
         if step.rows:
             self.store.append(step.rows)
-            self.done.update(row["row"] for row in step.rows)
+            self.done.update((row["row"], _answered(row)) for row in step.rows)
+            self.answering += _seconds(step.rows)
             self.failed += sum(row["status"] == "failed" for row in step.rows)
         if done := len(step.rows) if step.done is None else step.done:
             self.progress.advance(done)
@@ -313,15 +323,16 @@ class Sweep:
         names = {trial.id for trial in timed_trials(self.main)}
         if before.get("code") == self.info["code"] and set(before.get("trials", ())) == names:
             return
-        rounds = 0
+        rounds: int | None = None
 
         def progress(done: int, total: int) -> None:
             nonlocal rounds
-            if not rounds and not done:
+            if rounds is None:
                 self.progress.start("timing", total)
-            self.progress.advance(done - rounds)
+            self.progress.advance(done - (rounds or 0))
             rounds = done
 
+        job.answering = self.answering
         timing = self.harness.time_trials(job, progress)
         if isinstance(timing, str):
             self.progress.say(f"no times: {timing}")
@@ -335,6 +346,14 @@ class Sweep:
         self.info["updated"] = _now()
         self.info["trials"] = [trial.entry for trial in [*self.noise, *self.main]]
         self.store.write_json(RUN_FILE, self.info)
+
+
+def _answered(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["trial"], row["item"], row["task"]
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
+    return sum(row["seconds"] or 0.0 for row in rows)
 
 
 def _spread(items: Sequence[Item], number: int) -> list[Item]:

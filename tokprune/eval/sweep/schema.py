@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,6 +136,11 @@ def check_row(row: Any, where: str) -> None:
         ValueError: names place and field.
     """
     check_object(row, ROW, where)
+    for name, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: field {name!r} should be a finite number, is {value!r}")
+    if not all(isinstance(answer, str) for answer in row["answers"]):
+        raise ValueError(f"{where}: field 'answers' should be a list of texts")
     _choice(row, "status", ("ok", "failed"), where)
     if not 0 <= row["score"] <= 1:
         raise ValueError(f"{where}: field 'score' should be in [0, 1], is {row['score']!r}")

@@ -66,13 +66,15 @@ class Settings:
             the tokens left after the "last" pruning.
         dtype: "auto": as the checkpoint says; float16 weights run in float32 on a CPU.
         device: "auto" takes CUDA where there is some.
+        trust_remote_code: whether code of the checkpoint's own may run.
         batch_size: questions that are answered together; None: 16, in lmms-eval 1.
         max_new_tokens: longest answer; None: as the benchmark, or each task, says.
         controls: run ``blind``, ``random``, ``grid``, ``pool`` and ``downsample`` as well.
         variants: run the published variants of the methods as well.
         noise: run the unpruned model at another batch size and another dtype first.
         latency: time every trial at the end.
-        latency_rounds: measurements of each part.
+        latency_rounds: measurements of each part; None: five, or fewer where they would take longer
+            than the answers did.
         share: run the encoder once for all trials that leave it alone.
         calibrate: items on which budgets are matched.
         fresh: throw away what the run folder holds.
@@ -108,13 +110,14 @@ class Settings:
     match: str = "mean"
     dtype: str = "auto"
     device: str = "auto"
+    trust_remote_code: bool = False
     batch_size: int = None  # type: ignore[assignment]
     max_new_tokens: int | None = None
     controls: bool = True
     variants: bool = False
     noise: bool = True
     latency: bool = True
-    latency_rounds: int = 5
+    latency_rounds: int | None = None
     share: bool = True
     calibrate: int = 8
     fresh: bool = False
@@ -182,7 +185,7 @@ class Settings:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if kind == "int":
-                if value is None and name in ("limit", "max_new_tokens"):
+                if value is None and name in ("limit", "max_new_tokens", "latency_rounds"):
                     continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name}={value!r} should be a whole number, at least 1")

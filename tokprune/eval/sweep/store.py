@@ -21,6 +21,7 @@ from tokprune.eval.sweep.results import (
     RUN_FILE,
     scan_lines,
 )
+from tokprune.files import read_object
 
 _WRITTEN = (RUN_FILE, ROWS_FILE, LATENCY_FILE, METRICS_FILE)
 
@@ -92,10 +93,9 @@ class Store:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A file of the folder; None where it is missing or not a JSON object."""
         try:
-            value = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            return read_object(self.folder / name)
         except (OSError, ValueError):
             return None
-        return value if isinstance(value, dict) else None
 
     def _clear(self) -> None:
         for name in _WRITTEN:
@@ -120,7 +120,8 @@ class Store:
         Raises:
             OSError: they could not be written (a full disk, …); the file is as it was before.
         """
-        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        data = text.encode(errors="backslashreplace")  # halves of characters, as JSON has them
         try:
             left = memoryview(data)
             while left:
@@ -146,7 +147,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         # the process id keeps writers apart that share a file system but not a lock
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        data = text().encode()
+        data = text().encode(errors="backslashreplace")
         try:
             with temporary.open("wb") as file:
                 file.write(data)

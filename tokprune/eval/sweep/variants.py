@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import re
 import warnings
@@ -14,6 +13,7 @@ from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.identity import canonical
 from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS
 from tokprune.methods import Method, available_methods, image_methods, make_method
+from tokprune.words import option_value
 
 #: controls that leave the model as it is: ``none`` is the unpruned model, ``blind`` the same on an
 #: empty image, ``downsample`` on a smaller one, and ``frames`` on fewer frames of a video
@@ -148,16 +148,13 @@ def parse_option(pair: str, where: str) -> tuple[str, Any]:
     """``option=value``; the value is a Python literal, anything else is text.
 
     Raises:
-        ValueError: no ``=``, or no name before it.
+        ValueError: no ``=``, no name before it, or a budget that is none.
     """
     name, equals, text = pair.partition("=")
     name = name.strip().replace("-", "_")
     if not equals or not name.isidentifier():
         raise ValueError(f"option {pair!r} of {where!r} should be name=value")
-    try:
-        return name, ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
-        return name, text.strip()
+    return name, option_value(name, text)
 
 
 def check_variant(name: str, options: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from tokprune.api import patch
+from tokprune.checkpoint import check_no_code, check_weights
 from tokprune.engine.compat import LEGACY
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
@@ -66,6 +67,8 @@ def load(
         _check_plan(cls, config, method)
     for part in (path, config.mm_vision_tower):
         _need_safetensors(part)
+        check_weights(part, None, {})
+        check_no_code(part, mapped=True)  # the package leaves open whether such code is trusted
     # the package tells its classes apart by words in the name of the checkpoint's folder
     kind = "llava-mistral" if "Mistral" in cls.__name__ else "llava"
     name = options.pop("model_name", None) or kind

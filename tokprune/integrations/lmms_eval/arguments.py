@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,11 +12,13 @@ from typing import Any
 from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.settings import Settings
 from tokprune.eval.sweep.trials import Trial
+from tokprune.files import parse_json
 from tokprune.integrations.lmms_eval.wrapped import Base, base_class, parameters
 from tokprune.methods.base import Method
 from tokprune.methods.registry import available_methods, make_method, option_names
 from tokprune.methods.setting import SCHEMA, load_setting
 from tokprune.models import resolve
+from tokprune.words import option_value
 
 CONTROLS = ("blind", "downsample")
 #: the setting's file in a trial's folder
@@ -115,7 +116,7 @@ def _sorted(
     for name, value in others.items():
         prefix, dot, rest = name.partition(".")
         if dot and prefix == "option":
-            options[rest] = _option(value)
+            options[rest] = _option(rest, value)
         elif dot and prefix == "base":
             passed[rest] = value
         elif name in has and name in takes:
@@ -124,7 +125,7 @@ def _sorted(
                 f"write option.{name}=… or base.{name}=… to say which is meant"
             )
         elif name in has:
-            options[name] = _option(value)
+            options[name] = _option(name, value)
         elif name in takes:
             passed[name] = value
         else:
@@ -153,16 +154,13 @@ def _refuse(
     )
 
 
-def _option(value: Any) -> Any:
+def _option(name: str, value: Any) -> Any:
     """An option as Python means it; lists become tuples, since options are hashable."""
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return value
+        value = option_value(name, value)
     if isinstance(value, float) and value < 0 and value.is_integer():
         return int(value)  # lmms-eval reads "-1" as -1.0
-    return tuple(map(_option, value)) if isinstance(value, list) else value
+    return tuple(_option(name, one) for one in value) if isinstance(value, list) else value
 
 
 def _method(
@@ -191,7 +189,7 @@ def _setting(path: str, sha: Any) -> Method | None:
     if str(sha).lower() != found:
         raise ValueError(f"setting_sha={sha} is not that of setting={path}, which is {found}")
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except ValueError as error:
         raise ValueError(f"setting {path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -261,6 +259,8 @@ def model_arguments(
         args["dtype"] = trial.entry["dtype"]
     if device == "cpu" and base.takes("device_map"):
         args["device_map"] = "cpu"
+    if settings.trust_remote_code and base.takes("trust_remote_code"):
+        args["trust_remote_code"] = True
     args |= settings.model_args
     setting = setting_text(trial)
     if setting is not None:

@@ -62,7 +62,9 @@ def check_fit(arguments: Arguments) -> None:
     path = arguments.passed.get("pretrained", takes.get("pretrained"))
     if not isinstance(path, str):
         return
-    hub = {n: v for n, v in arguments.passed.items() if n in ("revision", "trust_remote_code")}
+    hub = {"trust_remote_code": False} | {
+        n: v for n, v in arguments.passed.items() if n in ("revision", "trust_remote_code")
+    }
     try:
         config = AutoConfig.from_pretrained(resolve(path), **hub)
     except Exception:

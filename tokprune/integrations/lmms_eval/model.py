@@ -49,10 +49,13 @@ def make(arguments: Arguments, additional: Mapping[str, Any] | None = None) -> A
         UnsupportedModelError, ValueError: no such model can be patched, or not with this method.
     """
     check_fit(arguments)
+    takes, _ = parameters(arguments.base_class)
+    # bases that take it differ in what they do where nothing is said
+    trust = {"trust_remote_code": False} if "trust_remote_code" in takes else {}
     more = {name: value for name, value in (additional or {}).items() if value is not None}
     base = arguments.base_class
     cls: Any = type(f"Tokprune{base.__name__}", (Compressed, base), {"__module__": __name__})
-    lm = cls(**_placed(arguments, {**arguments.passed, **more}))
+    lm = cls(**_placed(arguments, {**trust, **arguments.passed, **more}))
     lm._tokprune = Run(lm, arguments)
     _name_tasks_after(arguments.base)
     logger.info(f"tokprune: {arguments.base} with {arguments.description}")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tokprune.engine.contracts import Plan
 from tokprune.engine.model import ModelFacts, TowerFacts
 from tokprune.methods.base import check_fits
 from tokprune.methods.centerclip.prompt import SegmentStage
 from tokprune.methods.centerclip.tower import TowerStage
-from tokprune.methods.options import AtLeast, Budget
+from tokprune.methods.options import AtLeast, Budget, is_number
 from tokprune.methods.registry import register_method
 from tokprune.methods.tiles import TileMethod, feature_layer
 from tokprune.operators.kmedoids import Distance
 from tokprune.operators.segments import Aggregate, Clusterer
 from tokprune.operators.spectral_clustering import Graph
+
+
+def _order(value: Any, name: str) -> None:
+    """Of a Minkowski distance."""
+    number = is_number(value) or (isinstance(value, float) and value == math.inf)
+    if not (number and value > 0):
+        raise ValueError(f"{name}={value!r} should be a number above 0 (inf included)")
 
 
 @register_method
@@ -75,7 +83,7 @@ class CenterCLIP(TileMethod):
     algorithm: Literal["kmedoids", "spectral"] = "kmedoids"
     aggregate: Aggregate | None = None
     distance: Distance = "euclidean"
-    p: Annotated[float, "above 0, inf included"] = 2.0  # the clusterer checks it
+    p: Annotated[float, _order] = 2.0
     iterations: Annotated[int, AtLeast(1)] = 10
     graph: Graph = "knn"
     sigma: float | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tokprune.engine.contracts import ModelFacts, Plan, Positions
 from tokprune.methods.base import Method, Preset, check_fits
-from tokprune.methods.options import Budget, LayerNumbers, Range, Renamed
+from tokprune.methods.options import Budget, LayerNumbers, Range, Renamed, Seed
 from tokprune.methods.registry import register_method
 from tokprune.methods.schedule import steps_of
 from tokprune.methods.todre.diversity import ClassAttention, DiversityStage
@@ -67,7 +67,7 @@ class ToDRE(Method):
     keep: Budget | None
     select: Select = "max_sum"
     pivot: Pivot = "cls"
-    seed: int = 0
+    seed: Seed = 0
     tau: Annotated[float, Range(0, 1)] = 0.10
     prune_before: Annotated[int | tuple[int, ...], LayerNumbers(1)] | None = None
     stage2: bool = True

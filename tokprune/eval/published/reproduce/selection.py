@@ -15,6 +15,8 @@ from tokprune.eval.published import (
     model_key,
 )
 from tokprune.eval.published.ledger import FOLDER
+from tokprune.eval.sweep.budgets import tolerance
+from tokprune.words import parse_budget
 
 
 def select(
@@ -33,7 +35,8 @@ def select(
         model: a model's name, hub name or folder (see :func:`tokprune.eval.published.model_key`).
         methods: names of methods.
         tasks: benchmarks, lmms-eval tasks or labels of papers.
-        keep: budgets, as printed ("192", "10 %", "K=2 R=50 %", spaces aside) or in tokens.
+        keep: budgets, as printed ("192", "10 %", "K=2 R=50 %", spaces aside), in tokens, or as a
+            share of them ("1/9").
         ledger: folder of the files.
 
     Raises:
@@ -55,8 +58,7 @@ def select(
         ]  # fmt: skip
     chosen = _narrowed(rows, "method", None if methods is None else [m.lower() for m in methods])
     if keep is not None:
-        texts = {_plain(text) for text in keep}
-        chosen = [row for row in chosen if texts & _budgets(row)]
+        chosen = [row for row in chosen if any(_is_at(row, text) for text in keep)]
         if not chosen:
             printed = {row.budget.printed for row in rows}
             raise ValueError(
@@ -94,6 +96,19 @@ def _budgets(row: Row) -> set[str]:
     if row.budget.tokens is not None:
         texts.add(f"{row.budget.tokens:g}")
     return texts
+
+
+def _is_at(row: Row, text: str) -> bool:
+    if _plain(text) in _budgets(row):
+        return True
+    try:
+        share = parse_budget(text)
+    except ValueError:  # the words of a paper
+        return False
+    tokens, unpruned = row.budget.tokens, row.budget.unpruned
+    if isinstance(share, int) or tokens is None or unpruned is None:
+        return False
+    return abs(share * unpruned - tokens) <= tolerance(tokens)
 
 
 def _plain(text: str) -> str:
