@@ -14,7 +14,7 @@ from methods_table import CORE
 from tiny import BUILDERS, llava, make_inputs
 
 import tokprune
-from tokprune.api import _session
+from tokprune.api import session_of
 from tokprune.engine.state import ForwardState
 from tokprune.testing.checks.leftovers import fingerprint
 
@@ -112,7 +112,7 @@ def test_each_forward_and_each_thread_has_a_state_of_its_own() -> None:
     inputs = make_inputs(model, PROMPT)
     seen: list[ForwardState] = []
     with tokprune.compress(model, "random", keep=5), torch.no_grad():
-        session = _session(model)
+        session = session_of(model)
         assert session is not None
         watch = model.model.language_model.layers[1].register_forward_pre_hook(
             lambda *_: seen.append(session.state)

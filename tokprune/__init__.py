@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from tokprune.families import supported_models
     from tokprune.integrations.clip_retrieval import FrameFeatures, reduce_frames
+    from tokprune.likelihood import Likelihood, log_likelihood
     from tokprune.loading import load
     from tokprune.methods import *  # noqa: F403
     from tokprune.trace import Trace
@@ -33,6 +34,7 @@ _HOME = {
     "CompositionError": "tokprune.errors",
     "ContractError": "tokprune.errors",
     "FrameFeatures": "tokprune.integrations.clip_retrieval",
+    "Likelihood": "tokprune.likelihood",
     "NonFiniteFeaturesError": "tokprune.errors",
     "PromptMismatchError": "tokprune.errors",
     "Trace": "tokprune.trace",
@@ -42,6 +44,7 @@ _HOME = {
     "compress": "tokprune.api",
     "is_patched": "tokprune.api",
     "load": "tokprune.loading",
+    "log_likelihood": "tokprune.likelihood",
     "overlay": "tokprune.trace.overlay",
     "patch": "tokprune.api",
     "reduce_frames": "tokprune.integrations.clip_retrieval",

@@ -25,7 +25,7 @@ from tokprune.trace import Trace
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 
-def _session(model: Any) -> Session | None:
+def session_of(model: Any) -> Session | None:
     """The session of a model, wrapped or not."""
     inner = unwrap(model)
     if not isinstance(inner, nn.Module):
@@ -130,7 +130,7 @@ def patch(
         ContractError: the method answers with something that the engine cannot use (here, or in a
             forward); methods of this package do not.
     """
-    if (current := _session(model)) is not None and current.nested:
+    if (current := session_of(model)) is not None and current.nested:
         raise AlreadyPatchedError(
             "the model is inside a tokprune.compress(...) block; leave it first, or combine the "
             "methods with tokprune.compose(...)"
@@ -186,7 +186,7 @@ def _check_decoder(session: Session) -> None:
 
 def unpatch(model: nn.Module) -> None:
     """Take all hooks out. Does nothing for a model that is not patched."""
-    session = _session(model)
+    session = session_of(model)
     if session is not None:
         for module in (session.model, session.parts.multimodal):
             _sessions.pop(module, None)
@@ -195,12 +195,12 @@ def unpatch(model: nn.Module) -> None:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether a method is at work on the model."""
-    return _session(model) is not None
+    return session_of(model) is not None
 
 
 def trace_of(model: nn.Module) -> Trace | None:
     """The trace of a patched model, or None."""
-    session = _session(model)
+    session = session_of(model)
     return None if session is None else session.trace
 
 
@@ -219,7 +219,7 @@ def compress(
             out = model.generate(**inputs, max_new_tokens=64)
         print(trace.summary())
     """
-    outer = _session(model)
+    outer = session_of(model)
     if outer is not None and outer.nested:
         raise AlreadyPatchedError(
             "compress inside compress on the same model: the inner method would work on what the "
@@ -229,7 +229,7 @@ def compress(
     try:
         yield session.trace
     finally:
-        if _session(model) is session:
+        if session_of(model) is session:
             unpatch(model)
             if outer is not None:
                 _install(outer)

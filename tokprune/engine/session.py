@@ -73,13 +73,18 @@ class Session:
         }
         self.compact = all(p == "compact" for p in positions)
         self.spatial = all(stage.order == "spatial" for stage in reducing)
-        self.loss = LossHooks(self.model, lambda: self._current.alive, self.family.legacy)
+        self.loss = LossHooks(self.model, lambda: self.alive, self.family.legacy)
         self.entry: Entry = self.family.entry(self)
 
     @property
     def state(self) -> ForwardState:
         """What is known of the forward that runs in this thread."""
         return self._current.state
+
+    @property
+    def alive(self) -> Alive | None:
+        """What is left of the prompt of this thread's newest forward; None: all, in its place."""
+        return self._current.alive
 
     def new_state(self) -> ForwardState:
         """Forget what this thread's forward knew."""
