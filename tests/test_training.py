@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from family_cases import FAMILIES, METHODS, SHAPES, case_of
 from torch import Tensor
 from torch.nn import functional as F
 
+import tokprune
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods import make_method
-from tokprune.testing import Case
+from tokprune.testing import Case, tiny_family
 from tokprune.testing.numbering import prompt_positions
 
 IGNORED = -100
@@ -127,3 +130,28 @@ def test_checkpointing_on_all_families(method: str, family: str) -> None:
 @pytest.mark.parametrize("method", ["divprune", "fastv", "transprune", "visionzip", "tome"])
 def test_reentrant_checkpointing(method: str) -> None:
     compared(case_of(method, "llava-1.5", SHAPES["ragged"]), checkpointing=True)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
+def test_trainer(method: str, tmp_path: Path) -> None:
+    """transformers' Trainer, its evaluation included, with accumulated gradients."""
+    pytest.importorskip("accelerate")
+    tiny = tiny_family("llava-1.5")
+    model = tiny.build(attention="sdpa", layers=4)
+    case = case_of(method, "llava-1.5", [[4, "image", 6]] * 4, model)
+    inputs = case.inputs()
+    rows = [{k: v[i] for k, v in {**inputs, "labels": labels_of(inputs)}.items()} for i in range(4)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=1, use_cpu=True,
+        gradient_accumulation_steps=2, learning_rate=3e-3, logging_steps=1, report_to=[],
+        remove_unused_columns=False, per_device_eval_batch_size=2, save_strategy="no",
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    tokprune.patch(model, case.method)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(before, rel=0.5)  # per token, whatever is accumulated
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
