@@ -68,7 +68,12 @@ def case_on_own_model(method: str, family: str = "llava-1.5") -> Case:
 
 @pytest.mark.parametrize(
     ("method", "way"),
-    [("fastv", "whole"), ("divprune", "in place"), ("fastv", "decoder"), ("divprune", "tower")],
+    [
+        ("fastv", "whole"),
+        pytest.param("divprune", "in place", marks=pytest.mark.full),
+        ("fastv", "decoder"),
+        ("divprune", "tower"),
+    ],
 )
 def test_compiled_and_run_before_the_patch(method: str, way: str) -> None:
     case = case_on_own_model(method)
@@ -126,6 +131,7 @@ def test_one_patch_after_the_other() -> None:
     assert_same_logits(logits(fast, inputs), logits(plain, inputs))
 
 
+@pytest.mark.full
 def test_generate() -> None:
     case = case_on_own_model("fastv")
     inputs = case.inputs()
