@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer
 from tokprune.errors import UnsupportedModelError
@@ -59,13 +58,14 @@ class CompressedLayer(DynamicLayer):
         """A compressed layer with the content of an ordinary one."""
         new = cls()
         if layer is not None and layer.is_initialized and layer.keys is not None:
-            new.dtype, new.device = layer.keys.dtype, layer.keys.device
+            # an offloaded layer keeps its keys elsewhere meanwhile
+            new.dtype, new.device = layer.keys.dtype, getattr(layer, "device", layer.keys.device)
             new.keys, new.values = layer.keys, layer.values
             new.is_initialized = True
             batch, held = layer.keys.shape[0], layer.keys.shape[-2]
             length = layer.get_seq_length()  # a sliding layer has seen more than it holds
             if held:
-                arange = torch.arange(length - held, length, device=layer.keys.device)
+                arange = torch.arange(length - held, length, device=new.device)
                 new.columns = new.slots = arange.expand(batch, held)
                 new.missing = length - held
         return new
@@ -154,9 +154,15 @@ class CompressedLayer(DynamicLayer):
         """
         columns, slots, places = self.all_columns(), self.all_slots(), self.all_places()
         before = self.entries
+        # what was offloaded arrives there out of turn: taken back first
+        away = self.keys.device != columns.device
+        if away:
+            self.prefetch()
         place = index.clamp(min=0)
         gather = place[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[-1])
         self.keys, self.values = self.keys.gather(2, gather), self.values.gather(2, gather)
+        if away:
+            self.offload()
         moved = self.slots is not self.columns
         self.columns = columns.gather(1, place).masked_fill(index < 0, -1)
         self.slots = self.columns
@@ -249,7 +255,7 @@ def check_cache(cache: Any) -> None:
     """
     if cache is None:
         return
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    if type(cache) is not DynamicCache:
         kind = type(cache).__name__
         if LEGACY:
             raise UnsupportedModelError(
@@ -257,12 +263,17 @@ def check_cache(cache: Any) -> None:
                 "different numbers of tokens; patch the model before the first turn, or start with "
                 "past_key_values=None"
             )
-        if isinstance(cache, Cache) and getattr(cache, "offloading", False):
-            kind += "(offloading=True)"
         raise UnsupportedModelError(
             f"past_key_values={kind} is not supported with visual-token compression: layers then "
             "hold different numbers of tokens; use transformers.DynamicCache (the default)"
         )
+
+
+def brought_back(cache: Any) -> None:
+    """Have this device wait for keys and values that an offloaded cache is fetching ahead, before
+    any but its own ``update`` reads them."""
+    if getattr(cache, "offloading", False):
+        torch.cuda.current_stream().wait_stream(cache.prefetch_stream)
 
 
 def compressed_layer(cache: DynamicCache, layer: int) -> CompressedLayer:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.cache import CompressedLayer, compressed_layer
+from tokprune.engine.cache import CompressedLayer, brought_back, compressed_layer
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
@@ -137,6 +137,7 @@ class PrefillCache:
     def keep(self, policy: CachePolicy, sequences: list[SequenceView]) -> None:
         """Apply the policy of a method that prunes the KV cache."""
         self._policy_lengths = policy.lengths
+        brought_back(self.cache)
         for number, index in policy.index.items():
             self._keep_entries(number, index, policy, sequences[number])
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tokprune.engine.cache import brought_back
 from tokprune.engine.contracts import Attention, ScoringLayer, SequenceView
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class LayerAhead(ScoringLayer):
             self.block, args, {n: None if n in _CACHE else v for n, v in kwargs.items()}
         )
         if prefill.cache.past and getattr(held, "is_initialized", False):
-            key = torch.cat([held.keys, call.key], dim=2)
-            call = replace(call, key=key, value=torch.cat([held.values, call.value], dim=2))
+            brought_back(prefill.cache.cache)
+            key, value = (x.to(call.key.device) for x in (held.keys, held.values))
+            key, value = torch.cat([key, call.key], dim=2), torch.cat([value, call.value], dim=2)
+            call = replace(call, key=key, value=value)
         return prefill.attention_of(call, kwargs)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
