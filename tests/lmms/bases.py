@@ -57,6 +57,3 @@ class Batched(lmms):
             Instance("generate_until", (*r.args[:3], *r.args[4:]), 0, r.metadata) for r in requests
         ]
         return [[text] for text in self.generate_until(plain)]
-
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        return [(-1.0, True)] * len(requests)

@@ -11,6 +11,7 @@ import bases
 import pytest
 import tiny_processor
 import torch
+from lmms_eval.api.instance import Instance
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from pictures import landscape
@@ -18,7 +19,7 @@ from requests_of import BENCHMARK, inputs_of, items, model_of, requests, told
 
 import tokprune
 from tokprune.eval.sweep.reduced_input import blank, downsample
-from tokprune.inputs.prompts import encode
+from tokprune.inputs.prompts import encode, model_inputs, prompt_text
 from tokprune.integrations.lmms_eval.counts import Sample, mean
 from tokprune.integrations.lmms_eval.tasks import mini
 
@@ -279,9 +280,50 @@ def test_several_rounds_are_compressed(load: Load, said: list[str]) -> None:
         blind.generate_until_multi_round(made)
 
 
-def test_likelihoods_are_the_wrapped_model_s_or_refused(load: Load) -> None:
-    lm = load(start=bases.START)
-    assert lm.loglikelihood(requests(lm, items(2))) == [(-1.0, True)] * 2
-    lm = load("method=todre,option.keep=64", start=bases.START)
-    with pytest.raises(NotImplementedError, match="a logit for every token"):
-        lm.loglikelihood(requests(lm, items(1)))
+def choices(lm: Any, texts: list[str]) -> list[Any]:
+    """``loglikelihood`` requests: every text as the answer of the first question."""
+    (item,) = items(1)
+    lm.task_dict["t"] = {"test": [mini._doc(item)]}
+    about = {"task": "t", "doc_id": 0, "repeats": 1}
+    return [
+        Instance(
+            "loglikelihood", (item.question, text, mini.doc_to_visual, 0, "t", "test"), n, about
+        )
+        for n, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("more", ["", "method=divprune,keep=144", "method=fastv,keep=144"])
+def test_choices_are_ranked_by_likelihood(load: Load, more: str) -> None:
+    """Most models of lmms-eval answer no such request, and none under a method."""
+    (item,) = items(1)
+    lm = load(more)
+    texts = [item.answers[0], "zebra", "yes" if item.answers[0] != "yes" else "no"]
+    found = lm.loglikelihood(choices(lm, texts))
+    assert [number for number, (loss, _) in enumerate(found) if loss == min(found)[0]] == [0]
+    assert [greedy for _, greedy in found] == [True, False, False]
+    model, processor = model_of(lm), lm._image_processor
+    prompt = prompt_text(processor, item.question)
+    image = [[BENCHMARK.image(item)]]
+    before = model_inputs(processor, [prompt], image)["input_ids"].shape[1]
+    for text, (loss, _) in zip(texts, found):
+        inputs = model_inputs(processor, [f"{prompt} {text}"], image)
+        labels = inputs["input_ids"].clone()
+        labels[:, :before] = -100
+        with torch.no_grad():
+            assert loss == pytest.approx(model(**inputs, labels=labels).loss.item(), rel=1e-5)
+
+
+def test_choices_under_controls_and_without_images(load: Load) -> None:
+    texts = ["a", "b"]
+    plain, blind = load(), load("control=blind")
+    assert plain.loglikelihood(choices(plain, texts)) != blind.loglikelihood(choices(blind, texts))
+    lm = load(TODRE)
+    made = choices(lm, texts)
+    for request in made:
+        context, text, _, *where = request.args
+        request.arguments = (context, text, lambda doc: [], *where)
+    assert len(lm.loglikelihood(made)) == 2
+    tokprune.unpatch(model_of(lm))
+    with pytest.raises(RuntimeError, match="nothing was compressed"):
+        lm.loglikelihood(choices(lm, texts))

@@ -30,8 +30,7 @@ class Compressed:
         return self._tokprune.pass_on(answer, requests, "generate_until_multi_round")
 
     def loglikelihood(self, requests: list[Any]) -> Sequence[Any]:
-        answer = super().loglikelihood  # type: ignore[misc]
-        return self._tokprune.pass_on(answer, requests, "loglikelihood")
+        return self._tokprune.likelihoods(requests)
 
     def clean(self) -> None:
         """Called by lmms-eval after the last request; the model is unpatched first."""

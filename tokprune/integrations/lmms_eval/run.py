@@ -21,6 +21,7 @@ from tokprune.integrations.lmms_eval.arguments import Arguments
 from tokprune.integrations.lmms_eval.counts import NUMBERS, Counts, Sample, mean
 from tokprune.integrations.lmms_eval.find import find_model
 from tokprune.integrations.lmms_eval.images import change_of, changed_messages, changed_visuals
+from tokprune.integrations.lmms_eval.likelihood import answer
 from tokprune.integrations.lmms_eval.observer import NOTHING, Observer, described
 
 #: a run whose first samples have all failed, this many of them, is given up. (A few that fail can
@@ -80,14 +81,9 @@ class Run:
         """Requests of other kinds, without numbers of their own.
 
         Raises:
-            NotImplementedError: a kind that the method or the control cannot serve.
+            NotImplementedError: a kind that the control cannot serve.
         """
-        if kind == "loglikelihood" and self.observer.trace is not None:
-            raise NotImplementedError(
-                "loglikelihood requests need a logit for every token of the prompt, and a "
-                "compressed model has them for those that are left; use tasks that generate"
-            )
-        if self.change is not None and kind != "loglikelihood":
+        if self.change is not None:
             raise NotImplementedError(f"control cannot change the images of {kind} requests")
         self.observer.forget()
         outputs = answer([self._copy(request) for request in requests])
@@ -97,6 +93,26 @@ class Run:
         elif requests and self.observer.trace is not None and not self.observer.compressed():
             logger.error(f"tokprune: {kind}: {NOTHING}")
         return outputs
+
+    def likelihoods(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Loss and greediness of every continuation, of the model as it is.
+
+        Raises:
+            NotImplementedError: requests without images, or a wrapped model without a processor.
+            RuntimeError: an image was there, and the method did not see it.
+        """
+        model, results = self.observer.bound.model, []
+        for request in tqdm(requests, disable=self.lm.rank != 0, desc="tokprune"):
+            self.observer.forget()
+            results.append(answer(self.lm, model, request, self.change))
+            seen = self.observer.trace is None or self.observer.compressed()
+            if not seen and request.args[2](self._doc(request)):
+                raise RuntimeError(f"tokprune: loglikelihood: {NOTHING}")
+        return results
+
+    def _doc(self, request: Any) -> Any:
+        *_, number, task, split = request.args
+        return self.lm.task_dict[task][split][number]
 
     def _chunk(
         self, answer: Callable[[list[Any]], Sequence[Any]], chunk: Sequence[Any]
