@@ -92,4 +92,10 @@ def bind(model: nn.Module) -> BoundModel:
     Raises:
         UnsupportedModelError: its class is not supported, or it lacks something that is needed.
     """
-    return family_of(model).bind(model)
+    bound = family_of(model).bind(model)
+    if bound.parts.image_token_id is None:
+        raise UnsupportedModelError(
+            f"config.image_token_id of {type(model).__name__} is None; it should be the id of the "
+            "token that stands for an image"
+        )
+    return bound
