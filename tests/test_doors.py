@@ -300,6 +300,13 @@ def test_what_is_no_model_folder(tmp_path: Path, folder: Path, refused: Callable
         (folder / name).write_bytes(saved)
 
 
+def test_a_config_that_lost_a_part_is_refused_before_memory_is_spent(
+    folder: Path, refused: Callable[..., str]
+) -> None:
+    change(folder / "config.json", text_config=None)  # a Llama of 7 billion weights is the default
+    assert "config.json describes a model of " in refused(*asked(folder))
+
+
 @pytest.mark.parametrize("size", ["bigger", "smaller"])
 def test_weights_of_other_shapes(folder: Path, size: str, refused: Callable[..., str]) -> None:
     told = json.loads((folder / "config.json").read_text())

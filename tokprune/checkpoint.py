@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,7 +108,7 @@ def check_config(path: str, config: Any, trust_remote_code: bool, subfolder: str
         read_object(file, "model")
 
 
-def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> None:
+def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> list[Path]:
     """All files that the weights would be read from are safetensors, and inside the folder (or the
     hub's cache of that model).
 
@@ -115,6 +116,9 @@ def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> None:
         path: folder or hub name.
         config: of the model; it can name the file of the weights.
         options: of ``from_pretrained``; those of the hub and ``variant`` say which files are meant.
+
+    Returns:
+        The files, as far as they are on this machine.
 
     Raises:
         OSError: another kind of file, one elsewhere, or one that is missing; names it.
@@ -132,7 +136,8 @@ def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> None:
         if found is not None:
             break
     else:
-        return  # from_pretrained says that there are none, or what is wrong with the hub
+        return []  # from_pretrained says that there are none, or what is wrong with the hub
+    files = [Path(found)]
     local = Path(path) / options.get("subfolder", "") if Path(path).is_dir() else None
     if local is not None:
         _check_inside(path, local, Path(found))
@@ -140,10 +145,12 @@ def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> None:
         shards = read_object(Path(found), f"model {path}:").get("weight_map")
         if not isinstance(shards, dict) or not shards:
             raise OSError(f"{found}: 'weight_map' should say which file holds which weight")
+        files = []
         for shard in sorted(set(map(str, shards.values()))):
             _check_name(path, Path(found).name, shard, (_SAFE,))
             if local is not None:
                 _check_inside(path, local, local / shard)
+                files.append(local / shard)
     # where peft is installed, transformers puts an adapter in, and would unpickle it
     if (
         local is not None
@@ -152,6 +159,33 @@ def check_weights(path: str, config: Any, options: Mapping[str, Any]) -> None:
         and not (local / "adapter_model.safetensors").is_file()
     ):
         raise OSError(f"model {path}: holds no adapter_model.safetensors; {_ONLY_SAFE}")
+    return files
+
+
+def check_size(path: str, files: Sequence[Path], model: Any) -> None:
+    """A model is not far larger than its files: transformers would make up the rest, and a config
+    that lost a part describes billions of weights.
+
+    Args:
+        files: of the weights; without any nothing is known.
+        model: without weights, as its config describes it.
+
+    Raises:
+        OSError: it is; says both sizes.
+    """
+    if not files or getattr(model.config, "quantization_config", None) is not None:
+        return
+    stored = 0
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()
+            stored += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    if wanted > 4 * stored + 10**8:
+        raise OSError(
+            f"model {path}: config.json describes a model of {wanted:,} weights, and its files "
+            f"hold {stored:,}"
+        )
 
 
 #: options of from_pretrained that say which file of a checkpoint is meant
@@ -213,7 +247,7 @@ def reading(path: str, part: str) -> Iterator[None]:
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:
-        if type(error).__module__.startswith("tokprune"):
+        if type(error).__module__.startswith("tokprune") or str(error).startswith(f"model {path}:"):
             raise
         if "trust_remote_code=True" in str(error):
             raise ValueError(f"model {path}: {_ASKS_FOR_CODE}") from None

@@ -15,7 +15,14 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from tokprune.api import patch
-from tokprune.checkpoint import check_config, check_no_code, check_place, check_weights, reading
+from tokprune.checkpoint import (
+    check_config,
+    check_no_code,
+    check_place,
+    check_size,
+    check_weights,
+    reading,
+)
 from tokprune.engine.masks import check_backend
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind, supported_models
@@ -119,12 +126,13 @@ def load(
     if isinstance(backend := options.get("attn_implementation"), str):
         check_backend(backend, "model")
     check_config(path, config, trust_remote_code, options.get("subfolder", ""))
+    with reading(path, "config.json"):
+        skeleton = meta_model(cls, config)
     if made is not None:
-        with reading(path, "config.json"):
-            skeleton = meta_model(cls, config)
         made.plan(bind(skeleton).facts)
-    check_weights(path, config, options)
+    files = check_weights(path, config, options)
     with reading(path, "weights"):
+        check_size(path, files, skeleton)
         told = bool(options.pop("output_loading_info", False))
         model, info = cls.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **options

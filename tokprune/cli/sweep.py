@@ -10,7 +10,14 @@ import typer
 
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.model import quiet
-from tokprune.cli.values import Device, Dtype, TrustRemoteCode, parse_list, parse_numbers
+from tokprune.cli.values import (
+    Device,
+    Dtype,
+    TrustRemoteCode,
+    parse_keep,
+    parse_list,
+    parse_numbers,
+)
 
 _Many = list[str] | None
 
@@ -187,6 +194,8 @@ def sweep(
         "processes": processes, "launch": launch, "launcher": launcher,
         "include_path": include_path or None, "model_args": model_args or None,
     }  # fmt: skip
+    for text in options["keep"] or ():
+        parse_keep(text, schedule=False)  # names the option, which the settings do not know
     from tokprune.eval.sweep.settings import make_settings, read_table, with_options
 
     table = {} if config is None else read_table(config)

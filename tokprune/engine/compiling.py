@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+#: where a module keeps what stands before its forward
+_MARK = "_tokprune_forward"
+#: attributes that are put on modules
+NAMES = ("forward", _MARK)
 _WHY = "tokprune's hooks work here"
 
 
@@ -29,26 +33,40 @@ class Uncompiled:
             if (hooks := getattr(handle, "hooks_dict_ref", lambda: None)()) is not None:
                 hooks[handle.id] = torch.compiler.disable(hooks[handle.id], reason=_WHY)
                 ours.setdefault(id(hooks), []).append(handle.id)
-        self._before: list[tuple[nn.Module, Any, Any]] = []
-        for module in model.modules():
-            if id(module._forward_pre_hooks) in ours or id(module._forward_hooks) in ours:
-                before, forward = module.__dict__.get("forward"), _visible(module)
-                module.__dict__["forward"] = forward
-                self._before.append((module, before, forward))
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """Those that have a ``forward`` of ours."""
-        return [module for module, _, _ in self._before]
+        self.modules = [
+            module for module in model.modules()
+            if id(module._forward_pre_hooks) in ours or id(module._forward_hooks) in ours
+        ]  # fmt: skip
+        for module in self.modules:
+            mark = module.__dict__.get(_MARK)
+            if mark is None or module.__dict__.get("forward") is not mark.forward:
+                mark = module.__dict__[_MARK] = _Mark(module)
+            mark.users += 1
 
     def release(self) -> None:
-        for module, before, forward in self._before:
-            if module.__dict__.get("forward") is not forward:
-                continue  # somebody has put another one before it
-            del module.__dict__["forward"]
-            if before is not None:
-                module.__dict__["forward"] = before
-        self._before.clear()
+        for module in self.modules:
+            if (mark := module.__dict__.get(_MARK)) is not None:
+                mark.users -= 1
+                if not mark.users:
+                    del module.__dict__[_MARK]
+                    mark.remove(module)
+        self.modules.clear()
+
+
+class _Mark:
+    """A ``forward`` of a module, for all sessions with hooks on it (models may share modules)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.users = 0
+        self.before = module.__dict__.get("forward")
+        self.forward = module.__dict__["forward"] = _visible(module)
+
+    def remove(self, module: nn.Module) -> None:
+        if module.__dict__.get("forward") is not self.forward:
+            return  # somebody has put another one before it
+        del module.__dict__["forward"]
+        if self.before is not None:
+            module.__dict__["forward"] = self.before
 
 
 def _visible(module: nn.Module) -> Callable[..., Any]:

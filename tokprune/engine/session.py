@@ -13,7 +13,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
-from tokprune.engine.compiling import Uncompiled
+from tokprune.engine.compiling import NAMES, Uncompiled
 from tokprune.engine.contracts import Plan
 from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
@@ -128,7 +128,7 @@ class Session:
                 self._install_decoder_layer(number, block)
             self._uncompiled = Uncompiled(self.model, self.handles)
             names: dict[nn.Module, tuple[str, ...]]
-            names = dict.fromkeys(self._uncompiled.modules, ("forward",))
+            names = dict.fromkeys(self._uncompiled.modules, NAMES)
             for module, own in self.entry.wrapped.items():
                 names[module] = (*names.get(module, ()), *own)
             self._guards = Guards(self.model, self.handles, names, self.copied)

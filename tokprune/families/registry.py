@@ -114,4 +114,10 @@ def bind(model: nn.Module) -> BoundModel:
     inner = unwrap(model)
     family = family_of(inner)
     wrappers.check_prompt_learning(model, inner)
-    return family.bind(inner)
+    bound = family.bind(inner)
+    if bound.parts.image_token_id is None:
+        raise UnsupportedModelError(
+            f"config.image_token_id of {type(model).__name__} is None; it should be the id of the "
+            "token that stands for an image"
+        )
+    return bound

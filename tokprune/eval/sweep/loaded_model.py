@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from tokprune.checkpoint import check_place
 from tokprune.eval.sweep.identity import checkpoint_hash
 from tokprune.families import BoundModel, bind
 from tokprune.loading import load
+from tokprune.models import resolve
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ class LoadedModel(BoundModel):
             place = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda: no CUDA device is available")
+        path = resolve(os.path.expanduser(name))
+        check_place(path)
         model, processor = load(
-            os.path.expanduser(name), processor=True, dtype=dtype,
+            path, processor=True, dtype=dtype,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         if dtype == "auto" and place == "cpu" and model.dtype == torch.float16:

@@ -369,7 +369,7 @@ def _toml(path: Path, text: str) -> Any:
             ) from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"config {path}: {error}") from None
 
 
@@ -382,6 +382,8 @@ def _yaml(path: Path, text: str) -> Any:
         ) from None
     try:
         return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"config {path}: nested too deeply") from None
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         at = "" if place is None else f", line {place.line + 1}"
