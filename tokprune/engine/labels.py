@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokprune.engine.copies import refuse_replica
+
 _FUNCTION = "_loss_function"
 #: label of a token that is not scored, as in torch's cross entropy
 IGNORED = -100
@@ -95,6 +97,7 @@ class LossHooks:
         return None
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        refuse_replica(module)
         self.thread.runs, self.thread.labels = True, None
         call = {**dict(zip(self.arguments, args)), **kwargs}
         labels = call.get("labels")
