@@ -462,7 +462,7 @@ def test_videos_inside_the_encoder_are_refused() -> None:
         ({"keep": 9, "algorithm": "pooling"}, ValueError, "algorithm='pooling' should be one of"),
         ({"keep": 9, "aggregate": "max"}, ValueError, "aggregate='max' should be one of"),
         ({"keep": 9, "distance": "l1"}, ValueError, "distance='l1' should be one of"),
-        ({"keep": 9, "p": 0}, ValueError, "p=0 should be positive"),
+        ({"keep": 9, "p": 0}, ValueError, "p=0 should be a number above 0"),
         ({"keep": 9, "iterations": 0}, ValueError, "iterations=0"),
         ({"keep": 9, "graph": "full"}, ValueError, "graph='full'"),
         ({"keep": 9, "sigma": 0.0}, ValueError, "sigma=0.0"),

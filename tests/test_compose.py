@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from tiny import BUILDERS, llava, make_inputs, single
 
 import tokprune
 from tokprune import DivPrune, FastV, FlowCut, MustDrop, Random, ToDRE, TransPrune, VisionZip
+from tokprune.errors import CompositionError
+from tokprune.methods import make_method
+from tokprune.testing import Case, tiny_family
 from tokprune.testing.oracle import (
     assert_same_logits,
     compressed_logits,
@@ -85,3 +89,30 @@ def test_compositions_flatten_and_print_their_parts() -> None:
     inner = tokprune.compose(FlowCut(keep=20), TRANSPRUNE)
     outer = tokprune.compose(inner, Random(keep=9))
     assert repr(outer).count("FlowCut(") == repr(outer).count("Random(") == 1
+
+
+REDUCING = {
+    "flowcut": {"keep": 12, "decoder_cut": False}, "centerclip": {"keep": 12, "place": "encoder"},
+    "visionzip": {"dominant": 8, "contextual": 4}, "tome": {"r": 4}, "pitome": {"keep": 20},
+}  # fmt: skip
+ON_GRIDS = {
+    "grid": {"keep": 4}, "pool": {"window": 3}, "m3": {"keep": 9},
+    "centerclip": {"keep": 4, "place": "projector"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llava-1.5", "llava-next"])
+@pytest.mark.parametrize("second", ON_GRIDS)
+@pytest.mark.parametrize("first", REDUCING)
+def test_methods_on_whole_grids_refuse_what_is_left_of_one(
+    first: str, second: str, family: str
+) -> None:
+    """They would take the places of tokens that are gone for places."""
+    tiny = tiny_family(family)
+    model = tiny.build(attention="sdpa", layers=2)
+    inputs = Case(make_method("random", keep=1), tiny, model, [[4, "image", 6]]).inputs()
+    both = tokprune.compose(
+        make_method(first, **REDUCING[first]), make_method(second, **ON_GRIDS[second])
+    )
+    with pytest.raises(CompositionError), tokprune.compress(model, both), torch.no_grad():
+        model(**inputs)

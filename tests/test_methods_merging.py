@@ -494,15 +494,6 @@ def test_pool_keeps_original_positions_of_centres(models: Any) -> None:
     assert position == [0, 1, 2, 3, *centres, *range(40, 46)]
 
 
-def test_pool_after_a_merging_tower_is_refused(models: Any) -> None:
-    both = tokprune.compose(PiToMe(keep=12), Pool(keep=9))
-    inputs = make_inputs(models["llava"], [[4, "image", 6]])
-    with tokprune.compress(models["llava"], both), torch.no_grad():
-        with pytest.raises(ValueError, match="pool needs the whole grid"):
-            model = models["llava"]
-            model(**inputs)
-
-
 # ------------------------------------------------------------------------------- errors
 
 ERRORS: list[tuple[str, dict[str, Any], str]] = [

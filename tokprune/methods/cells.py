@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens
+from tokprune.errors import CompositionError
 
 
 def index_of_cells(image: ImageTokens) -> Tensor:
@@ -25,6 +26,20 @@ def index_of_cells(image: ImageTokens) -> Tensor:
     cell = torch.where(image.row < 0, number, cell)  # newline and class tokens: a spare entry
     index = torch.full((number + 1,), -1, device=cell.device)
     return index.scatter(0, cell, torch.arange(image.count, device=cell.device))[:-1]
+
+
+def check_whole(image: ImageTokens, method: str) -> None:
+    """Before a stage that works on whole grids.
+
+    Raises:
+        CompositionError: an earlier method has dropped or merged some of the image's tokens.
+    """
+    if image.count != image.original:
+        raise CompositionError(
+            f"{method} needs the whole grid of every tile, and an earlier method has already "
+            f"dropped or merged patches ({image.count} of {image.original} tokens are left); leave "
+            "one of them out"
+        )
 
 
 def keep_on_grid(image: ImageTokens, stay: Tensor, dropped: int) -> Tensor:

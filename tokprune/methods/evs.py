@@ -18,7 +18,7 @@ from tokprune.engine.contracts import (
 )
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import Method
-from tokprune.methods.cells import index_of_cells, keep_on_grid
+from tokprune.methods.cells import check_whole, index_of_cells, keep_on_grid
 from tokprune.methods.options import Budget
 from tokprune.methods.registry import register_method
 from tokprune.operators.temporal import evs, evs_count
@@ -89,6 +89,8 @@ class _EVSStage(PromptStage):
             k = evs_count(self.keep, frames, n)
             if k == frames * n:
                 continue
+            for i in members:
+                check_whole(images[i], "evs")
             places = [index_of_cells(images[i]) for i in members]
             x = torch.stack([images[i].features[place] for i, place in zip(members, places)])
             kept = evs(x.unflatten(1, (frames, n)), k)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens
-from tokprune.methods.cells import index_of_cells
+from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.registry import register_method
 from tokprune.methods.scoring import PromptSelector
 from tokprune.operators.pooling import grid_sample, share
@@ -37,6 +37,7 @@ class Grid(PromptSelector):
     control = True
 
     def select(self, image: ImageTokens, keep: int) -> Tensor:
+        check_whole(image, self.name)
         windows = image.windows()
         cells = [(bottom - top) * (right - left) for top, bottom, left, right in windows]
         budgets = share(min(keep, sum(cells)), cells)

@@ -20,7 +20,7 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.methods.cells import index_of_cells
+from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.operators.visionzip import Score, compress
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class CellStage(PromptStage):
         dominant, contextual = self.method.split_of(height * width, image.tiles)
         if dominant + contextual >= height * width:
             return None
+        check_whole(image, self.method.name)
         assert image.score is not None
         assert image.metric is not None
         place = index_of_cells(image).view(image.tiles, -1)

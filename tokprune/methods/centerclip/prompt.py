@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection
 from tokprune.methods.base import resolve_keep
-from tokprune.methods.cells import index_of_cells, keep_on_grid
+from tokprune.methods.cells import check_whole, index_of_cells, keep_on_grid
 from tokprune.methods.centerclip.tower import window_cells
 from tokprune.operators.segments import cluster_means, segment_bounds, segment_budgets
 
@@ -69,10 +69,11 @@ class SegmentStage(PromptStage):
         ]
 
     def _segments(self, number: int, image: ImageTokens) -> list[Segment]:
-        if image.video:
-            return self._of_video(number, image)
         at_input = self.budget is None or self.method.place == "projector"
-        return self._of_still(number, image) if at_input else []
+        if not image.video and not at_input:
+            return []
+        check_whole(image, self.method.name)
+        return self._of_video(number, image) if image.video else self._of_still(number, image)
 
     def _of_video(self, number: int, image: ImageTokens) -> list[Segment]:
         n = image.grid[0] * image.grid[1]

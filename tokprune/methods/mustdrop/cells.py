@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection
-from tokprune.methods.cells import index_of_cells
+from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.operators.windows import WindowMerge, spatial_merge, spatial_merge_fixed
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class MergeCells(PromptStage):
         down, across = height // a * a, width // b * b
         if not down or not across:
             return None
+        check_whole(image, self.method.name)
         place = index_of_cells(image).view(image.tiles, height, width)
         inner = place[:, :down, :across].flatten(1)
         merge = self._merge(image.features[inner], (down, across))

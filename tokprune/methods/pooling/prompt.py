@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, Positions, PromptStage, Selection
-from tokprune.methods.cells import index_of_cells
+from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.pooling.stitched import PooledCrops
 from tokprune.methods.pooling.tower import centres, window_at
 from tokprune.operators.pooling import grid_avg_pool
@@ -38,6 +38,7 @@ class PoolStage(PromptStage):
     def _one(self, image: ImageTokens, p: int) -> Selection | None:
         if p == 1:
             return None
+        check_whole(image, "pool")
         if image.video or not self.wants_raw:
             return self._tiles(image, p)
         return self._still(image, p)
@@ -45,11 +46,6 @@ class PoolStage(PromptStage):
     def _tiles(self, image: ImageTokens, p: int) -> Selection:
         """Every tile or frame, from the tokens at the language-model input; newline tokens stay."""
         (height, width), frames, features = image.grid, image.tiles, image.features
-        if image.grids is not None or image.patches != frames * height * width:
-            raise ValueError(
-                "pool needs the whole grid of every tile, and an earlier method has already "
-                "dropped or merged patches; leave one of them out"
-            )
         index = rearrange(index_of_cells(image), "(frame cell) -> frame cell", frame=frames)
         down, across = -(-height // p), -(-width // p)
         cell = torch.arange(height * width, device=index.device)
@@ -76,11 +72,7 @@ class PoolStage(PromptStage):
     def _still(self, image: ImageTokens, p: int) -> Selection:
         """Base tile, then the stitched crops with a newline token after each pooled row; or one
         newline token where a tiled model has no crops."""
-        if image.raw is None:
-            raise ValueError(
-                "pool needs the whole grid of every tile, and an earlier method has already "
-                "dropped or merged patches; leave one of them out"
-            )
+        assert image.raw is not None
         height, width = image.grid
         patches = image.raw[:, -height * width :]  # without a class token
         pooled = grid_avg_pool(patches, window=p, grid=image.grid)
