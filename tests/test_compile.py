@@ -152,6 +152,13 @@ def test_a_full_graph_is_refused_with_the_reason() -> None:
         logits(fast, case.inputs())
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_refused(strict: bool) -> None:
+    case = case_on_own_model("divprune")
+    with case.compress(), pytest.raises(Exception, match="tokprune"):
+        torch.export.export(case.model, (), kwargs=dict(case.inputs()), strict=strict)
+
+
 def test_forward_is_the_models_again() -> None:
     case = case_on_own_model("fastv")
     mine = lambda *args, **kwargs: type(case.model).forward(case.model, *args, **kwargs)  # noqa: E731

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokprune.errors import UnsupportedModelError
+
 #: where a module keeps what stands before its forward
 _MARK = "_tokprune_forward"
 #: attributes that are put on modules
@@ -67,6 +69,20 @@ class _Mark:
         del module.__dict__["forward"]
         if self.before is not None:
             module.__dict__["forward"] = self.before
+
+
+def refuse_export() -> None:
+    """Before a forward of the whole model.
+
+    Raises:
+        UnsupportedModelError: ``torch.export`` runs it.
+    """
+    if torch.compiler.is_exporting():
+        raise UnsupportedModelError(
+            "torch.export cannot follow a model patched by tokprune: where the images stand, and "
+            "which of their tokens stay, is decided for every prompt. Export the model without a "
+            "method, or compile it (torch.compile works)"
+        )
 
 
 def _visible(module: nn.Module) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokprune.engine.compiling import refuse_export
 from tokprune.engine.copies import refuse_replica
 
 _FUNCTION = "_loss_function"
@@ -98,6 +99,7 @@ class LossHooks:
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
+        refuse_export()
         self.thread.runs, self.thread.labels = True, None
         call = {**dict(zip(self.arguments, args)), **kwargs}
         labels = call.get("labels")
