@@ -18,6 +18,7 @@ from tokprune.testing import Case, assert_same_logits, continuation_tokens, tiny
 from tokprune.testing.generated import forced_logits
 
 FAMILIES = ["llava-1.5", "llava-next", "qwen2.5-vl", "gemma3"]
+COVER = [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.full) for family in FAMILIES[1:])]
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 8, "do_sample": False, "eos_token_id": 1000, "pad_token_id": 0,
     "return_dict_in_generate": True, "output_logits": True,
@@ -48,7 +49,7 @@ def generated(case: Case, inputs: dict[str, Tensor], **options: Any) -> tuple[Te
     return torch.stack(out.logits, 1), trace
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COVER)
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "evs"])
 def test_prompt_lookup(method: str, family: str) -> None:
     case = single(method, family)
@@ -65,7 +66,7 @@ def test_prompt_lookup(method: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["divprune", "fastv", "sparsevlm-recycled", "mustdrop"])
-@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("patched", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_assistant_model(method: str, family: str, patched: bool) -> None:
     case = single(method, family)
     small = tiny_family(family).build(attention="sdpa", seed=3, layers=2)

@@ -37,7 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "transprune": {"keep": (8, 5), "prune_before": (2, 4), "transition_layers": (1, 3)},
 }
 CASES = [
-    (family, method)
+    pytest.param(
+        family, method, marks=[] if family in ("llava-1.5", "qwen2.5-vl") else pytest.mark.full
+    )
     for family in FAMILIES
     for method in METHODS
     if "llava" in family or method not in ("flowcut", "tome")

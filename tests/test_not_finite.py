@@ -18,9 +18,11 @@ from tokprune.testing.numbering import prompt_positions
 
 LLAVA = {**methods_table.PRUNING, **methods_table.MERGING}
 PROMPTS: list[list[Any]] = [[4, "image", 6], [7, "image", 9]]
-CASES = [("llava-1.5", case) for case in LLAVA] + [
-    (family, case)
-    for family in ("llava-next", "qwen2.5-vl", "gemma3", "internvl", "llava-onevision")
+CASES: list[Any] = [("llava-1.5", case) for case in LLAVA]
+CASES += [("qwen2.5-vl", case) for case in family_cases.METHODS]
+CASES += [
+    pytest.param(family, case, marks=pytest.mark.full)
+    for family in ("llava-next", "gemma3", "internvl", "llava-onevision")
     for case in family_cases.METHODS
 ]
 
