@@ -48,7 +48,10 @@ def sweep(home: Path, tmp_path: Path) -> Callable[..., Settings]:
 
 
 def model_of(settings: Settings) -> Any:
-    return LoadedModel.load(settings.model, settings.dtype, settings.device).model
+    # loaded once for the same arguments
+    return LoadedModel.load(
+        settings.model, settings.dtype, settings.device, settings.trust_remote_code
+    ).model
 
 
 def unpatched(model: Any) -> bool:
@@ -397,10 +400,10 @@ def test_no_room_for_the_noise_dtype_is_recorded(
 ) -> None:
     real = LoadedModel.load
 
-    def small(name: str, dtype: str = "auto", device: str = "auto") -> Any:
+    def small(name: str, dtype: str = "auto", *more: Any) -> Any:
         if dtype == "bfloat16":
             raise RuntimeError("out of memory")
-        return real(name, dtype, device)
+        return real(name, dtype, *more)
 
     monkeypatch.setattr(LoadedModel, "load", small)
     run = run_sweep(sweep(methods=("fastv",), keep=(18,), noise=True, limit=3))

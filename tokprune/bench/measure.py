@@ -222,7 +222,8 @@ class _Passes:
                 # settings of the config are not the defaults of LLaVA-OneVision in 4.57
                 config = vars(self.multimodal.config).items()
                 known = {**{n: v for n, v in config if n.startswith("vision_feature")}, **inputs}
-                names = inspect.signature(encode).parameters
+                names = list(inspect.signature(encode).parameters)
+                known[names[0]] = inputs[pixels]  # of videos, too, called pixel_values in 4.57
                 encode(**{name: known[name] for name in names if name in known})
             return {"encoder": self._now() - start}
 
