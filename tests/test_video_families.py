@@ -749,9 +749,15 @@ def test_prompts_with_videos() -> None:
 
     plain = SimpleNamespace(chat_template=None)
     assert prompt_text(plain, "Why?", 1, 2) == "USER: <image><video><video>\nWhy? ASSISTANT:"
-    chat = SimpleNamespace(chat_template="x", apply_chat_template=lambda turns, **_: turns)
-    content = prompt_text(chat, "Why?", 0, 1)[0]["content"]  # type: ignore[index]
-    assert [part["type"] for part in content] == ["video", "text"]  # type: ignore[index]
+    seen: list[Any] = []
+
+    def template(turns: Any, **_: Any) -> str:
+        seen.append([part["type"] for part in turns[0]["content"]])
+        return "<video>" + "".join(part.get("text", "") for part in turns[0]["content"])
+
+    chat = SimpleNamespace(chat_template="x", apply_chat_template=template)
+    assert prompt_text(chat, "Why?", 0, 1) == "<video>Why?"
+    assert seen[-1] == ["video", "text"]
 
 
 # ------------------------------------------------------------------------------- errors

@@ -66,11 +66,14 @@ def host_read(case: Case) -> str | None:
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error).lower() for word in ("meta", "data-dependent")):
                 raise
-            return _place(error)
+            first: BaseException = error  # a look for the reason of it reads as well
+            while first.__context__ is not None:
+                first = first.__context__
+            return _place(first)
     return None
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """File, line and code of the innermost frame outside torch, einops and transformers."""
     others = ("torch", "transformers", "einops", "unittest")
     frames = [
