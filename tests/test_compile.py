@@ -84,6 +84,7 @@ def test_layers_compiled_before_the_patch() -> None:
     check(case_on_own_model("fastv"), layers, first=True)
 
 
+@pytest.mark.full
 def test_patched_and_run_before_compiling() -> None:
     check(case_on_own_model("fastv"), whole, first=False)
 
