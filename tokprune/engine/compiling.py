@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,19 +26,14 @@ _WHY = "tokprune's hooks work here"
 
 
 class Uncompiled:
-    """The modules of ``model`` that ``handles`` of hooks belong to, from here to
-    :meth:`release`."""
+    """Modules with hooks of ours, by number, from here to :meth:`release`."""
 
-    def __init__(self, model: nn.Module, handles: Iterable[Any]) -> None:
-        ours: dict[int, list[int]] = {}  # numbers of hooks by the dict that they are in
-        for handle in (h for own in handles for h in getattr(own, "handles", (own,))):
-            if (hooks := getattr(handle, "hooks_dict_ref", lambda: None)()) is not None:
-                hooks[handle.id] = torch.compiler.disable(hooks[handle.id], reason=_WHY)
-                ours.setdefault(id(hooks), []).append(handle.id)
-        self.modules = [
-            module for module in model.modules()
-            if id(module._forward_pre_hooks) in ours or id(module._forward_hooks) in ours
-        ]  # fmt: skip
+    def __init__(self, hooks: Mapping[nn.Module, set[int]]) -> None:
+        for module, numbers in hooks.items():
+            for place in (module._forward_pre_hooks, module._forward_hooks):
+                for number in numbers & place.keys():
+                    place[number] = torch.compiler.disable(place[number], reason=_WHY)
+        self.modules = list(hooks)
         for module in self.modules:
             mark = module.__dict__.get(_MARK)
             if mark is None or module.__dict__.get("forward") is not mark.forward:

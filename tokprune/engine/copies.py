@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -115,30 +115,24 @@ class Guards:
 
     Args:
         model: holds the modules.
-        handles: of torch's hooks on them (others are passed over).
-        names: attributes put on modules.
+        hooks: numbers of torch's hooks on them.
+        names: attributes put on them.
         copied: called with every deep copy of ``model`` as a whole.
     """
 
     def __init__(
-        self, model: nn.Module, handles: Iterable[Any], names: dict[nn.Module, tuple[str, ...]],
+        self, model: nn.Module, hooks: Mapping[nn.Module, set[int]],
+        names: Mapping[nn.Module, tuple[str, ...]],
         copied: Callable[[nn.Module], object] | None,
     ) -> None:  # fmt: skip
-        numbers: dict[int, set[int]] = {}  # by the dict that they are in
-        for handle in (h for own in handles for h in getattr(own, "handles", (own,))):
-            if hasattr(handle, "hooks_dict_ref"):
-                numbers.setdefault(id(handle.hooks_dict_ref()), set()).add(handle.id)
         self._on: list[tuple[Guard, set[int], tuple[str, ...]]] = []
         self._model = Guard.of(model)
         self._model.copied = copied
-        for module in model.modules():
-            before, after = id(module._forward_pre_hooks), id(module._forward_hooks)
-            if before in numbers or after in numbers or module in names:
-                hooks = numbers.get(before, set()) | numbers.get(after, set())
-                guard, named = Guard.of(module), names.get(module, ())
-                guard.hooks |= hooks
-                guard.names.update(named)
-                self._on.append((guard, hooks, named))
+        for module in dict.fromkeys((*hooks, *names)):
+            guard, own, named = Guard.of(module), hooks.get(module, set()), names.get(module, ())
+            guard.hooks |= own
+            guard.names.update(named)
+            self._on.append((guard, own, named))
 
     def release(self) -> None:
         for guard, hooks, names in self._on:

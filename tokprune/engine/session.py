@@ -20,6 +20,7 @@ from tokprune.engine.encoder import EncoderHooks, TowerPass
 from tokprune.engine.entry import Entry, visual_positions
 from tokprune.engine.family import BoundModel, Family
 from tokprune.engine.finite import guarded, not_finite
+from tokprune.engine.hooked import hooked
 from tokprune.engine.images import ImageRecord, build_records
 from tokprune.engine.labels import Alive, LossHooks
 from tokprune.engine.layer_calls import LayerCalls
@@ -126,12 +127,12 @@ class Session:
                 self.handles.append(module.register_forward_hook(self._rotary, with_kwargs=True))
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
-            self._uncompiled = Uncompiled(self.model, self.handles)
-            names: dict[nn.Module, tuple[str, ...]]
-            names = dict.fromkeys(self._uncompiled.modules, NAMES)
+            hooks = hooked(self.model, self.handles)
+            self._uncompiled = Uncompiled(hooks)
+            names: dict[nn.Module, tuple[str, ...]] = dict.fromkeys(hooks, NAMES)
             for module, own in self.entry.wrapped.items():
                 names[module] = (*names.get(module, ()), *own)
-            self._guards = Guards(self.model, self.handles, names, self.copied)
+            self._guards = Guards(self.model, hooks, names, self.copied)
         except BaseException:
             self.remove()
             raise
