@@ -13,7 +13,6 @@ from transformers import (
     CLIPVisionModel,
     DynamicCache,
     LlavaForConditionalGeneration,
-    StaticCache,
 )
 
 import tokprune
@@ -105,10 +104,6 @@ def _inf_pixels(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def _static_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {**inputs, "past_key_values": StaticCache(model.config.text_config, max_cache_len=64)}
-
-
 def _offloaded_cache(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     class Offloaded(DynamicCache):
         pass
@@ -136,7 +131,6 @@ INPUTS: list[tuple[str, str, Callable[..., Any], type[Exception], str]] = [
     ("nan", "random", _nan_pixels, ValueError, r"NaN or infinite.*pixel_values"),
     ("nan, decoder", "fastv", _nan_pixels, ValueError, r"NaN or infinite.*pixel_values"),
     ("inf", "random", _inf_pixels, ValueError, r"NaN or infinite.*pixel_values"),
-    ("static cache", "fastv", _static_cache, ValueError, r"past_key_values=StaticCache"),
     ("cache subclass", "fastv", _offloaded_cache, ValueError, r"past_key_values=Offloaded"),
     ("embeds, prompt stage", "random", _embeds, ValueError, r"inputs_embeds.*input_ids"),
     ("embeds, no positions", "fastv", _embeds, ValueError, r"inputs_embeds.*visual_positions"),

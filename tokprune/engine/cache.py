@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer
+from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer, StaticCache
 from tokprune.errors import UnsupportedModelError
 
 
@@ -34,6 +34,8 @@ class CompressedLayer(DynamicLayer):
     keys: Any
     values: Any
     dtype: Any  # of layers before transformers 5.24
+    #: what has a row for each of the batch, besides keys and values
+    _per_row: tuple[str, ...] = ("columns", "slots", "shift", "places", "place_shift")
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,33 +61,43 @@ class CompressedLayer(DynamicLayer):
         new = cls()
         if layer is not None and layer.is_initialized and layer.keys is not None:
             # an offloaded layer keeps its keys elsewhere meanwhile
-            new.dtype, new.device = layer.keys.dtype, getattr(layer, "device", layer.keys.device)
-            new.keys, new.values = layer.keys, layer.values
-            new.is_initialized = True
-            batch, held = layer.keys.shape[0], layer.keys.shape[-2]
-            length = layer.get_seq_length()  # a sliding layer has seen more than it holds
-            if held:
-                arange = torch.arange(length - held, length, device=new.device)
-                new.columns = new.slots = arange.expand(batch, held)
-                new.missing = length - held
+            new.device = getattr(layer, "device", layer.keys.device)
+            # a sliding layer has seen more than it holds
+            new._hold(layer.keys, layer.values, layer.get_seq_length())
         return new
+
+    def _hold(self, keys: Any, values: Any, seen: int) -> None:
+        """Start with the newest of ``seen`` tokens."""
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.dtype = keys.dtype
+        if not hasattr(self, "device"):
+            self.device = keys.device
+        batch, held = keys.shape[0], keys.shape[-2]
+        if held:
+            arange = torch.arange(seen - held, seen, device=self.device)
+            self.columns = self.slots = arange.expand(batch, held)
+            self.missing = seen - held
 
     @property
     def entries(self) -> int:
         """Entries really cached."""
         return super().get_seq_length()
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+    @property
+    def seen(self) -> int:
         """Length of the original sequence that this cache stands for."""
         return self.entries + self.missing
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return self.seen
 
     def expect(self, columns: Tensor, slots: Tensor, original: int) -> None:
         """Announce a compressed prefill: original ``columns`` and ``slots`` [B, L'] of the
         ``original`` tokens whose keys the next ``update`` brings."""
         self._pending = (columns, slots, original)
 
-    def expect_step(self) -> None:
-        """Announce ordinary tokens, none dropped."""
+    def expect_step(self, tokens: int) -> None:
+        """Announce ordinary ``tokens``, none dropped."""
         self._step = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -118,31 +130,35 @@ class CompressedLayer(DynamicLayer):
 
     def all_columns(self) -> Tensor:
         """Original columns of every cached entry, [B, entries]."""
-        return self._and_later(self.columns)
+        return self._with_later(self.columns, self._later(self.columns))
 
     def all_slots(self) -> Tensor:
         """The columns that every cached entry takes in masks, [B, entries]."""
-        return self._and_later(self.slots)
+        return self._with_later(self.slots, self._later(self.slots))
 
     def all_places(self) -> Tensor:
         """Where sliding windows count every cached entry, [B, entries]."""
         if self.places is None:
             return self.all_slots()
-        places = self._and_later(self.places)
-        held = self.places.shape[1]
-        if self.place_shift is not None and places.shape[1] > held:
-            later = places[:, held:] - self.place_shift.to(places.device)[:, None]
-            places = torch.cat([places[:, :held], later], dim=1)
-        return places
+        return self._with_later(self.places, self._later(self.places), self.place_shift)
 
-    def _and_later(self, columns: Tensor | None) -> Tensor:
+    def _later(self, columns: Tensor | None) -> Tensor:
+        """The columns of entries after the prefill's, which are as many as ``columns``."""
         assert columns is not None
-        later = self.entries - columns.shape[1]
-        if later <= 0:
-            return columns
-        length = self.get_seq_length()
-        tail = torch.arange(length - later, length, device=columns.device)
-        return torch.cat([columns, tail.expand(columns.shape[0], later)], dim=1)
+        later = max(0, self.entries - columns.shape[1])
+        return torch.arange(self.seen - later, self.seen, device=columns.device)
+
+    @staticmethod
+    def _with_later(held: Tensor | None, later: Tensor, shift: Tensor | None = None) -> Tensor:
+        """``held`` [B, n] of the prefill's entries, and the columns ``later`` [m] less ``shift``
+        [B] behind them."""
+        assert held is not None
+        if not len(later):
+            return held
+        tail = later.to(held.device).expand(held.shape[0], -1)
+        if shift is not None:
+            tail = tail - shift.to(held.device)[:, None]
+        return torch.cat([held, tail], dim=1)
 
     def keep_entries(self, index: Tensor, next_position: Tensor | None, padded: bool) -> None:
         """Keep the cached entries at ``index`` [B, n'] (−1 = padding).
@@ -190,7 +206,7 @@ class CompressedLayer(DynamicLayer):
         """Change the batch rows of all that is held."""
         held = ("keys", "values") if self.entries else ()
         together = self.slots is self.columns
-        for name in (*held, "columns", "slots", "shift", "places", "place_shift"):
+        for name in (*held, *self._per_row):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, change(value))
         if together:
@@ -208,7 +224,7 @@ class CompressedLayer(DynamicLayer):
             and "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
         ):
             return
-        remove = -max_length if max_length < 0 else self.get_seq_length() - max_length
+        remove = -max_length if max_length < 0 else self.seen - max_length
         if remove <= 0 or not self.is_initialized:
             return
         later = self.entries - (self.columns.shape[1] if self.columns is not None else 0)
@@ -225,8 +241,12 @@ class CompressedLayer(DynamicLayer):
                     setattr(self, name, value[:, : value.shape[1] - cut])
             if together:
                 self.slots = self.columns
-        self.keys = self.keys[..., : self.entries - remove, :]
-        self.values = self.values[..., : self.entries, :]
+        self._take_off(remove)
+
+    def _take_off(self, tokens: int) -> None:
+        """Remove the newest entries."""
+        left = self.entries - tokens
+        self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
     def reset(self) -> None:
         self.keys = self.values = None
@@ -247,26 +267,38 @@ def cache_in(call: Mapping[str, Any]) -> Any:
     return next((cache for cache in named if cache is not None), None)
 
 
+def seen(cache: Any) -> int:
+    """Tokens of the conversation that a cache stands for (read from the device for an ordinary
+    static one)."""
+    if cache is None:
+        return 0
+    known = next((own for own in cache.layers if isinstance(own, CompressedLayer)), None)
+    return int(cache.get_seq_length()) if known is None else known.seen
+
+
 def check_cache(cache: Any) -> None:
     """Refuse caches whose entries we cannot shorten per layer.
 
     Raises:
-        UnsupportedModelError: ``past_key_values`` is no plain :class:`DynamicCache`.
+        UnsupportedModelError: ``past_key_values`` is neither a plain :class:`DynamicCache` nor a
+            plain :class:`~transformers.StaticCache`.
     """
-    if cache is None:
+    if cache is None or type(cache) in (DynamicCache, StaticCache):
         return
-    if type(cache) is not DynamicCache:
-        kind = type(cache).__name__
-        if LEGACY:
-            raise UnsupportedModelError(
-                f"past_key_values={kind} was not made by a patched model: its layers cannot hold "
-                "different numbers of tokens; patch the model before the first turn, or start with "
-                "past_key_values=None"
-            )
+    kind = type(cache).__name__
+    if LEGACY:
         raise UnsupportedModelError(
-            f"past_key_values={kind} is not supported with visual-token compression: layers then "
-            "hold different numbers of tokens; use transformers.DynamicCache (the default)"
+            f"past_key_values={kind} was not made by a patched model: its layers cannot hold "
+            "different numbers of tokens; patch the model before the first turn, or start with "
+            "past_key_values=None"
         )
+    why = "layers then hold different numbers of tokens"
+    if kind == "QuantizedCache":
+        why = "its layers hold quantised keys without the columns that they stand for"
+    raise UnsupportedModelError(
+        f"past_key_values={kind} is not supported with visual-token compression: {why}; use "
+        "transformers.DynamicCache (the default) or StaticCache"
+    )
 
 
 def brought_back(cache: Any) -> None:

@@ -23,18 +23,18 @@ if not LEGACY and RELEASE < (4, 57):
     )
 
 if TYPE_CHECKING or not LEGACY:
-    from transformers import AttentionInterface, DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers import AttentionInterface, DynamicCache, StaticCache
+    from transformers.cache_utils import DynamicLayer, StaticLayer, StaticSlidingWindowLayer
     from transformers.modeling_layers import GradientCheckpointingLayer
 else:
     from tokprune.engine.legacy_cache import GrowingLayer as DynamicLayer
     from tokprune.engine.legacy_cache import LayeredCache as DynamicCache
 
-    AttentionInterface = None
+    AttentionInterface = StaticCache = StaticLayer = StaticSlidingWindowLayer = None
 
 __all__ = [
     "HOOKS_IN_CHECKPOINT", "LEGACY", "RELEASE", "AttentionInterface", "DynamicCache",
-    "DynamicLayer", "new_cache",
+    "DynamicLayer", "StaticCache", "StaticLayer", "StaticSlidingWindowLayer", "new_cache",
 ]  # fmt: skip
 
 

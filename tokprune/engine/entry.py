@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from tokprune.engine.cache import cache_in, check_cache
+from tokprune.engine.cache import cache_in, check_cache, seen
 from tokprune.engine.checkpointing import without_checkpoints
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.copies import refuse_replica
@@ -34,6 +34,7 @@ from tokprune.engine.prompt_layout import (
     read_layout,
 )
 from tokprune.engine.shared_encoder import ENCODERS, Encoded, share_keys, shared_encoder
+from tokprune.engine.static_cache import is_static, padding_in, take_over
 from tokprune.errors import PromptMismatchError, UnsupportedModelError, UnsupportedVideoError
 
 if TYPE_CHECKING:
@@ -371,24 +372,35 @@ class TransformersEntry(Entry):
 
     # ------------------------------------------------------------------ the forward
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse_replica(module)
         self.session.new_state()
         call = {**dict(zip(self.arguments, args)), **kwargs}
-        cache = cache_in(call)
-        past = cache.get_seq_length() if cache is not None else 0
-        mask = call.get("attention_mask")
-        layout = None
-        if call.get("input_ids") is None and call.get("inputs_embeds") is not None:
+        cache, mask = cache_in(call), call.get("attention_mask")
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        tokens = 0 if (given := embeds if ids is None else ids) is None else given.shape[1]
+        if static := is_static(cache):
+            # for a step it is enough that there is any: what an ordinary layer holds is read from
+            # the device
+            past = 1 if tokens == 1 and cache.is_initialized else seen(cache)
+            mask = padding_in(mask, past + tokens)
+        else:
+            past = seen(cache)
+        if ids is None and embeds is not None:
             videos = " (or pixel_values_videos)" if self.session.facts.videos else ""
             layout = self.layout_of_embeds(
-                call["inputs_embeds"], mask, past, f"input_ids and pixel_values{videos}"
+                embeds, mask, past, f"input_ids and pixel_values{videos}"
             )
         else:
             layout = self._read_layout(call, mask, past)
             if layout is not None:
-                layout.guesses = self.generation.guesses(past + call["input_ids"].shape[1])
+                layout.guesses = self.generation.guesses(past + tokens)
         self.admit(layout, mask, cache)
+        if static and self.session.state.layout is not None:
+            # the prompt goes through as on a cache that grows, whose masks the model makes itself
+            take_over(cache, [block.window for block in self.parts.decoder_layers], past + tokens)
+            return (), {**call, "attention_mask": mask}
+        return None
 
     def _read_layout(
         self, call: dict[str, Any], mask: Tensor | None, past: int

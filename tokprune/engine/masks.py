@@ -31,7 +31,8 @@ def at(mask: Tensor, queries: Tensor, keys: Tensor, total: int) -> Tensor:
     """Rows and columns of a mask that the model made for the whole conversation.
 
     Its last row and column belong to the last of ``total`` tokens: masks of sliding caches are
-    narrower than the conversation.
+    narrower than the conversation. Those of static caches are wider: they have columns for tokens
+    to come.
 
     Args:
         mask: [B or 1, 1, q, k], bool (True: visible) or added to the logits; or [B or 1, k], keys
@@ -40,11 +41,13 @@ def at(mask: Tensor, queries: Tensor, keys: Tensor, total: int) -> Tensor:
         keys: [B, m] column of each key, −1 = padding.
 
     Returns:
-        The same form: [B, 1, n, m] or [B, m]; padding keys, and those before the mask's first
-        column, are hidden.
+        The same form: [B, 1, n, m] or [B, m]; padding keys, and those without a column in the
+        mask, are hidden.
     """
-    place = (keys - (total - mask.shape[-1])).to(mask.device)
-    gone, place = (place < 0) | (keys < 0).to(mask.device), place.clamp(min=0)
+    width = mask.shape[-1]
+    place = (keys - max(0, total - width)).to(mask.device)
+    gone = (place < 0) | (place >= width) | (keys < 0).to(mask.device)
+    place = place.clamp(0, width - 1)
     if mask.dim() == 2:
         return mask.expand(len(keys), -1).gather(1, place).masked_fill(gone, 0)
     mask = mask.expand(len(keys), -1, -1, -1)
@@ -58,7 +61,7 @@ def causal(backend: str, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> T
     """The mask of a model that made none, where some of ``keys`` [B, m] are padding (−1), for
     ``queries`` [B, n]: in the backend's form."""
     if backend.startswith("flash"):
-        return keys >= 0
+        return (keys >= 0) & (keys <= queries[:, -1:])  # static caches have room behind
     seen = (queries[:, :, None] >= keys[:, None, :]) & (keys >= 0)[:, None, :]
     return in_form(backend, seen[:, None], dtype)
 

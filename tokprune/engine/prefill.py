@@ -25,6 +25,7 @@ from tokprune.engine.positions import shifted
 from tokprune.engine.prefill_cache import PrefillCache
 from tokprune.engine.scoring_layer import LayerAhead
 from tokprune.engine.shorten import InputDrop, merge_values
+from tokprune.engine.static_cache import freeze
 from tokprune.engine.tap import Call
 from tokprune.errors import UnsupportedModelError
 
@@ -251,7 +252,8 @@ class PrefillPass:
                 run.transition(number, name, before, after, self.guesses.sequence(self.sequence))
 
     def finish(self) -> None:
-        """End of the prefill: methods that prune the KV cache do it now."""
+        """End of the prefill: methods that prune the KV cache do it now, and static caches get
+        their shape."""
         if self.cache.cache is None:
             return
         for stage, run in zip(self.stages, self.runs):
@@ -260,6 +262,7 @@ class PrefillPass:
                 if policy is not None:
                     self.contracts.cache_policy(run, policy, self.sequences)
                     self.cache.keep(policy, self.sequences)
+        freeze(self.cache.cache)
 
 
 def _with_hidden(

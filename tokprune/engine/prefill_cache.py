@@ -11,6 +11,7 @@ from tokprune.engine.cache import CompressedLayer, brought_back, compressed_laye
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
+from tokprune.engine.static_cache import CompressedStaticLayer
 
 
 class PrefillCache:
@@ -147,6 +148,8 @@ class PrefillCache:
         assert self.cache is not None
         ordinary = not isinstance(self.layer(number), CompressedLayer)
         layer = compressed_layer(self.cache, number)
+        if isinstance(layer, CompressedStaticLayer):
+            layer.slide()
         # this prefill's entries are the newest; a sliding layer may hold a part of them only
         earlier = layer.entries - sequence.column.shape[1]
         columns = layer.all_columns()

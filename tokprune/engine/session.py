@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokprune.engine.cache import CompressedLayer, cache_in
+from tokprune.engine.cache import CompressedLayer, cache_in, seen
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
@@ -235,7 +235,7 @@ class Session:
                 state.calls, state.step = calls, StepPass(calls, cache)
             return None
         embeds = kwargs["inputs_embeds"]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = seen(cache)
         if self.family.legacy and cache is None and _uses_cache(module, kwargs):
             kwargs["past_key_values"] = new_cache(module.config)
         state.finite = torch.isfinite(embeds).all()

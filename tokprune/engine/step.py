@@ -12,6 +12,7 @@ from tokprune.engine.compat import DynamicCache
 from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block
 from tokprune.engine.positions import shifted
+from tokprune.engine.static_cache import CompressedStaticLayer
 
 
 class StepPass:
@@ -30,30 +31,33 @@ class StepPass:
         if not isinstance(layer, CompressedLayer):
             return args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.total = layer.get_seq_length() + hidden.shape[1]
+        self.total = layer.seen + hidden.shape[1]
         mask = kwargs.get("attention_mask")
-        if mask is not None or layer.padded:
+        if mask is not None or layer.padded or isinstance(layer, CompressedStaticLayer):
             view = self._view(layer, hidden)
             kwargs["attention_mask"] = self.calls.mask(mask, view, block, hidden)
         elif self.calls.backend.startswith("flash") and block.window is not None:
             self.calls.mask(None, self._view(layer, hidden), block, hidden)  # refuses gaps
         if layer.shift is not None:
             self._shift(layer.shift, block, hidden, kwargs)
-        layer.expect_step()
+        layer.expect_step(hidden.shape[1])
         return args, kwargs
 
     def _view(self, layer: CompressedLayer, hidden: Tensor) -> View:
         batch, q = hidden.shape[:2]
-        start, entries = layer.get_seq_length(), layer.entries
+        start, entries = layer.seen, layer.entries
 
         def make() -> View:
             new = torch.arange(start, start + q, device=hidden.device).expand(batch, q)
+            if isinstance(layer, CompressedStaticLayer) and layer.buffer_slots is not None:
+                own, held = _less(new, layer.place_shift), layer.buffer_places
+                places = None if held is None else (own, held.to(own.device))
+                keys = layer.buffer_slots.to(new.device)
+                return View(new, keys, start + q, True, places, layer.gaps)
             keys = torch.cat([layer.all_slots().to(hidden.device).expand(batch, -1), new], dim=1)
             places = None
             if layer.places is not None:
-                own = new
-                if layer.place_shift is not None:
-                    own = new - layer.place_shift.to(new.device)[:, None]
+                own = _less(new, layer.place_shift)
                 places = (own, torch.cat([layer.all_places().to(new.device), own], dim=1))
             return View(new, keys, start + q, layer.padded, places, layer.gaps)
 
@@ -73,3 +77,8 @@ class StepPass:
         if key not in self._kept:
             self._kept[key] = (sources, make())
         return self._kept[key][1]
+
+
+def _less(columns: Tensor, shift: Tensor | None) -> Tensor:
+    """Columns [B, n] less ``shift`` [B]."""
+    return columns if shift is None else columns - shift.to(columns.device)[:, None]

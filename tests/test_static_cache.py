@@ -1,0 +1,220 @@
+"""Static caches: what is decoded is what a cache that grows gives, from a buffer that is shorter by
+what was dropped."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from family_cases import FAMILIES, FLASH, METHODS, SHAPES, case_of, model_of
+from flash_double import flash_double
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
+
+from tokprune.engine.cache import cache_argument
+from tokprune.engine.static_cache import CompressedStaticLayer
+from tokprune.errors import UnsupportedModelError
+from tokprune.testing import Case, assert_same_logits, continuation_tokens
+from tokprune.testing.generated import forced_logits
+from tokprune.testing.grid_prompts import TYPED
+from tokprune.testing.tiny import llava
+
+STATIC: dict[str, Any] = {"cache_implementation": "static"}
+#: transformers' own static cache cannot do these, no patch at work
+BROKEN = {"paligemma2"} if TYPED else set()
+
+
+def both(case: Case, **options: Any) -> tuple[Any, Any]:
+    """Checks the logits on a static cache; returns the traces on either cache."""
+    inputs, tokens = case.inputs(), continuation_tokens(len(case.prompts), 3)
+    traces = []
+    try:
+        with case.compress() as trace:
+            want = forced_logits(case.model, inputs, tokens)
+    except (UnsupportedModelError, ValueError) as refusal:
+        pytest.skip(str(refusal))
+    traces.append(trace.last)
+    with case.compress() as trace:
+        got = forced_logits(case.model, inputs, tokens, **STATIC, **options)
+    traces.append(trace.last)
+    assert_same_logits(got, want, tolerance=case.family.tolerance)
+    return traces[0], traces[1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llava-1.5", *(pytest.param(f, marks=pytest.mark.full) for f in ("qwen2.5-vl", "gemma3"))],
+)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "evs"])
+def test_equals_a_cache_that_grows(method: str, family: str) -> None:
+    plain, static = both(case_of(method, family, SHAPES["ragged"]))
+    assert [layer.counts for layer in static.layers] == [layer.counts for layer in plain.layers]
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in BROKEN])
+@pytest.mark.parametrize("method", ["random-compact", "fastv", "mustdrop"])
+def test_families(method: str, family: str) -> None:
+    both(case_of(method, family, SHAPES["ragged"]))
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv-compact", "mustdrop"])
+def test_flash(method: str) -> None:
+    with flash_double():
+        both(case_of(method, "llava-1.5", SHAPES["ragged"], model_of("llava-1.5", FLASH)))
+    model_of.cache_clear()
+
+
+@pytest.mark.parametrize("family", ["llava-1.5", "gemma3"])
+def test_the_buffer_is_shorter(family: str) -> None:
+    case = case_of("fastv", family, SHAPES["single"])
+    inputs = case.inputs()
+    length = inputs["input_ids"].shape[1]
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=length + 9)
+    with case.compress() as trace:
+        forced_logits(
+            case.model, inputs, continuation_tokens(1, 2), **{cache_argument(case.model): cache}
+        )
+    sizes = [layer.keys.shape[2] for layer in cache.layers]
+    kept = [layer.lengths[0] for layer in trace.last.layers]
+    assert sizes == [n + 9 for n in kept]
+    assert min(sizes) < max(sizes) == length + 9
+    assert all(int(layer.get_seq_length()) == length + 2 for layer in cache.layers)
+
+
+@torch.no_grad()
+def forward(case: Case, inputs: dict[str, Tensor], cache: Any, past: int) -> Tensor:
+    """Logits of the last token of a turn on a cache."""
+    tokens = inputs["input_ids"].shape[1]
+    mask = torch.ones(len(inputs["input_ids"]), past + tokens, dtype=torch.long)
+    place: dict[str, Any] = {}
+    if not TYPED:  # transformers 4 reads it from the values of a static cache otherwise
+        place["cache_position"] = torch.arange(past, past + tokens)
+    call = {**inputs, "attention_mask": mask, **place, cache_argument(case.model): cache}
+    return case.model(**call).logits[:, -1]
+
+
+def conversation(case: Case, cache: Any) -> Tensor:
+    """Text, an image, a step, text, another image, two steps: the logits after each."""
+    inputs, given = case.having(prompts=[[2, "image", 4]]).inputs(), []
+    inputs.pop("attention_mask")
+    text = {"input_ids": continuation_tokens(1, 5)}
+    one = {"input_ids": continuation_tokens(1, 1)}
+    past = 0
+    for turn in (text, inputs, one, text, inputs, one, one):
+        given.append(forward(case, turn, cache, past))
+        past += turn["input_ids"].shape[1]
+    return torch.stack(given, 1)
+
+
+@pytest.mark.parametrize("method", ["random", "random-compact", "fastv", "sparsevlm", "mustdrop"])
+def test_turns_with_and_without_images(method: str) -> None:
+    case = case_of(method, "llava-1.5", SHAPES["single"])
+    config = case.model.config.get_text_config()
+    with case.compress():
+        want = conversation(case, DynamicCache(config=config))
+        got = conversation(case, StaticCache(config=config, max_cache_len=150))
+    assert_same_logits(got, want)
+
+
+def test_copies_and_removed_tokens() -> None:
+    case = case_of("fastv", "llava-1.5", SHAPES["single"])
+    config, inputs = case.model.config.get_text_config(), case.inputs()
+    inputs.pop("attention_mask")
+    length, one = inputs["input_ids"].shape[1], continuation_tokens(1, 1)
+    with case.compress():
+        growing = DynamicCache(config=config)
+        forward(case, inputs, growing, 0)
+        want = forward(case, {"input_ids": one}, growing, length)
+        cache = StaticCache(config=config, max_cache_len=80)
+        forward(case, inputs, cache, 0)
+        copied = copy.deepcopy(cache)
+        assert_same_logits(forward(case, {"input_ids": one}, cache, length), want)
+        # its last two tokens are fed again, to two copies of the row
+        for layer in copied.layers:
+            layer.crop(-2)
+            layer.reorder_cache(torch.tensor([0, 0]))
+        again = {"input_ids": torch.cat([inputs["input_ids"][:, -2:], one], 1).expand(2, -1)}
+        got = forward(case, again, copied, length - 2)
+    assert_same_logits(got, want.expand(2, -1))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}])
+def test_beams(options: dict[str, Any]) -> None:
+    case = case_of("fastv", "llava-1.5", SHAPES["ragged"])
+    given = {**case.inputs(), "max_new_tokens": 5, "do_sample": False, **options}
+    with case.compress():
+        want, got = case.model.generate(**given), case.model.generate(**given, **STATIC)
+    assert torch.equal(got, want)
+
+
+def test_after_the_patch_a_cache_is_as_before() -> None:
+    """transformers 4 keeps the static cache of a model from call to call."""
+    case = case_of("fastv", "llava-1.5", SHAPES["ragged"])
+    given = {**case.inputs(), "max_new_tokens": 4, "do_sample": False, **STATIC}
+    want = case.model.generate(**given)
+    with case.compress():
+        first, second = case.model.generate(**given), case.model.generate(**given)
+    assert torch.equal(first, second)
+    assert torch.equal(case.model.generate(**given), want)
+    cache = StaticCache(config=case.model.config.get_text_config(), max_cache_len=90)
+    before = [(type(layer), sorted(layer.__dict__)) for layer in cache.layers]
+    named = {cache_argument(case.model): cache}
+    with case.compress():
+        out = case.model(**case.inputs(), **named)
+    assert all(type(layer) is CompressedStaticLayer for layer in cache.layers)
+    step = {"input_ids": continuation_tokens(4, 1), "attention_mask": None}
+    with pytest.raises(RuntimeError, match="compressed by tokprune, but the model that continues"):
+        case.model(**step, **named)
+    cache.reset()
+    assert [type(layer) for layer in cache.layers] == [kind for kind, _ in before]
+    plain = case.model(**case.inputs(), **named).logits
+    assert not torch.allclose(plain[:, -1], out.logits[:, -1], atol=1e-3)
+    assert_same_logits(plain, case.model(**case.inputs()).logits)
+
+
+def test_refusals() -> None:
+    case = case_of("fastv", "llava-1.5", SHAPES["single"])
+    config, name = case.model.config.get_text_config(), cache_argument(case.model)
+    length = case.inputs()["input_ids"].shape[1]
+    with case.compress():
+        short = StaticCache(config, max_cache_len=length - 1)
+        with pytest.raises(ValueError, match=rf"len={length - 1}\) is too short.*{length},"):
+            case.model(**case.inputs(), **{name: short})
+        quantized = object.__new__(QuantizedCache)
+        quantized.layers = []
+        with pytest.raises(UnsupportedModelError, match=r"=QuantizedCache is not.*quantised keys"):
+            case.model(**case.inputs(), **{name: quantized})
+    model = llava(decoder="mistral", sliding_window=16)
+    windowed = case_of("fastv", "llava-1.5/mistral", SHAPES["single"], model)
+    config = windowed.model.config.get_text_config()
+    with windowed.compress(), pytest.raises(UnsupportedModelError, match="sliding windows does"):
+        windowed.model(**windowed.inputs(), **{name: StaticCache(config, max_cache_len=200)})
+
+
+@pytest.mark.parametrize("method", ["divprune", "mustdrop"])
+def test_decoding_that_transformers_compiles(method: str) -> None:
+    torch.compiler.reset()
+    case = case_of(method, "llava-1.5", SHAPES["ragged"])
+    options = CompileConfig(backend="eager", fullgraph=False)
+    options._compile_all_devices = True
+    both(case, compile_config=options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+def test_text_only_passes_by() -> None:
+    case = case_of("fastv", "llava-1.5", [[9], [5]])
+    given = {**case.inputs(), "max_new_tokens": 4, "do_sample": False, **STATIC}
+    want = case.model.generate(**given)
+    with case.compress():
+        assert torch.equal(case.model.generate(**given), want)
+
+
+def test_a_window_on_every_layer() -> None:
+    """Where the cache is for fewer tokens than a window, it tells for how many."""
+    case = case_of(
+        "fastv", "llava-1.5/mistral", SHAPES["ragged"], llava(decoder="mistral", sliding_window=64)
+    )
+    both(case)
