@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,39 @@ def test_loss_of_everything_is_that_of_the_unpatched_model(family: str, side: st
         with case.compress():
             got = case.model(**inputs, labels=labels).loss
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+@pytest.mark.parametrize("family", ["llava-1.5", "gemma3"])
+def test_threads_take_their_losses_side_by_side(family: str, last: int) -> None:
+    """Either of two forwards ends while the other one runs."""
+    case = case_of("fastv", family, SHAPES["ragged"])
+    both = [{**given(case, side), "labels": None} for side in ("left", "right")]
+    for inputs in both:
+        inputs["labels"] = labels_of(inputs)
+    with case.compress(), torch.no_grad():
+        want = [case.model(**inputs).loss for inputs in both]
+        inside, ended, got = threading.Barrier(2), threading.Event(), [None, None]
+
+        def wait(*_: Any) -> None:
+            inside.wait(60)
+            if threading.current_thread().name == str(last):
+                assert ended.wait(60)
+
+        def run(number: int) -> None:
+            with torch.no_grad():
+                got[number] = case.model(**both[number]).loss
+            ended.set()
+
+        watch = case.model.lm_head.register_forward_pre_hook(wait)
+        threads = [threading.Thread(target=run, args=(n,), name=str(n)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        watch.remove()
+    assert "_loss_function" not in case.model.__dict__
+    assert got == want
 
 
 def gradients(case: Case, inputs: dict[str, Any], checkpointing: bool | None) -> dict[str, Tensor]:

@@ -80,6 +80,8 @@ class LossHooks:
         self.arguments = list(inspect.signature(forward).parameters)[1:]
         self.asks = "loss_function" in forward.__code__.co_names
         self.thread = threading.local()
+        #: forwards with labels that run, in all threads, and what their attribute stands before
+        self._running, self._given, self._lock = 0, None, threading.Lock()
 
     def install(self) -> list[Any]:
         if "labels" not in self.arguments:
@@ -106,13 +108,34 @@ class LossHooks:
         if labels is None and call.get("shift_labels") is None:
             return None
         if self.asks:
-            self.thread.before = self.model.__dict__.get(_FUNCTION)
-            self.model.__dict__[_FUNCTION] = functools.partial(self._loss, self.thread.before)
+            self._stand()
         elif labels is not None and (not self.late or call.get("inputs_embeds") is not None):
             mask = call.get("attention_mask")
             self.take(labels if mask is None else labels.masked_fill(mask == 0, IGNORED))
             return (), {**call, "labels": None}
         return None
+
+    def _stand(self) -> None:
+        """Have the attribute stand before the loss function until this thread's forward ends."""
+        with self._lock:
+            if not self._running:
+                self._given = self.model.__dict__.get(_FUNCTION)
+                self.model.__dict__[_FUNCTION] = functools.partial(self._loss, self._given)
+            self._running += 1
+        self.thread.stands = True
+
+    def _step_back(self) -> None:
+        if not self.thread.__dict__.pop("stands", False):
+            return
+        with self._lock:
+            self._running -= 1
+            if self._running:
+                return
+            given, self._given = self._given, None
+            if given is None:
+                del self.model.__dict__[_FUNCTION]
+            else:
+                self.model.__dict__[_FUNCTION] = given
 
     def _loss(self, given: Any, logits: Tensor, labels: Any, *rest: Any, **more: Any) -> Tensor:
         function = given
@@ -124,12 +147,7 @@ class LossHooks:
         return function(**call) if alive is None else alive.loss(function, call)
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if _FUNCTION in self.model.__dict__ and "before" in self.thread.__dict__:
-            before = self.thread.__dict__.pop("before")
-            if before is None:
-                del self.model.__dict__[_FUNCTION]
-            else:
-                self.model.__dict__[_FUNCTION] = before
+        self._step_back()
         labels = self.thread.__dict__.pop("labels", None)
         self.thread.runs = False
         if labels is None or output is None:
