@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -316,8 +317,21 @@ class _Oracle:
             return False
         if self.native is None or self.native.dim() == 3:
             return False
-        kept = int((layer.entries[row] >= 0).sum())
-        return kept != int((layer.column[row] >= 0).sum())
+        if self._entries_went(layer, row):
+            return True
+        # a policy that leaves the same tokens in every layer may find nothing else in this one
+        entries = int(self.native[row, self.real[row]].min()) + int((layer.entries[row] >= 0).sum())
+        return int(layer.next_position[row]) == entries and any(
+            self._entries_went(earlier, row)
+            for earlier in takewhile(lambda one: one is not layer, self.trace.layers)
+        )
+
+    @staticmethod
+    def _entries_went(layer: LayerTrace, row: int) -> bool:
+        """Whether a layer caches fewer tokens than it has run on."""
+        if layer.entries is None:
+            return False
+        return int((layer.entries[row] >= 0).sum()) != int((layer.column[row] >= 0).sum())
 
     def _native_next(self, row: int) -> Tensor:
         assert self.native is not None

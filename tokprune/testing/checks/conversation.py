@@ -37,7 +37,10 @@ def second_turn(case: Case) -> str:
         together = feed(turn, start, cache)
         for i in range(turn.shape[1]):
             single = feed(turn[:, i : i + 1], start + i, stepwise)
-    assert_same_logits(together, single, "against the turn fed token by token, the second turn:")
+    assert_same_logits(
+        together, single, "against the turn fed token by token, the second turn:",
+        tolerance=2 * case.family.tolerance,  # kernels for other shapes round differently
+    )  # fmt: skip
     return f"{turn.shape[1]} tokens on the same cache, together and one by one"
 
 

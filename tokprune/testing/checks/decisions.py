@@ -69,8 +69,9 @@ def batch_equals_singles(case: Case, pad_side: str = "left") -> str:
             if words is not None:
                 raise Fault(f"{where} is compressed in another way than alone; {words}")
         assert_same_logits(
-            out.logits[row : row + 1, -1], single.logits[:, -1], f"against the row alone, {where}:"
-        )
+            out.logits[row : row + 1, -1], single.logits[:, -1], f"against the row alone, {where}:",
+            tolerance=2 * case.family.tolerance,  # kernels for other shapes round differently
+        )  # fmt: skip
     return f"each of {len(case.prompts)} rows keeps what it keeps alone ({pad_side} padding)"
 
 
