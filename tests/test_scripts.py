@@ -76,6 +76,7 @@ def test_bench_names_what_it_does_not_know(
     assert "max_summ" in capsys.readouterr().err
 
 
+@pytest.mark.full  # .ci/run ends with the same
 def test_demo_goes_from_sweep_to_setting(tmp_path: Path) -> None:
     done = script(
         "demo.py", "--out", str(tmp_path), "--limit", "12", "--keep", "1/4",
