@@ -4,6 +4,7 @@ what was dropped."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from flash_double import flash_double
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
+import tokprune
 from tokprune.engine.cache import cache_argument
 from tokprune.engine.static_cache import CompressedStaticLayer
 from tokprune.errors import UnsupportedModelError
-from tokprune.testing import Case, assert_same_logits, continuation_tokens
+from tokprune.methods import make_method
+from tokprune.testing import Case, assert_same_logits, continuation_tokens, tiny_family
 from tokprune.testing.generated import forced_logits
 from tokprune.testing.grid_prompts import TYPED
 from tokprune.testing.tiny import llava
@@ -193,15 +196,104 @@ def test_refusals() -> None:
         windowed.model(**windowed.inputs(), **{name: StaticCache(config, max_cache_len=200)})
 
 
-@pytest.mark.parametrize("method", ["divprune", "mustdrop"])
-def test_decoding_that_transformers_compiles(method: str) -> None:
+def compiled(**options: Any) -> CompileConfig:
+    config = CompileConfig(backend="eager", **options)
+    config._compile_all_devices = True
+    return config
+
+
+def small_model() -> Any:
+    """Two layers: tracing takes its time."""
+    return tiny_family("llava-1.5").build(attention="sdpa", layers=2)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Any]:
+    """What torch.compile counts, from zero on."""
     torch.compiler.reset()
-    case = case_of(method, "llava-1.5", SHAPES["ragged"])
-    options = CompileConfig(backend="eager", fullgraph=False)
-    options._compile_all_devices = True
-    both(case, compile_config=options)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
     torch.compiler.reset()
+
+
+#: positions move in all layers alike, or in each by another number, or not, or windows with them
+TRACED = [
+    ("mustdrop", "llava-1.5"), ("pyramiddrop", "qwen2.5-vl"),
+    ("fastv-compact", "gemma3"),
+]  # fmt: skip
+REST = [(m, f) for f in FAMILIES for m in METHODS if m != "evs" and f not in BROKEN]
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*TRACED, *(pytest.param(*pair, marks=pytest.mark.full) for pair in REST)],
+)
+def test_a_step_is_one_graph(method: str, family: str, graphs: Any) -> None:
+    both(case_of(method, family, SHAPES["ragged"]), compile_config=compiled(fullgraph=True))
+    assert graphs["stats"]["unique_graphs"] == 1
+
+
+def test_no_recompiling_from_request_to_request(graphs: Any) -> None:
+    case = case_of("divprune", "llava-1.5", SHAPES["single"], small_model())
+    tokens = continuation_tokens(1, 6)
+    options = {**STATIC, "compile_config": compiled(fullgraph=True)}
+    with case.compress():
+        for seed in range(4):
+            inputs = case.inputs(seed)
+            want = forced_logits(case.model, inputs, tokens)
+            assert_same_logits(forced_logits(case.model, inputs, tokens, **options), want)
+    assert graphs["stats"]["unique_graphs"] == 1
+    assert not graphs["graph_break"]
+
+
+def test_a_graph_is_good_for_one_patch(graphs: Any) -> None:
+    """The same shapes, and every time another method: no step of an earlier one is taken."""
+    case = case_of("random", "llava-1.5", SHAPES["single"], small_model())
+    inputs, tokens = case.inputs(), continuation_tokens(1, 3)
+    options = {**STATIC, "compile_config": compiled(fullgraph=True)}
+
+    def check() -> Tensor:
+        want = forced_logits(case.model, inputs, tokens)
+        assert_same_logits(forced_logits(case.model, inputs, tokens, **options), want)
+        return want
+
+    seen = [check()]
+    for changes in (
+        {"positions": "preserve"}, {"positions": "compact"}, {"seed": 1}, {"positions": "compact"},
+    ):  # fmt: skip
+        with tokprune.compress(case.model, "random", keep=4, **changes):
+            seen.append(check())
+        seen.append(check())
+    assert torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[2], seen[-1])
+    assert not torch.allclose(seen[1][:, 1:], seen[3][:, 1:], atol=1e-3)
+    assert torch.equal(seen[3], seen[7])
+
+
+def test_python_and_compiled_steps_take_turns(graphs: Any) -> None:
+    made = make_method("fastv", keep=4, prune_before=1, positions="compact")
+    case = case_of(made, "llava-1.5", SHAPES["ragged"], small_model())
+    inputs, cut = case.inputs(), -2
+    config, name = case.model.config.get_text_config(), cache_argument(case.model)
+    length, tokens = inputs["input_ids"].shape[1], continuation_tokens(4, 6)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1)
+    fast = torch.compile(case.model, backend="eager", fullgraph=True)
+    with case.compress(), torch.no_grad():
+        answers = []
+        for kinds in ((case.model,) * 6, (fast, case.model, fast, fast, case.model, fast)):
+            cache = StaticCache(config=config, max_cache_len=length + 9)
+            case.model(**inputs, **{name: cache})
+            for at, model in enumerate(kinds):
+                step = {"input_ids": tokens[:, at : at + 1],
+                        "attention_mask": mask[:, : length + at + 1], name: cache}  # fmt: skip
+                if not TYPED:
+                    step["cache_position"] = torch.tensor([length + at])
+                answers.append(model(**step).logits)
+            assert int(cache.layers[1].get_seq_length()) == length + 6
+            for layer in cache.layers:
+                layer.crop(cut)
+                assert layer.seen == length + 6 + cut
+    assert_same_logits(torch.cat(answers[6:], 1), torch.cat(answers[:6], 1))
 
 
 def test_text_only_passes_by() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from tokprune.engine.compat import HOOKS_IN_CHECKPOINT
+from tokprune.engine.compiling import with_step
 
 _FUNCTION = "_gradient_checkpointing_func"
 
@@ -41,18 +42,23 @@ def without_checkpoints(modules: Iterable[Any]) -> Iterator[None]:
 
 class LayerHooks:
     """``before(module, args, kwargs)`` and ``after(module, args, output)`` of a decoder layer, as
-    forward hooks; or around its checkpoint, from :meth:`enter` to :meth:`leave`."""
+    forward hooks; or around its checkpoint, from :meth:`enter` to :meth:`leave`. ``steps``: what
+    stands for either in a step that is traced."""
 
     def __init__(
-        self, module: Any, before: Callable[..., Any], after: Callable[..., Any] | None = None
-    ) -> None:
-        self.module, self.before, self.after = module, before, after
+        self, module: Any, before: Callable[..., Any], after: Callable[..., Any] | None,
+        steps: tuple[Callable[..., Any], Callable[..., Any]],
+    ) -> None:  # fmt: skip
+        self.module, self.before, self.after, self.steps = module, before, after, steps
         self.thread = threading.local()
 
     def install(self) -> list[Any]:
-        handles = [self.module.register_forward_pre_hook(self._before, with_kwargs=True)]
+        before, after = (
+            with_step(hook, step) for hook, step in zip((self._before, self._after), self.steps)
+        )
+        handles = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
         if self.after is not None:
-            handles.append(self.module.register_forward_hook(self._after))
+            handles.append(self.module.register_forward_hook(after))
         return handles
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

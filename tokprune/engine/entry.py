@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokprune.engine.cache import cache_in, check_cache, seen
 from tokprune.engine.checkpointing import without_checkpoints
+from tokprune.engine.compiling import with_step
 from tokprune.engine.contracts import TowerInput
 from tokprune.engine.copies import refuse_replica
 from tokprune.engine.encoder import TowerPass
@@ -35,6 +36,7 @@ from tokprune.engine.prompt_layout import (
 )
 from tokprune.engine.shared_encoder import ENCODERS, Encoded, share_keys, shared_encoder
 from tokprune.engine.static_cache import is_static, padding_in, take_over
+from tokprune.engine.traced_step import nothing_to_do
 from tokprune.errors import PromptMismatchError, UnsupportedModelError, UnsupportedVideoError
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Entry(ABC):
 
     # ------------------------------------------------------------------ for all entries
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, *_: Any) -> None:
         """After a forward of the whole model, however it ended."""
         self.session.new_state()
 
@@ -182,8 +184,12 @@ class TransformersEntry(Entry):
         self.generation.install()
         multimodal = self.parts.multimodal
         return [
-            multimodal.register_forward_pre_hook(self._enter, with_kwargs=True),
-            multimodal.register_forward_hook(self.leave, always_call=True),
+            multimodal.register_forward_pre_hook(
+                with_step(self._enter, nothing_to_do), with_kwargs=True
+            ),
+            multimodal.register_forward_hook(
+                with_step(self.leave, nothing_to_do), with_kwargs=True, always_call=True
+            ),
         ]
 
     def remove(self) -> None:

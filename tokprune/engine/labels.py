@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokprune.engine.compiling import refuse_export
+from tokprune.engine.compiling import refuse_export, with_step
 from tokprune.engine.copies import refuse_replica
+from tokprune.engine.traced_step import nothing_to_do
 
 _FUNCTION = "_loss_function"
 #: label of a token that is not scored, as in torch's cross entropy
@@ -87,8 +88,12 @@ class LossHooks:
         if "labels" not in self.arguments:
             return []
         return [
-            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            self.model.register_forward_pre_hook(
+                with_step(self._before, nothing_to_do), with_kwargs=True
+            ),
+            self.model.register_forward_hook(
+                with_step(self._after, nothing_to_do), with_kwargs=True, always_call=True
+            ),
         ]
 
     def take(self, labels: Tensor | None) -> Tensor | None:

@@ -122,9 +122,7 @@ class LayerCalls:
             base = masks.in_form(self.backend, seen[:, None], dtype)
         else:
             base = masks.at(whole, view.queries, view.keys, view.total)
-        base = masks.windowed(base, near.to(base.device))
-        base = base.to(made.device)
-        return torch.where(far[:, None].to(made.device), torch.maximum(base, made), base)
+        return masks.moved_window(made, base, near, far)
 
     def _valid(self, view: View) -> Tensor:
         """[B, m] bool: keys that are no padding."""

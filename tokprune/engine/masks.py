@@ -57,6 +57,15 @@ def at(mask: Tensor, queries: Tensor, keys: Tensor, total: int) -> Tensor:
     return both.masked_fill(gone[:, None, None, :], _blocked(both.dtype))
 
 
+def columns(mask: Tensor, keys: Tensor) -> Tensor:
+    """:func:`at` for all rows of a mask [B or 1, 1, q, k] and ``keys`` [B, m] that it has columns
+    for, −1 = padding."""
+    batch, m = keys.shape
+    place = keys.clamp(min=0)[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], m)
+    taken = mask.expand(batch, -1, -1, -1).gather(3, place)
+    return taken.masked_fill((keys < 0)[:, None, None, :], _blocked(mask.dtype))
+
+
 def causal(backend: str, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask of a model that made none, where some of ``keys`` [B, m] are padding (−1), for
     ``queries`` [B, n]: in the backend's form."""
@@ -74,9 +83,12 @@ def in_form(backend: str, allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill_(~allowed, _blocked(dtype))
 
 
-def windowed(base: Tensor, near: Tensor) -> Tensor:
-    """A mask [B, 1, n, m] with the keys hidden that are not ``near`` [B, n, m] bool."""
-    return base.masked_fill(~near[:, None], _blocked(base.dtype))
+def moved_window(own: Tensor, base: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """The mask [B, 1, n, m] of a sliding window that is counted where positions were closed up: of
+    what ``base`` shows, which knows no window, the ``near`` [B, n, m] bool; and of what is ``far``
+    in the model's own counting, also what its ``own`` mask shows."""
+    base = base.masked_fill(~near[:, None].to(base.device), _blocked(base.dtype)).to(own.device)
+    return torch.where(far[:, None].to(own.device), torch.maximum(base, own), base)
 
 
 def _blocked(dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def _dense_rank(values: Tensor) -> Tensor:
 # ------------------------------------------------------------------ the model's own tables
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch.compile cannot make such
 class RotaryCall:
     """A call of one of the language model's rotary modules."""
 
@@ -126,7 +126,7 @@ class RotaryCall:
 
     def made(self, table: Any) -> bool:
         """Whether ``table`` is the call's output."""
-        return table is self.output or _first(table) is _first(self.output)
+        return _first(table) is _first(self.output)
 
 
 def _is_ids(value: Any) -> bool:
@@ -137,7 +137,7 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, tuple | list) and value else value
 
 
-def made_by(calls: list[RotaryCall], table: Any) -> RotaryCall:
+def made_by(calls: Sequence[RotaryCall], table: Any) -> RotaryCall:
     """The call that made a layer's table.
 
     Raises:

@@ -13,7 +13,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in, seen
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
-from tokprune.engine.compiling import NAMES, Uncompiled
+from tokprune.engine.compiling import NAMES, Uncompiled, with_step
 from tokprune.engine.contracts import Plan
 from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
@@ -37,6 +37,7 @@ from tokprune.engine.shorten import native_sequence, select_visual
 from tokprune.engine.state import CurrentState, ForwardState
 from tokprune.engine.step import StepPass
 from tokprune.engine.tap import Call
+from tokprune.engine.traced_step import TracedStep
 from tokprune.engine.widen import widen_arguments, widened
 from tokprune.errors import UnsupportedModelError
 
@@ -74,6 +75,7 @@ class Session:
         }
         self.compact = all(p == "compact" for p in positions)
         self.spatial = all(stage.order == "spatial" for stage in reducing)
+        self.step = TracedStep(self.parts.language_model)
         self.loss = LossHooks(self.model, lambda: self.alive, self.family.legacy)
         self.entry: Entry = self.family.entry(self)
 
@@ -103,9 +105,12 @@ class Session:
             decoder = parts.language_model
             self.handles += [
                 decoder.register_forward_pre_hook(
-                    self._guarded(self._language_model_input), with_kwargs=True
+                    with_step(
+                        self._guarded(self._language_model_input), self.step.language_model_input
+                    ),
+                    with_kwargs=True,
                 ),
-                decoder.register_forward_hook(self._decoded),
+                decoder.register_forward_hook(with_step(self._decoded, self.step.decoded)),
             ]
             if (tower := parts.tower) is not None:
                 self.handles += [
@@ -124,7 +129,11 @@ class Session:
                 if any(stage.reduces for stage in plan.encoder):
                     self.handles += install_packed(parts.observed, lambda: self.state.observed)
             for module in parts.rotary:
-                self.handles.append(module.register_forward_hook(self._rotary, with_kwargs=True))
+                self.handles.append(
+                    module.register_forward_hook(
+                        with_step(self._rotary, self.step.rotary), with_kwargs=True
+                    )
+                )
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             hooks = hooked(self.model, self.handles)
@@ -157,6 +166,7 @@ class Session:
         own = LayerHooks(
             block.module, self._before_layer(number, block),
             self._after_layer(number) if deep else None,
+            (self.step.before_layer(number, block.window), self.step.inside_layer),
         )  # fmt: skip
         self.layers.append(own)
         hooks = own.install()
@@ -171,7 +181,10 @@ class Session:
                 ("mlp", block.mlp, block.mlp_out),
             )
             for name, module, out in kinds:
-                before, after = self._transition(number, name)
+                before, after = (
+                    with_step(hook, self.step.inside_layer)
+                    for hook in self._transition(number, name)
+                )
                 hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.append(out.register_forward_hook(after))
         self.handles += hooks
@@ -221,6 +234,7 @@ class Session:
         """Before the language model: choose what is left of the images, or prepare a step on a
         short cache. The model then makes masks and positions for the whole prompt."""
         refuse_replica(module)
+        self.step.on = False
         self.entry.language_model_input(kwargs)
         self._current.alive = None
         self._check_backend()

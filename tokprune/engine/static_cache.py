@@ -43,7 +43,10 @@ class CompressedStaticLayer(CompressedLayer):
         self.filled: Tensor | None = None
         self.buffer_slots: Tensor | None = None
         self.buffer_places: Tensor | None = None
+        #: as ``filled``, −1 = not known on the host
         self._entries = 0
+        #: layers of a cache that share a shift have one number
+        self.shift_number = 0
 
     @classmethod
     def take_over(cls, layer: Any, room: int, window: int | None) -> None:
@@ -76,7 +79,7 @@ class CompressedStaticLayer(CompressedLayer):
     def thaw(self) -> None:
         """Before a prompt: grow again."""
         if self.filled is not None:
-            entries = self._entries
+            entries = self.entries
             self.keys, self.values = self.keys[:, :, :entries], self.values[:, :, :entries]
             self.filled = self.buffer_slots = self.buffer_places = None
 
@@ -114,7 +117,11 @@ class CompressedStaticLayer(CompressedLayer):
 
     @property
     def entries(self) -> int:
-        return self._entries if self.filled is not None else super().entries
+        if self.filled is None:
+            return super().entries
+        if self._entries < 0:
+            self._entries = int(self.filled)
+        return self._entries
 
     def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
         return self.seen if self.filled is None else self.filled + self.missing
@@ -138,7 +145,11 @@ class CompressedStaticLayer(CompressedLayer):
     def expect_step(self, tokens: int) -> None:
         super().expect_step(tokens)
         if self.filled is not None:
-            self._entries += tokens
+            self._entries = self.entries + tokens
+
+    def expect_traced_step(self) -> None:
+        """:meth:`expect_step` without a number on the host, which would change in every step."""
+        self._step, self._entries = True, -1
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.filled is None:
@@ -155,7 +166,7 @@ class CompressedStaticLayer(CompressedLayer):
     def _take_off(self, tokens: int) -> None:
         if self.filled is None:
             return super()._take_off(tokens)
-        self._entries -= tokens
+        self._entries = self.entries - tokens
         self.filled.sub_(tokens)
         self._place_buffer()
         return None
@@ -201,9 +212,11 @@ def take_over(cache: Any, windows: Sequence[int | None], tokens: int) -> None:
 
 def freeze(cache: Any) -> None:
     """After a prompt: layers of a static cache keep their shape."""
+    shifts: dict[int, int] = {}
     for layer in cache.layers:
         if isinstance(layer, CompressedStaticLayer):
             layer.freeze()
+            layer.shift_number = shifts.setdefault(id(layer.shift), len(shifts))
 
 
 def padding_in(mask: Any, tokens: int) -> Any:

@@ -194,7 +194,8 @@ def _reductions(record: ImageRecord, cls: int) -> dict[int, list[list[int]]]:
 class Trace:
     """Record of the prefills that a patched model ran; the newest is kept in full.
 
-    ``prefills`` counts them all, ``decode_steps`` the steps after the newest.
+    ``prefills`` counts them all, ``decode_steps`` the steps after the newest (without those that
+    ``torch.compile`` runs as one graph).
     """
 
     method: str = ""
