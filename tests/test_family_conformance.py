@@ -71,6 +71,7 @@ if not TYPED:  # up to transformers 4 the Pixtral tower hands flash attention po
 UNEVEN = {
     "gemma4", "glm4v", "llava-pixtral", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5",
 }  # fmt: skip
+EVEN = ("gemma4", "single")
 #: families whose attention methods can rank by: StableLM of transformers 4 computes it by itself
 RANKED = [family for family in FAMILIES if TYPED or family != "llava-1.5/stablelm"]
 #: families whose layers get rotary tables of three axes, or of two kinds, up to transformers 4
@@ -140,7 +141,8 @@ def _fail(words: str) -> None:
 def _refusal(cell: Cell, facts: ModelFacts) -> str | None:
     """What a method says to a case that it cannot do, None where it can."""
     method, options = METHODS[cell.method]
-    if method == "m3" and facts.family in UNEVEN:
+    # a single image of Gemma 4's is even
+    if method == "m3" and facts.family in UNEVEN and (cell.family, cell.shape) != EVEN:
         return "no nested scale"
     if cell.shape == "video" and facts.axes > 1 and options.get("positions") == "compact":
         return "positions='compact' is not defined for videos"

@@ -30,6 +30,14 @@ def test_readme_lists_every_method_and_model() -> None:
         assert model in readme
 
 
+def test_no_page_holds_both_sides_of_a_merge() -> None:
+    for page in (ROOT / "README.md", *ROOT.glob("*/**/*.md")):
+        if any(part.startswith(".") for part in page.relative_to(ROOT).parts):
+            continue  # environments
+        lines = page.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if line.startswith(("<<<<<<< ", ">>>>>>> "))], page
+
+
 def test_every_method_documents_itself() -> None:
     for name, cls in available_methods().items():
         assert cls.__doc__, name
