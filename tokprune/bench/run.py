@@ -11,7 +11,7 @@ import torch
 
 from tokprune.api import compress, is_patched
 from tokprune.bench.break_even import Load, break_even
-from tokprune.bench.clock import Spread
+from tokprune.bench.clock import Spread, set_aside
 from tokprune.bench.energy import energy_per_answer
 from tokprune.bench.environment import environment
 from tokprune.bench.gate import Interval, Verdict, judge, noise_floor
@@ -140,7 +140,7 @@ def bench(
     _check_counts(rounds=[rounds], new_tokens=lengths)
     _check_counts(batch_sizes=batch_sizes, text_tokens=text_tokens)
     _check_limits(parts, seconds)
-    start = time.perf_counter()
+    end = None if seconds is None else time.perf_counter() + seconds
     family = family_of(model)
     known = family.parts(model)
     facts = family.facts(model, known)
@@ -153,11 +153,11 @@ def bench(
         trial.method.on(facts).plan(facts)
     encoded = encode(model, image, processor, frames)
     tokenizer = getattr(processor, "tokenizer", None)
-    prompts = [
-        (b, t, prompt(model, encoded, t, b, tokenizer)) for b in batch_sizes for t in text_tokens
+    batches = [
+        (t, prompt(model, encoded, t, b, tokenizer)) for b in batch_sizes for t in text_tokens
     ]
-    grid = [(*batch, length) for batch in prompts for length in lengths]
-    first = prompts[0][2]
+    grid = [_Place(inputs, text, length) for text, inputs in batches for length in lengths]
+    first = grid[0].inputs
     by = "total" if "total" in parts else "prefill"
 
     result: dict[str, Any] = {
@@ -170,28 +170,31 @@ def bench(
         },
         "model": _model(model, name, encoded, facts.decoder_layers),
     }  # fmt: skip
-    sizes = _sizes(model, first, trials, lengths[0], progress)
-    result["unpruned"] = sizes.pop(NONE)
-    points = []
-    for number, (batch, text, inputs, length) in enumerate(grid):
-        load = Load.of(batch, inputs["input_ids"].shape[1])
-        label = f"{load}, {length} new (point {number + 1} of {len(grid)})"
-        wanted = _wanted(parts, number == 0, inputs is first)
-        end = None if seconds is None else _share(start + seconds, len(grid) - number)
-        point: dict[str, Any]
-        if number and end is not None and time.perf_counter() >= start + (seconds or 0):
-            point = {"error": f"not measured: the limit of {seconds:g} seconds was over"}
-        else:
-            try:
-                point = _point(
-                    model, inputs, trials, rounds, length, wanted, clock,
-                    _rounds_of(progress, label), _over(end),
-                )  # fmt: skip
-            except torch.OutOfMemoryError as error:
-                if number == 0:
-                    raise
-                point = {"error": f"out of memory: {str(error).splitlines()[0]}"}
-        points.append({**load.to_dict(), "text_tokens": text, "new_tokens": length, **point})
+    with set_aside():
+        sizes = _sizes(model, first, trials, lengths[0] if by == "total" else 1, progress)
+        result["unpruned"] = sizes.pop(NONE)
+        points = []
+        for number, place in enumerate(grid):
+            wanted = _wanted(parts, number == 0, place.inputs is first)
+            label = f"{place} (point {number + 1} of {len(grid)})"
+            rounds_of = _rounds_of(progress, label)
+            left = None if end is None else end - time.perf_counter()
+            found: dict[str, Any]
+            if number and left is not None and left <= 0:
+                found = {"error": f"not measured: the limit of {seconds:g} seconds was over"}
+            else:
+                # what is left of the time is shared by the points that are left
+                enough = None if left is None else _after(left / (len(grid) - number))
+                try:
+                    found = _point(
+                        model, place.inputs, trials, rounds, place.new_tokens, wanted, clock,
+                        rounds_of, enough,
+                    )  # fmt: skip
+                except torch.OutOfMemoryError as error:
+                    if number == 0:
+                        raise
+                    found = {"error": f"out of memory: {str(error).splitlines()[0]}"}
+            points.append({**place.to_dict(), **found})
     result["points"] = points
     result["trials"] = []
     for trial in trials:
@@ -207,6 +210,27 @@ def bench(
     return result
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A point of the grid: a batch of prompts of ``text_tokens`` each, and a length of answers."""
+
+    inputs: Mapping[str, Any]
+    text_tokens: int
+    new_tokens: int
+
+    @property
+    def load(self) -> Load:
+        return Load.of(*self.inputs["input_ids"].shape)
+
+    def __str__(self) -> str:
+        return f"{self.load}, {self.new_tokens} new"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.load.to_dict(), "text_tokens": self.text_tokens, "new_tokens": self.new_tokens,
+        }  # fmt: skip
+
+
 def _wanted(parts: Sequence[str], first: bool, same_prompt: bool) -> tuple[str, ...]:
     """What is measured at a point: less where only the answer is longer, or the prompt another."""
     if first:
@@ -218,14 +242,10 @@ def _wanted(parts: Sequence[str], first: bool, same_prompt: bool) -> tuple[str, 
     return tuple(part for part in PARTS if part in chosen) + inside
 
 
-def _share(end: float, left: int) -> float:
-    """When a point should be done, if what is left of the time is shared by all that are left."""
-    now = time.perf_counter()
-    return now + (end - now) / left
-
-
-def _over(end: float | None) -> Callable[[], bool] | None:
-    return None if end is None else lambda: time.perf_counter() >= end
+def _after(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds from now are over."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() >= end
 
 
 def _rounds_of(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
