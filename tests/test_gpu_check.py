@@ -64,6 +64,7 @@ def test_a_rehearsal_runs_every_part(rehearsal: Any) -> None:
         assert part["seconds"] >= 0
         assert part["name"] in printed
     assert "Speed-up over no compression" in printed
+    assert "Prefill reaches 95 % of the ideal in" in printed
     assert max(map(len, printed.splitlines())) <= 160
 
 

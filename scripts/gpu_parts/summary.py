@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gpu_parts.published import BAR, FIGURES
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,6 +63,11 @@ def tables(data: Mapping[str, Any]) -> list[Any]:
                 ratio(row, "prefill"), achieved(row), ratio(row, "total"), str(row.rounds),
             )  # fmt: skip
         out.append(table)
+        reached = sum(row.measured["achieved"]["prefill"]["median"] >= BAR for row in found)
+        out.append(
+            f"Prefill reaches {100 * BAR:.0f} % of the ideal in {reached} of {len(found)} rows.\n"
+            "Published by others, on other machines: " + "; ".join(FIGURES) + "."
+        )
     grown = [part["result"] for part in data["parts"]
              if part["kind"] == "operators" and part["status"] == "ok"]  # fmt: skip
     if grown:
