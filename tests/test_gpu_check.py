@@ -55,9 +55,7 @@ def test_a_rehearsal_runs_every_part(rehearsal: Any) -> None:
     assert set(statuses.values()) <= {"ok", "skipped"}
     kinds = [part["kind"] for part in data["parts"]]
     order = list(dict.fromkeys(kinds))
-    assert order == ["bench", "conformance", "waits", "kernels", "operators"] or order == [
-        "bench", "conformance", "waits", "operators",
-    ]  # fmt: skip
+    assert order == ["bench", "waits", "conformance", "kernels", "operators"]
     ran = {part["kind"] for part in data["parts"] if part["status"] == "ok"}
     assert {"bench", "conformance", "operators"} <= ran
     for part in data["parts"]:
@@ -78,9 +76,11 @@ def test_the_bench_of_a_rehearsal_has_what_the_bench_has(rehearsal: Any) -> None
     }  # fmt: skip
     (first, *_) = results
     assert [trial["method"] for trial in first["trials"]] == ["divprune", "fastv"]
-    (answers,) = (r for r in results if r["settings"]["new_tokens"] == [2, 3])
-    assert [point["new_tokens"] for point in answers["points"]] == [2, 3]
-    assert all(point["unpruned_split"]["bound"]["median"] > 1 for point in answers["points"])
+    several = [r for r in results if r["settings"]["new_tokens"] == [2, 3]]
+    assert several
+    for answers in several:
+        assert [point["new_tokens"] for point in answers["points"]] == [2, 3]
+        assert all(point["unpruned_split"]["bound"]["median"] > 1 for point in answers["points"])
 
 
 def test_the_checks_of_a_rehearsal_compare_with_the_oracle(rehearsal: Any) -> None:
@@ -193,10 +193,12 @@ def test_budgets_pass_on_what_is_left_over() -> None:
     from gpu_parts.budget import Budget
 
     now = 0.0
-    budget = Budget(100.0, [1, 1, 2], clock=lambda: now)
-    assert budget.next() == 25
+    budget = Budget(100.0, [1, 1, 2, 1], clock=lambda: now)
+    assert budget.next() == 20
     now = 10.0  # done early
-    assert budget.next() == 30
+    assert budget.next() == 22.5
+    now = 98.0
+    assert budget.next() == 2  # too little for all that are left: in order
     now = 120.0  # far too late
     assert budget.next() == 0
 
@@ -321,8 +323,9 @@ def test_speed_table_stands_between_its_markers(rehearsal: Any, tmp_path: Path) 
     assert inside.startswith("\n**Rehearsal on tiny models")
     assert "total, 2 new" in inside
     assert "| llava-next-7b (" in inside
-    (answers,) = (r for r in inside.splitlines() if "next-7b" in r and "–" not in r)
-    assert answers.count("×") >= 4
+    answers = [r for r in inside.splitlines() if "next-7b" in r and "–" not in r]
+    assert answers
+    assert all(row.count("×") == 4 for row in answers)
     assert data["environment"]["device"] in inside
     for n in (0, 1):  # the rest of the page is as it was
         outside = [page.split(mark)[n] for page in (text, before)

@@ -1,19 +1,23 @@
-"""Seconds of a run, shared out by weight; what a part leaves over goes to those after it."""
+"""Seconds of a run, given out in order."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class Budget:
-    """``weights``: seconds wanted by each part, in order; they are stretched or shrunk to fit."""
+    """``wants``: seconds that each part wants, most wanted part first. Where there is time for all
+    of them they share it in these proportions; else each gets what it wants until the time is over:
+    half of the rounds everywhere would be worth less than all of them somewhere."""
 
     def __init__(
-        self, seconds: float, weights: list[float], clock: Callable[[], float] = time.perf_counter
+        self,
+        seconds: float,
+        wants: Sequence[float],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.clock, self.end = clock, clock() + seconds
-        self.weights = list(weights)
+        self.clock, self.end, self.wants = clock, clock() + seconds, list(wants)
 
     def next(self) -> float:
         """Seconds of the next part; 0 when the time is over.
@@ -21,8 +25,6 @@ class Budget:
         Raises:
             IndexError: no part is left.
         """
-        left, weights = max(0.0, self.end - self.clock()), self.weights
-        own = weights[0]
-        share = left * own / sum(weights)
-        self.weights = weights[1:]
-        return share
+        left, wanted = max(0.0, self.end - self.clock()), sum(self.wants)
+        own = self.wants.pop(0)
+        return left * own / wanted if wanted <= left else min(own, left)

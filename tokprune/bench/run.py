@@ -188,7 +188,7 @@ def bench(
                 try:
                     found = _point(
                         model, place.inputs, trials, rounds, place.new_tokens, wanted, clock,
-                        rounds_of, enough,
+                        rounds_of, enough, int(number == 0 or place.inputs is not first),
                     )  # fmt: skip
                 except torch.OutOfMemoryError as error:
                     if number == 0:
@@ -366,6 +366,7 @@ def _point(
     clock: str,
     progress: Callable[[int, int], None] | None,
     enough: Callable[[], bool] | None = None,
+    warmup: int = 1,
 ) -> dict[str, Any]:
     """Times of one batch, and what they say."""
     variants = {NONE: Variant.of(model, None)}
@@ -377,7 +378,7 @@ def _point(
     variants[AGAIN] = Variant.of(model, None)
     times = measure(
         model, inputs, variants, rounds, new_tokens, parts=parts, clock=clock, progress=progress,
-        enough=enough,
+        enough=enough, warmup=warmup,
     )  # fmt: skip
     plain = times[NONE]
     compared = [part for part in COMPARED if part in plain]
