@@ -303,6 +303,96 @@ def test_a_copy_of_a_trace_is_on_the_cpu_and_apart() -> None:
     assert own.layers[0].dtype == torch.bfloat16
 
 
+def test_a_kernel_that_the_model_cannot_have_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPUs have no memory-efficient kernel."""
+    from gpu_parts import conformance
+    from gpu_parts.journal import Journal
+
+    journal = Journal(tmp_path / "gpu.json", commit=None)
+    monkeypatch.setattr(conformance, "ON_CPU", ((torch.float32, "efficient", False),))
+    conformance.run_conformance({}, torch.device("cpu"), 9.0, journal)
+    assert [part["status"] for part in journal.parts] == ["skipped"] * 2
+    assert "cannot have this kernel" in journal.parts[0]["reason"]
+    bench = conformance._Bench("llava-1.5", torch.device("cpu"), torch.float32, "math", False)
+    bench.kernel = "efficient"
+    assert bench.check(*CORE["divprune"])["status"] == "no kernel"
+
+
+def test_a_method_that_raises_is_wrong_and_the_others_go_on(tmp_path: Path) -> None:
+    from gpu_parts import conformance
+    from gpu_parts.journal import Journal
+
+    journal = Journal(tmp_path / "gpu.json", commit=None)
+    cases = {"bad": ("fastv", {"keep": 7, "prune_before": 99}), "good": CORE["divprune"]}
+    conformance.run_conformance(cases, torch.device("cpu"), 99.0, journal)
+    for part in journal.parts:
+        assert part["status"] == "failed"
+        assert part["error"] == "AssertionError: bad: see the result"
+        assert "99" in part["result"]["bad"]["error"]
+        assert part["result"]["good"]["status"] == "equal"
+
+
+def test_waits_beyond_those_of_the_unpruned_model_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's debug mode stood in for: it warns, or raises, where something waits."""
+    import warnings
+
+    from gpu_parts import waits
+    from gpu_parts.journal import Journal
+
+    said = "called a synchronizing CUDA operation"
+
+    def forward(method: Any, device: torch.device, mode: str) -> None:
+        waiting = ["model.py"] + ["tokprune/engine/entry.py"] * (
+            method is not None and method.name == "divprune"
+        )
+        if mode == "error":
+            raise RuntimeError(said)
+        for name in waiting:
+            warnings.warn_explicit(said, UserWarning, str(ROOT / name), 7)
+
+    monkeypatch.setattr(waits, "_forward", forward)
+    journal = Journal(tmp_path / "gpu.json", commit=None)
+    cases = {name: CORE[name] for name in ("divprune", "grid", "todre")}
+    waits.run_waits(cases, torch.device("cpu"), 60.0, journal)
+    unpruned, methods = journal.parts
+    assert unpruned["result"]["places"] == ["model.py:7"]
+    assert "raise RuntimeError(said)" in unpruned["result"]["error_mode"]
+    found = methods["result"]
+    assert found["divprune"]["status"] == "waits"
+    assert "tokprune/engine/entry.py:7" in found["divprune"]["places"]
+    assert found["grid"]["status"] == "never waits"
+    assert found["todre"]["status"] == "adaptive"
+    assert methods["status"] == "failed"
+    assert methods["error"].startswith("AssertionError: divprune wait")
+
+
+def test_models_make_room_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_parts.models import Models
+
+    import tokprune.bench.models as shapes
+
+    made: list[str] = []
+    models = Models(torch.device("cpu"), tiny=False)
+
+    def full(name: str, **options: Any) -> str:
+        if models._made:
+            raise MemoryError
+        made.append(name)
+        return name
+
+    monkeypatch.setattr(shapes, "random_model", full)
+    assert models.get("qwen2.5-vl-7b-1792px") == models.get("qwen2.5-vl-7b") == "qwen2.5-vl-7b"
+    assert models.get("llava-next-7b") == "llava-next-7b"
+    assert made == ["qwen2.5-vl-7b", "llava-next-7b"]
+    assert list(models._made) == ["llava-next-7b"]
+    assert models.picture("qwen3-vl-8b-video")[1] == 64
+    assert models.picture("llava-next-7b")[0].size == (672, 672)
+
+
 # ------------------------------------------------------------------------------ the README's table
 
 
