@@ -44,12 +44,12 @@ _TOKENS = {
 }  # fmt: skip
 SMALL = RELEASED["qwen2.5-vl-7b"].changed(
     {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 256,
     },
     {
         "depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2,
-        "out_hidden_size": 128, "fullatt_block_indexes": [2],  # beyond the depth: none
+        "out_hidden_size": 64, "fullatt_block_indexes": [2],  # beyond the depth: none
     },
     rotary=_ROTARY, rest=_TOKENS,
 )  # fmt: skip

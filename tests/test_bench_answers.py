@@ -134,6 +134,7 @@ def test_a_choice_of_parts_pays_by_prefill(model: Any) -> None:
     assert list(point["noise_floor"]) == ["encoder", "prefill"]
     assert point["unpruned_split"] is None
     assert "pays (prefill)" in shown(found)
+    assert found["unpruned"]["energy"]["reason"] == "no whole answers were measured"
 
 
 # ------------------------------------------------------------------------------ splits

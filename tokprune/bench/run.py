@@ -171,7 +171,7 @@ def bench(
         "model": _model(model, name, encoded, facts.decoder_layers),
     }  # fmt: skip
     with set_aside():
-        sizes = _sizes(model, first, trials, lengths[0] if by == "total" else 1, progress)
+        sizes = _sizes(model, first, trials, lengths[0] if by == "total" else None, progress)
         result["unpruned"] = sizes.pop(NONE)
         points = []
         for number, place in enumerate(grid):
@@ -294,20 +294,25 @@ def _sizes(
     model: Any,
     inputs: Mapping[str, Any],
     trials: Sequence[Trial],
-    new_tokens: int,
+    new_tokens: int | None,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
     """Everything about a trial that is no time; per prompt, but peak memory and energy of the
-    batch."""
+    batch. ``new_tokens``: of an answer; None: prefills only, of which no energy is measured."""
     work = {n: v.to(model.device) for n, v in inputs.items()}
     rows = len(work["input_ids"])
 
     def answer() -> None:
         with torch.inference_mode():
             model.generate(
-                **work, do_sample=False, num_beams=1, min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens, pad_token_id=0,
+                **work, do_sample=False, num_beams=1, min_new_tokens=new_tokens or 1,
+                max_new_tokens=new_tokens or 1, pad_token_id=0,
             )  # fmt: skip
+
+    def energy() -> dict[str, Any]:
+        if new_tokens is None:
+            return {"joules": None, "reason": "no whole answers were measured"}
+        return energy_per_answer(answer, model.device)
 
     answer()  # buffers that the libraries keep belong to nobody
     sizes: dict[str, dict[str, Any]] = {}
@@ -317,7 +322,7 @@ def _sizes(
         lengths = observe(model, inputs, trial.method)
         with compress(model, trial.method) as trace:
             peak = peak_memory(answer, model.device)
-            energy = energy_per_answer(answer, model.device)
+            joules = energy()
         assert trace.last is not None
         prefill = trace.last
         with shortened(model, lengths):
@@ -332,7 +337,7 @@ def _sizes(
             "kv_bytes": sum(prefill.kv_bytes()) // rows,
             "peak_memory": peak.to_dict(),
             "ideal_peak_memory": ideal_peak.to_dict(),
-            "energy": energy,
+            "energy": joules,
         }
         sizes.setdefault(
             NONE,
@@ -343,7 +348,7 @@ def _sizes(
                 "flops_decode_step": 2 * unpruned.decode_step // rows,
                 "kv_bytes": prefill.kv_bytes_unpruned() // rows,
                 "peak_memory": peak_memory(answer, model.device).to_dict(),
-                "energy": energy_per_answer(answer, model.device),
+                "energy": energy(),
             },
         )
     return sizes
