@@ -164,6 +164,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "tokprune"  # the same picture from the same figures
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text is text
     shown = [by for by in ("by_tokens", "by_batch") if data[by]]
     figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), squeeze=False)
     for by, axis in zip(shown, axes[0]):
@@ -176,6 +177,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
             label = f"{variant}, {part}: {own['exponent']['median']:.2f}"
             values = [1000 * s for s in own["seconds"]]
             axis.loglog(own["sizes"], values, style, color=colour, label=label)
+        sizes = data[by][NONE]["prefill"]["sizes"]
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axis.minorticks_off()
         axis.set_xlabel({"by_tokens": "visual tokens", "by_batch": "batch"}[by])
         axis.set_ylabel("milliseconds")
         axis.grid(True, which="both", alpha=0.3)
