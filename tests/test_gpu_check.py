@@ -15,6 +15,8 @@ import pytest
 import torch
 from methods_table import CORE
 
+from tokprune.testing.checks.host_reads import can_find_host_reads
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = str(ROOT / "scripts")
 
@@ -334,6 +336,9 @@ def test_a_method_that_raises_is_wrong_and_the_others_go_on(tmp_path: Path) -> N
         assert part["result"]["good"]["status"] == "equal"
 
 
+@pytest.mark.skipif(
+    not can_find_host_reads(), reason="transformers 4 itself reads the placeholders"
+)
 def test_waits_beyond_those_of_the_unpruned_model_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
