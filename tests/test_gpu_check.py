@@ -169,7 +169,7 @@ def test_a_failing_part_is_written_down_and_the_others_go_on(tmp_path: Path) -> 
 
     journal = Journal(tmp_path / "gpu.json", commit=None)
     with journal.part("bench", "bad") as own:
-        own["result"] = {"partly": 1}
+        own["result"] = {"partly": 1, "far": [float("inf"), 2.5]}
         raise RuntimeError("no such kernel")
     with journal.part("bench", "none"):
         raise Skipped("nothing to do")
@@ -181,14 +181,14 @@ def test_a_failing_part_is_written_down_and_the_others_go_on(tmp_path: Path) -> 
     data = json.loads((tmp_path / "gpu.json").read_text())
     bad, none, good, stopped = data["parts"]
     assert bad["error"] == "RuntimeError: no such kernel"
-    assert bad["result"] == {"partly": 1}
+    assert bad["result"] == {"partly": 1, "far": [None, 2.5]}
     assert "RuntimeError: no such kernel" in bad["traceback"][-1]
     assert 1 < len(bad["traceback"]) <= 12
     assert str(ROOT) not in json.dumps(data)
     assert none["reason"] == "nothing to do"
     assert good["status"] == "ok"
     assert stopped["status"] == data["status"] == "interrupted"
-    assert journal.failed == [bad]
+    assert [part["name"] for part in journal.failed] == ["bad"]
 
 
 def test_budgets_pass_on_what_is_left_over() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -77,9 +78,19 @@ class Journal:
     def write(self) -> None:
         self.data["seconds"] = round(time.perf_counter() - self.start, 3)
         temporary = self.path.with_name(f".{self.path.name}.part")
-        text = json.dumps(self.data, indent=1, ensure_ascii=False, allow_nan=False)
+        # whatever a part found, the file stays JSON
+        text = json.dumps(_finite(self.data), indent=1, ensure_ascii=False, default=str)
         temporary.write_text(text + "\n")
         os.replace(temporary, self.path)
+
+
+def _finite(value: Any) -> Any:
+    """Nested lists and dictionaries with None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {name: _finite(own) for name, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def last_lines(text: str) -> list[str]:
