@@ -26,7 +26,7 @@ class Item:
     tokens: int
     methods: tuple[str, ...]
     keeps: tuple[int | float, ...]
-    #: seconds that all its rounds would take on an H200, about
+    #: seconds set aside for it: a guess at what its rounds take, which no GPU has confirmed yet
     seconds: float
     parts: tuple[str, ...] = PREFILL
     batch_sizes: tuple[int, ...] = (1,)
@@ -47,7 +47,7 @@ class Item:
 
 
 def items(every_method: list[str]) -> list[Item]:
-    """In order; what nine minutes do not reach stands last.
+    """In order; what nine minutes may not reach stands last.
 
     Args:
         every_method: names of all methods for images.
