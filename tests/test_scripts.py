@@ -92,3 +92,56 @@ def test_demo_goes_from_sweep_to_setting(tmp_path: Path) -> None:
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) >= 192
             assert len(picture.convert("RGB").resize((64, 64)).getcolors(4096) or []) > 100
+
+
+def test_growth_is_fitted_in_every_round_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = tmp_path / "growth.json", tmp_path / "growth.svg"
+    done = script(
+        "bench_growth.py", "--shape", "small", "--sizes", "9,20,36", "--batches", "1,2",
+        "--rounds", "6", "--methods", "divprune", "--json", str(paths[0]), "--plot", str(paths[1]),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(paths[0].read_text())
+    assert report["rounds"] == 6
+    for by, sizes in (("by_tokens", [9, 20, 36]), ("by_batch", [1, 2])):
+        found = report[by]
+        assert list(found) == ["unpruned", "divprune"]
+        assert list(found["unpruned"]) == ["prefill"]
+        assert set(found["divprune"]) == {"prefill", "selection"}
+        for parts in found.values():
+            for own in parts.values():
+                assert own["sizes"] == sizes
+                assert min(own["seconds"]) > 0
+                assert len(own["between"]) == len(sizes) - 1
+                told = own["exponent"]
+                assert told["n"] == 6
+                assert told["low"] <= told["median"] <= told["high"]
+    assert "Milliseconds by visual tokens" in done.stdout
+    drawn = paths[1].read_text()
+    assert "<svg" in drawn
+    assert str(tmp_path) not in drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--sizes", "9", "--batches", "1"], "one of them should be several numbers"),
+        (["--sizes", "9,0"], "'9,0' should be whole numbers above 0"),
+        (["--sizes", "9,9"], "names a number twice"),
+        (["--keep", "1"], "--keep 1 should be between 0 and 1"),
+        (["--rounds", "0"], "--rounds 0 should be at least 1"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: no such folder"),
+        (["--sizes", "9,16", "--batches", "1", "--methods", "divprun"], "Did you mean 'divprune'"),
+    ],
+)
+def test_growth_names_what_does_not_fit(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(sys, "argv", ["bench_growth.py", "--shape", "small", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("bench_growth").main()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err

@@ -7,7 +7,7 @@ engine and the order of events stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from tokprune.engine.contracts import ModelFacts, Plan
@@ -53,6 +53,9 @@ class Instrumented(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "video_unit", self.inner.video_unit)
 
+    def on(self, facts: ModelFacts) -> Instrumented:
+        return replace(self, inner=self.inner.on(facts))
+
     def plan(self, facts: ModelFacts) -> Plan:
         plan = self.inner.plan(facts)
         for number, stage in enumerate(plan.prompt):
@@ -90,11 +93,16 @@ class Instrumented(Method):
 
 
 class Stopwatch:
-    """Sums the seconds spent inside a method's own code; synchronises around every call, so use
-    it in a pass of its own."""
+    """Sums the seconds spent inside a method's own code, and says how many of them in which part;
+    synchronises around every call, so use it in a pass of its own."""
 
     def __init__(self, device: Any, clock: str = "wall") -> None:
-        self.device, self.clock, self.seconds = device, clock, 0.0
+        self.device, self.clock = device, clock
+        self.by_part: dict[Part, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.by_part.values())
 
     def __call__(self, place: Place, function: Callable[..., Any], *arguments: Any) -> Any:
         from tokprune.bench.clock import CLOCKS, synchronise
@@ -104,5 +112,5 @@ class Stopwatch:
         start = now()
         answer = function(*arguments)
         synchronise(self.device)
-        self.seconds += now() - start
+        self.by_part[place.part] = self.by_part.get(place.part, 0.0) + now() - start
         return answer

@@ -38,6 +38,8 @@ from tokprune.methods.base import Method
 
 #: seconds by part, see above
 PARTS = ("encoder", "selection", "prefill", "decode_per_token", "total")
+#: the share of ``selection`` that lies inside ``encoder``; measured where it is asked for by name
+SELECTION_IN_ENCODER = "selection_in_encoder"
 
 
 @dataclass(frozen=True)
@@ -123,18 +125,20 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     enough: Callable[[], bool] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """As :func:`measure_trials`, for variants of any kind and a choice of ``parts``."""
+    """As :func:`measure_trials`, for variants of any kind and a choice of ``parts``, which may name
+    :data:`SELECTION_IN_ENCODER` as well. Nothing is decoded for parts that do not need it."""
     others = (variant.inputs for variant in variants.values())
     for batch in (inputs, *(batch for batch in others if batch is not None)):
         _check(model, batch, rounds, max_new_tokens, clock)
-    bench = _Passes(model, on_device(inputs, model.device), max_new_tokens, clock)
+    steps = max_new_tokens - 1 if "decode_per_token" in parts else 0
+    bench = _Passes(model, on_device(inputs, model.device), max_new_tokens, steps, clock)
     passes: list[Callable[[Variant], dict[str, float]]] = [
         work
         for wanted, work in (
             ({"encoder"}, bench.encoder),
             ({"prefill", "decode_per_token"}, bench.prefill_and_decode),
             ({"total"}, bench.total),
-            ({"selection"}, bench.selection),
+            ({"selection", SELECTION_IN_ENCODER}, bench.selection),
         )
         if wanted & set(parts)
     ]
@@ -155,7 +159,8 @@ def measure(
                 progress(rounds if over else max(number + 1, 0), rounds)
             if over:
                 break
-    return {n: {p: seconds[p] for p in PARTS if p in seconds} for n, seconds in times.items()}
+    known = (*PARTS, SELECTION_IN_ENCODER)
+    return {n: {p: seconds[p] for p in known if p in seconds} for n, seconds in times.items()}
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -197,8 +202,11 @@ def _check(
 class _Passes:
     """The measurements, each of one variant: a dictionary of seconds by part."""
 
-    def __init__(self, model: Any, inputs: dict[str, Any], tokens: int, clock: str) -> None:
+    def __init__(
+        self, model: Any, inputs: dict[str, Any], tokens: int, steps: int, clock: str
+    ) -> None:
         self.model, self.shared, self.tokens, self.clock = model, inputs, tokens, clock
+        self.steps = steps
         bound = bind(model)
         self.device = bound.model.device
         self.family, self.facts, self.multimodal = bound.family, bound.facts, bound.parts.multimodal
@@ -236,13 +244,12 @@ class _Passes:
     def prefill_and_decode(self, variant: Variant) -> dict[str, float]:
         inputs = self._inputs(variant)
         mask = inputs.get("attention_mask")
-        steps = self.tokens - 1
         with variant.context():
             start = self._now()
             cache = new_cache(self.model)
             token = self._prefill(inputs, cache)
             middle = self._now()
-            for _ in range(steps):
+            for _ in range(self.steps):
                 options = {self.cache_name: cache, "use_cache": True}
                 if mask is not None:
                     mask = options["attention_mask"] = torch.cat(
@@ -254,8 +261,8 @@ class _Passes:
                 token = self.model(input_ids=token, **options).logits[:, -1:].argmax(-1)
             end = self._now()
         result = {"prefill": middle - start}
-        if steps:
-            result["decode_per_token"] = (end - middle) / steps
+        if self.steps:
+            result["decode_per_token"] = (end - middle) / self.steps
         return result
 
     def total(self, variant: Variant) -> dict[str, float]:
@@ -282,4 +289,5 @@ class _Passes:
         stopwatch, inputs = Stopwatch(self.device, self.clock), self._inputs(variant)
         with compress(self.model, Instrumented(variant.method, stopwatch)):
             self._prefill(inputs, new_cache(self.model))
-        return {"selection": stopwatch.seconds}
+        inside = stopwatch.by_part.get("encoder", 0.0)
+        return {"selection": stopwatch.seconds, SELECTION_IN_ENCODER: inside}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokprune.bench.prompts import default_image
-from tokprune.bench.released import RELEASED, Released
+from tokprune.bench.released import RELEASED, VIDEOS, Released
 from tokprune.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ PRESETS: dict[str, Shape | Released] = {
         **_VICUNA_7B, tiled=True, source="llava-hf/llava-v1.6-vicuna-7b-hf"
     ),
     **RELEASED,
+    **VIDEOS,
 }
 
 SIDE, PATCH = 336, 14
@@ -95,6 +96,12 @@ def image_of(name: str) -> Image.Image | None:
     """The image that a preset is measured with; None: of any size, which the model changes."""
     shape = shape_of(name)
     return default_image(shape.size) if isinstance(shape, Released) else None
+
+
+def frames_of(name: str) -> int:
+    """Frames of the video that a preset is measured with; 0: an image."""
+    shape = shape_of(name)
+    return shape.frames if isinstance(shape, Released) else 0
 
 
 def config_of(shape: Shape | Released, attention: str = "sdpa") -> Any:

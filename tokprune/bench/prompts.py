@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune.bench.pictures import marks as marks_of
-from tokprune.bench.pictures import picture
+from tokprune.bench.pictures import moving, picture
 from tokprune.families import family_of
 from tokprune.inputs.pictures import read_picture
 from tokprune.inputs.pixel_limits import check_shape
@@ -30,9 +30,9 @@ _FILLER = (
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as a model takes it: ``inputs`` (pixels, sizes, grids), which a batch repeats; its
-    place in a prompt, ``ids`` [n] with the marks around and between its ``tokens`` before any
-    compression; ``marks``: what else a processor says of every token [n], 0 of text."""
+    """An image or a video as a model takes it: ``inputs`` (pixels, sizes, grids), which a batch
+    repeats; its place in a prompt, ``ids`` [n] with the marks around and between its ``tokens``
+    before any compression; ``marks``: what else a processor says of every token [n], 0 of text."""
 
     inputs: dict[str, Tensor]
     ids: Tensor
@@ -40,7 +40,9 @@ class EncodedImage:
     marks: dict[str, Tensor]
 
 
-def encode(model: Any, image: Image.Image | None = None, processor: Any = None) -> EncodedImage:
+def encode(
+    model: Any, image: Image.Image | None = None, processor: Any = None, frames: int = 0
+) -> EncodedImage:
     """Pixels of ``image`` (None: :func:`default_image`) through a model's image processor.
 
     Args:
@@ -48,10 +50,16 @@ def encode(model: Any, image: Image.Image | None = None, processor: Any = None) 
         image: any mode; turned as its EXIF data say.
         processor: the model's own; None: CLIP's preprocessing at the tower's size, or what
             :mod:`tokprune.bench.pictures` knows.
+        frames: 0, or the frames of a video that is made of the image (without a processor).
 
     Raises:
-        ValueError: no processor, and a model that needs one.
+        ValueError: no processor, and a model that needs one; frames of a model for which
+            :mod:`tokprune.bench.pictures` makes no videos, or with a processor.
     """
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 0 or frames == 1:
+        raise ValueError(f"frames={frames!r} should be 0 for an image, or at least 2")
+    if frames and processor is not None:
+        raise ValueError(f"frames={frames} with a processor; videos are made without one")
     image = default_image() if image is None else read_picture(image, "image")
     family = family_of(model)
     parts = family.parts(model)
@@ -71,6 +79,11 @@ def encode(model: Any, image: Image.Image | None = None, processor: Any = None) 
                  if v.shape == ids.shape and n not in ("input_ids", "attention_mask")}  # fmt: skip
         return EncodedImage(_inputs(processed), ids[0, first : last + 1], int(visual.sum()), marks)
     facts = family.facts(model, parts)
+    if frames:
+        inputs, listed = moving(model, family.name, image, frames)
+        ids, video = torch.tensor(listed), model.config.video_token_id
+        marks = marks_of(model, family.name, ids)
+        return EncodedImage(inputs, ids, listed.count(video), marks)
     if facts.tower is None:
         inputs, listed = picture(model, family.name, image)
         ids = torch.tensor(listed)

@@ -19,7 +19,8 @@ class Released:
     """A model's sizes: ``text`` and ``vision`` as in the parts of its config, ``rest`` beside them.
 
     ``kind``: transformers' classes are ``{kind}Config`` and ``{kind}ForConditionalGeneration``;
-    ``size``: (height, width) in pixels of the image that it is measured with.
+    ``size``: (height, width) in pixels of the image that it is measured with; ``frames``: 0, or of
+    the video.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Released:
     theta: float | None = None
     #: more of the rotation
     rotary: Mapping[str, Any] = field(default_factory=dict)
+    frames: int = 0
 
     def changed(self, text: Mapping[str, Any], vision: Mapping[str, Any], **more: Any) -> Released:
         """The same model of other sizes."""
@@ -145,3 +147,9 @@ RELEASED: dict[str, Released] = {
         source="config.json of google/gemma-3-4b-it, from memory",
     ),
 }  # fmt: skip
+
+#: the same checkpoints on a video of 64 frames, two a time: 32 × 16 × 32 = 16,384 tokens
+VIDEOS: dict[str, Released] = {
+    "qwen2.5-vl-7b-video": replace(_QWEN25_VL, size=(448, 896), frames=64),
+    "qwen3-vl-8b-video": replace(RELEASED["qwen3-vl-8b"], size=(512, 1024), frames=64),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,21 @@ import torch
 
 from tokprune.api import compress, is_patched
 from tokprune.bench.break_even import Load, break_even
-from tokprune.bench.clock import Spread
+from tokprune.bench.clock import Spread, set_aside
+from tokprune.bench.energy import energy_per_answer
 from tokprune.bench.environment import environment
 from tokprune.bench.gate import Interval, Verdict, judge, noise_floor
 from tokprune.bench.ideal import Lengths, observe, shortened
-from tokprune.bench.measure import PARTS, Variant, measure
+from tokprune.bench.measure import PARTS, SELECTION_IN_ENCODER, Variant, measure
 from tokprune.bench.memory import peak_memory
 from tokprune.bench.prompts import EncodedImage, encode, prompt
+from tokprune.bench.split import split
 from tokprune.families import family_of
 from tokprune.methods import Method, make_method
 from tokprune.trace.flops import prefill_macs, unpruned_macs
 from tokprune.trace.summary import visual_per_layer
 
-SCHEMA = 2
+SCHEMA = 3
 #: the unpruned model, and once more as a control
 NONE, AGAIN = "none", "none again"
 #: parts that are compared; selection has no counterpart in the unpruned model
@@ -82,20 +85,25 @@ def bench(
     processor: Any = None,
     image: Any = None,
     rounds: int = 20,
-    new_tokens: int = 16,
+    new_tokens: int | Sequence[int] = 16,
     batch_sizes: Sequence[int] = (1, 4),
     text_tokens: Sequence[int] = (32, 256),
     clock: str = "wall",
     name: str | None = None,
     progress: Progress | None = None,
+    frames: int = 0,
+    parts: Sequence[str] = PARTS,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Measure methods against no compression and against the ideal, and find where they pay.
 
-    At the first batch size and the first text length everything is measured (see
+    At the first batch size, text length and answer length everything is measured (see
     :mod:`tokprune.bench.measure` for the parts, :mod:`tokprune.bench.ideal` for the ideal,
-    :mod:`tokprune.bench.memory` for peak memory); at the other points of the grid prefill and
-    total. In each round every variant runs once, in alternating order: the unpruned model, all
-    methods, their ideals, and the unpruned model again, which gives the noise floor.
+    :mod:`tokprune.bench.memory` and :mod:`tokprune.bench.energy` for peak memory and energy); at
+    longer or shorter answers to the same prompt all but ``decode_per_token``; at the other points
+    of the grid prefill and total. In each round every variant runs once, in alternating order: the
+    unpruned model, all methods, their ideals, and the unpruned model again, which gives the noise
+    floor.
 
     Args:
         model: a supported model, not patched.
@@ -104,89 +112,156 @@ def bench(
         processor: the model's own (None: random text, CLIP's image processing).
         image: a PIL image (None: one made in code).
         rounds: measurements of everything; below 6 no speed-up is ever claimed.
-        new_tokens: length of an answer.
+        new_tokens: length of an answer, or several, which the grid then has as a third side.
         batch_sizes, text_tokens: the grid; tokens of text besides the image's.
         clock: "wall", or "cpu" for the time of this process.
         name: what the model is called in the result.
         progress: called with what is going on.
+        frames: 0: the image; else a video of so many frames made of it, at least 2.
+        parts: which of :data:`~tokprune.bench.measure.PARTS` to measure; without ``total`` the
+            break-even point is that of ``prefill``, one of the two has to be there.
+        seconds: wall-clock time after which no new round starts, and no point after the first;
+            None: no limit.
 
     Returns:
         JSON types: ``environment``, ``settings``, ``model``; ``unpruned`` and ``trials`` (tokens,
-        FLOPs, KV bytes, peak memory, break-even point); ``points`` of the grid, each with
-        ``noise_floor``, ``unpruned`` and, per trial, ``seconds``, ``ideal_seconds``, ``speedup``,
-        ``ideal_speedup`` and ``achieved`` (÷ ideal) by part, and the ``seconds`` of every round.
-        A speed-up within noise is ``{"speedup": null, "reason": "within noise (…)", …}``.
+        FLOPs, KV bytes, peak memory, energy, break-even point for the first answer length and for
+        each); ``points`` of the grid, each with ``noise_floor``, ``unpruned``, ``unpruned_split``
+        and, per trial, ``seconds``, ``ideal_seconds``, ``speedup``, ``ideal_speedup`` and
+        ``achieved`` (÷ ideal) by part and ``split`` (:mod:`tokprune.bench.split`), and the
+        ``seconds`` of every round. A speed-up within noise is
+        ``{"speedup": null, "reason": "within noise (…)", …}``.
 
     Raises:
         ValueError, TypeError: an argument, an option that does not fit the model; before any
             measurement, and naming what would be right.
     """
-    _check_counts(rounds=[rounds], new_tokens=[new_tokens])
+    lengths = [new_tokens] if isinstance(new_tokens, int) else list(new_tokens)
+    _check_counts(rounds=[rounds], new_tokens=lengths)
     _check_counts(batch_sizes=batch_sizes, text_tokens=text_tokens)
+    _check_limits(parts, seconds)
+    end = None if seconds is None else time.perf_counter() + seconds
     family = family_of(model)
-    parts = family.parts(model)
-    facts = family.facts(model, parts)
+    known = family.parts(model)
+    facts = family.facts(model, known)
     if is_patched(model):
         raise ValueError("the model is patched; call tokprune.unpatch(model) before measuring it")
     if clock == "cpu" and model.device.type != "cpu":
         raise ValueError(f"clock='cpu' sees no work of {model.device}; it should be 'wall'")
     trials = trials_of(methods, keeps, facts.decoder_layers)
     for trial in trials:
-        trial.method.plan(facts)
-    encoded = encode(model, image, processor)
+        trial.method.on(facts).plan(facts)
+    encoded = encode(model, image, processor, frames)
     tokenizer = getattr(processor, "tokenizer", None)
-    grid = [(b, t) for b in batch_sizes for t in text_tokens]
-    batches = [prompt(model, encoded, t, b, tokenizer) for b, t in grid]
+    batches = [
+        (t, prompt(model, encoded, t, b, tokenizer)) for b in batch_sizes for t in text_tokens
+    ]
+    grid = [_Place(inputs, text, length) for text, inputs in batches for length in lengths]
+    first = grid[0].inputs
+    by = "total" if "total" in parts else "prefill"
 
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment(model.device),
         "settings": {
-            "rounds": rounds, "new_tokens": new_tokens, "batch_sizes": list(batch_sizes),
+            "rounds": rounds, "new_tokens": lengths, "batch_sizes": list(batch_sizes),
             "text_tokens": list(text_tokens), "clock": clock,
-            "confidence": 0.95, "break_even_by": "total",
+            "confidence": 0.95, "break_even_by": by, "parts": list(parts), "seconds": seconds,
         },
         "model": _model(model, name, encoded, facts.decoder_layers),
     }  # fmt: skip
-    sizes = _sizes(model, batches[0], trials, new_tokens, progress)
-    result["unpruned"] = sizes.pop(NONE)
-    points = []
-    for number, ((batch, text), inputs) in enumerate(zip(grid, batches)):
-        load = Load.of(batch, inputs["input_ids"].shape[1])
-        label = f"{load} (point {number + 1} of {len(grid)})"
-        wanted = PARTS if number == 0 else ("prefill", "total")
-        try:
-            point = _point(
-                model,
-                inputs,
-                trials,
-                rounds,
-                new_tokens,
-                wanted,
-                clock,
-                _rounds_of(progress, label),
-            )
-        except torch.OutOfMemoryError as error:
-            if number == 0:
-                raise
-            point = {"error": f"out of memory: {str(error).splitlines()[0]}"}
-        points.append({**load.to_dict(), "text_tokens": text, **point})
+    with set_aside():
+        sizes = _sizes(model, first, trials, lengths[0] if by == "total" else None, progress)
+        result["unpruned"] = sizes.pop(NONE)
+        points = []
+        for number, place in enumerate(grid):
+            wanted = _wanted(parts, number == 0, place.inputs is first)
+            label = f"{place} (point {number + 1} of {len(grid)})"
+            rounds_of = _rounds_of(progress, label)
+            left = None if end is None else end - time.perf_counter()
+            found: dict[str, Any]
+            if number and left is not None and left <= 0:
+                found = {"error": f"not measured: the limit of {seconds:g} seconds was over"}
+            else:
+                # what is left of the time is shared by the points that are left
+                enough = None if left is None else _after(left / (len(grid) - number))
+                try:
+                    found = _point(
+                        model, place.inputs, trials, rounds, place.new_tokens, wanted, clock,
+                        rounds_of, enough, int(number == 0 or place.inputs is not first),
+                    )  # fmt: skip
+                except torch.OutOfMemoryError as error:
+                    if number == 0:
+                        raise
+                    found = {"error": f"out of memory: {str(error).splitlines()[0]}"}
+            points.append({**place.to_dict(), **found})
     result["points"] = points
-    result["trials"] = [
-        {
-            "trial": trial.id, "method": trial.method.name, "keep": trial.keep,
-            "repr": repr(trial.method), **sizes[trial.id],
-            "break_even": _break_even(points, trial.id).to_dict(),
-        }
-        for trial in trials
-    ]  # fmt: skip
+    result["trials"] = []
+    for trial in trials:
+        pays = {n: _break_even(points, trial.id, n, by).to_dict() for n in lengths
+                if any("trials" in p and p["new_tokens"] == n for p in points)}  # fmt: skip
+        result["trials"].append(
+            {
+                "trial": trial.id, "method": trial.method.name, "keep": trial.keep,
+                "repr": repr(trial.method), **sizes[trial.id], "break_even": pays[lengths[0]],
+                "break_even_by_new_tokens": {str(n): own for n, own in pays.items()},
+            }
+        )  # fmt: skip
     return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A point of the grid: a batch of prompts of ``text_tokens`` each, and a length of answers."""
+
+    inputs: Mapping[str, Any]
+    text_tokens: int
+    new_tokens: int
+
+    @property
+    def load(self) -> Load:
+        return Load.of(*self.inputs["input_ids"].shape)
+
+    def __str__(self) -> str:
+        return f"{self.load}, {self.new_tokens} new"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **self.load.to_dict(), "text_tokens": self.text_tokens, "new_tokens": self.new_tokens,
+        }  # fmt: skip
+
+
+def _wanted(parts: Sequence[str], first: bool, same_prompt: bool) -> tuple[str, ...]:
+    """What is measured at a point: less where only the answer is longer, or the prompt another."""
+    if first:
+        chosen = set(parts)
+    else:
+        chosen = set(parts) - {"decode_per_token"}
+        chosen &= set(PARTS) if same_prompt else {"prefill", "total"}
+    inside = (SELECTION_IN_ENCODER,) if "selection" in chosen else ()
+    return tuple(part for part in PARTS if part in chosen) + inside
+
+
+def _after(seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds from now are over."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() >= end
 
 
 def _rounds_of(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
     if progress is None:
         return None
     return lambda done, rounds: progress(what, done, rounds)
+
+
+def _check_limits(parts: Sequence[str], seconds: float | None) -> None:
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not {"prefill", "total"} & set(parts):
+        raise ValueError(
+            f"parts={list(parts)} should be among {', '.join(PARTS)}, prefill or total with them"
+        )
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds={seconds!r} should be a positive number, or None for no limit")
 
 
 def _check_counts(**named: Sequence[int]) -> None:
@@ -219,19 +294,25 @@ def _sizes(
     model: Any,
     inputs: Mapping[str, Any],
     trials: Sequence[Trial],
-    new_tokens: int,
+    new_tokens: int | None,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
-    """Everything about a trial that is no time; per prompt, but peak memory of the batch."""
+    """Everything about a trial that is no time; per prompt, but peak memory and energy of the
+    batch. ``new_tokens``: of an answer; None: prefills only, of which no energy is measured."""
     work = {n: v.to(model.device) for n, v in inputs.items()}
     rows = len(work["input_ids"])
 
     def answer() -> None:
         with torch.inference_mode():
             model.generate(
-                **work, do_sample=False, num_beams=1, min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens, pad_token_id=0,
+                **work, do_sample=False, num_beams=1, min_new_tokens=new_tokens or 1,
+                max_new_tokens=new_tokens or 1, pad_token_id=0,
             )  # fmt: skip
+
+    def energy() -> dict[str, Any]:
+        if new_tokens is None:
+            return {"joules": None, "reason": "no whole answers were measured"}
+        return energy_per_answer(answer, model.device)
 
     answer()  # buffers that the libraries keep belong to nobody
     sizes: dict[str, dict[str, Any]] = {}
@@ -241,6 +322,7 @@ def _sizes(
         lengths = observe(model, inputs, trial.method)
         with compress(model, trial.method) as trace:
             peak = peak_memory(answer, model.device)
+            joules = energy()
         assert trace.last is not None
         prefill = trace.last
         with shortened(model, lengths):
@@ -255,6 +337,7 @@ def _sizes(
             "kv_bytes": sum(prefill.kv_bytes()) // rows,
             "peak_memory": peak.to_dict(),
             "ideal_peak_memory": ideal_peak.to_dict(),
+            "energy": joules,
         }
         sizes.setdefault(
             NONE,
@@ -265,6 +348,7 @@ def _sizes(
                 "flops_decode_step": 2 * unpruned.decode_step // rows,
                 "kv_bytes": prefill.kv_bytes_unpruned() // rows,
                 "peak_memory": peak_memory(answer, model.device).to_dict(),
+                "energy": energy(),
             },
         )
     return sizes
@@ -286,6 +370,8 @@ def _point(
     parts: tuple[str, ...],
     clock: str,
     progress: Callable[[int, int], None] | None,
+    enough: Callable[[], bool] | None = None,
+    warmup: int = 1,
 ) -> dict[str, Any]:
     """Times of one batch, and what they say."""
     variants = {NONE: Variant.of(model, None)}
@@ -296,8 +382,9 @@ def _point(
     # the two equal variants at the two ends of a round: no pair of variants is farther apart
     variants[AGAIN] = Variant.of(model, None)
     times = measure(
-        model, inputs, variants, rounds, new_tokens, parts=parts, clock=clock, progress=progress
-    )
+        model, inputs, variants, rounds, new_tokens, parts=parts, clock=clock, progress=progress,
+        enough=enough, warmup=warmup,
+    )  # fmt: skip
     plain = times[NONE]
     compared = [part for part in COMPARED if part in plain]
     floors = {part: noise_floor(plain[part], times[AGAIN][part]) for part in compared}
@@ -305,6 +392,7 @@ def _point(
         "noise_floor": {p: _finite(floor) for p, floor in floors.items()},
         "seconds": times,
         "unpruned": _spreads(plain),
+        "unpruned_split": split(plain, plain),
         "trials": {
             trial.id: _compare(plain, times[trial.id], times[ideal_name(trial.id)], floors)
             for trial in trials
@@ -348,6 +436,7 @@ def _compare(
         "speedup": verdicts(times),
         "ideal_speedup": verdicts(ideal),
         "achieved": achieved,
+        "split": split(plain, times),
     }
 
 
@@ -359,14 +448,15 @@ def _finite(value: float) -> float | None:
     return None if value == float("inf") else value
 
 
-def _break_even(points: Sequence[Mapping[str, Any]], trial: str) -> Any:
+def _break_even(points: Sequence[Mapping[str, Any]], trial: str, new_tokens: int, by: str) -> Any:
+    """Of the points with answers of one length."""
     return break_even(
         [
             (
                 Load.of(point["batch_size"], point["prompt_tokens"]),
-                Verdict.from_dict(point["trials"][trial]["speedup"]["total"]),
+                Verdict.from_dict(point["trials"][trial]["speedup"][by]),
             )
             for point in points
-            if "trials" in point
+            if "trials" in point and point["new_tokens"] == new_tokens
         ]
     )

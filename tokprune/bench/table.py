@@ -20,12 +20,14 @@ _ACROSS = 4
 
 
 def tables(result: Mapping[str, Any]) -> list[Any]:
-    """What rich can print, in order: a heading, times, speed-ups, sizes, the grid.
+    """What rich can print, in order: a heading, times, where they go, speed-ups, sizes, the grid.
 
     Args:
-        result: of :func:`tokprune.bench.run.bench`.
+        result: of :func:`tokprune.bench.run.bench`, also of schema 2.
     """
-    parts: list[Any] = [_heading(result), _times(result), _speedups(result), _sizes(result)]
+    parts: list[Any] = [_heading(result), _times(result)]
+    parts += [_split(result, point) for point in result["points"] if point.get("unpruned_split")]
+    parts += [_speedups(result), _sizes(result)]
     rest = result["points"][1:]
     for start in range(0, len(rest), _ACROSS):
         parts.append(_grid(result, rest[start : start + _ACROSS]))
@@ -52,18 +54,31 @@ def _heading(result: Mapping[str, Any]) -> str:
         f"{name}{model['class']}, {_count(model['parameters'])} parameters,\n"
         f"{model['dtype']}, {model['attention']}, {model['visual_tokens']} visual tokens; "
         f"{place};\ntorch {env['torch']}, transformers {env['transformers']}; "
-        f"{settings['rounds']} rounds, {settings['new_tokens']} new tokens, "
+        f"{settings['rounds']} rounds, {_or(_lengths(result))} new tokens, "
         f"{settings['clock']} clock\n"
     )
 
 
-def _load(point: Mapping[str, Any]) -> str:
-    return f"batch {point['batch_size']} × {point['prompt_tokens']} tokens"
+def _lengths(result: Mapping[str, Any]) -> list[int]:
+    """Lengths of the answers; before schema 3 there was one."""
+    told = result["settings"]["new_tokens"]
+    return [told] if isinstance(told, int) else list(told)
+
+
+def _or(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
+
+
+def _load(result: Mapping[str, Any], point: Mapping[str, Any]) -> str:
+    text = f"batch {point['batch_size']} × {point['prompt_tokens']} tokens"
+    return text if len(_lengths(result)) == 1 else f"{text} + {point['new_tokens']} new"
 
 
 def _times(result: Mapping[str, Any]) -> Table:
     point = result["points"][0]
-    table = _table(f"Milliseconds, median of rounds ({_load(point)})", ["", *_PARTS.values()])
+    table = _table(
+        f"Milliseconds, median of rounds ({_load(result, point)})", ["", *_PARTS.values()]
+    )
 
     def add(name: str, seconds: Mapping[str, Any]) -> None:
         table.add_row(
@@ -78,10 +93,34 @@ def _times(result: Mapping[str, Any]) -> Table:
     return table
 
 
+_SPLIT = {
+    "encoder": "encoder", "selection": "selection", "rest_of_prefill": "rest of\nprefill",
+    "decode": "decode",
+}  # fmt: skip
+
+
+def _split(result: Mapping[str, Any], point: Mapping[str, Any]) -> Table:
+    """Milliseconds and shares of the parts, and the bound that the encoder sets."""
+    table = _table(
+        f"Where the time goes, ms ({_load(result, point)})",
+        ["", *_SPLIT.values(), "total", "infinitely fast\nlanguage model"],
+    )
+    rows = {"unpruned": point["unpruned_split"]}
+    rows |= {trial: own["split"] for trial, own in point["trials"].items()}
+    for name, own in rows.items():
+        shares = (
+            f"{milliseconds(own[part])} ({100 * own[part] / own['total']:.0f} %)"
+            if part in own else "–" for part in _SPLIT
+        )  # fmt: skip
+        bound = f"{own['bound']['median']:.2f}×"
+        table.add_row(name, *shares, milliseconds(own["total"]), bound)
+    return table
+
+
 def _speedups(result: Mapping[str, Any]) -> Table:
     point = result["points"][0]
     table = _table(
-        f"Speed-up over unpruned ({_load(point)})",
+        f"Speed-up over unpruned ({_load(result, point)})",
         ["", "of", "method", "ideal", "achieved ÷ ideal"],
         left=2,
     )
@@ -117,10 +156,12 @@ def _achieved(data: Mapping[str, Any]) -> str:
 
 
 def _sizes(result: Mapping[str, Any]) -> Table:
+    energy = _joules(result["unpruned"]) is not None
     table = _table(
         "Size and break-even",
         ["", "tokens\nlast/mean", "TFLOPs" if _tera(result) else "GFLOPs", "KV cache",
-         "peak memory\n(ideal)", "pays (total)"],
+         "peak memory\n(ideal)", *(["joules"] if energy else []),
+         f"pays ({result['settings']['break_even_by']})"],
     )  # fmt: skip
     table.columns[-1].justify = "left"
     scale = 1e12 if _tera(result) else 1e9
@@ -135,13 +176,31 @@ def _sizes(result: Mapping[str, Any]) -> Table:
             f"{trial['flops_prefill'] / scale:.3g}",
             data_size(trial["kv_bytes"]),
             memory if ideal is None else f"{memory} ({data_size(ideal['bytes'])})",
-            trial["break_even"]["text"] if "break_even" in trial else "",
+            *([f"{_joules(trial):.3g}"] if energy else []),
+            _pays(trial),
         )
     return table
 
 
+def _joules(trial: Mapping[str, Any]) -> float | None:
+    """Energy of the first point's batch; None where it was not measured."""
+    joules: float | None = trial.get("energy", {}).get("joules")
+    return joules
+
+
+def _pays(trial: Mapping[str, Any]) -> str:
+    """The break-even point, of each length of answers where there are several."""
+    lengths = trial.get("break_even_by_new_tokens", {})
+    if len(lengths) < 2:
+        return str(trial["break_even"]["text"]) if "break_even" in trial else ""
+    return "\n".join(f"{length} new: {own['text']}" for length, own in lengths.items())
+
+
 def _grid(result: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("Speed-up of total, method / ideal", ["", *map(_load, points)])
+    by = result["settings"]["break_even_by"]
+    table = _table(
+        f"Speed-up of {by}, method / ideal", ["", *(_load(result, point) for point in points)]
+    )
     for trial in result["trials"]:
         texts = []
         for point in points:
@@ -149,13 +208,14 @@ def _grid(result: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Tab
                 texts.append(point["error"])
                 continue
             measured = point["trials"][trial["trial"]]
-            texts.append(f"{_short(measured['speedup'])} / {_short(measured['ideal_speedup'])}")
+            pair = (_short(measured[kind], by) for kind in ("speedup", "ideal_speedup"))
+            texts.append(" / ".join(pair))
         table.add_row(trial["trial"], *texts)
     return table
 
 
-def _short(verdicts: Mapping[str, Any]) -> str:
-    seen = Verdict.from_dict(verdicts["total"])
+def _short(verdicts: Mapping[str, Any], by: str) -> str:
+    seen = Verdict.from_dict(verdicts[by])
     return "noise" if seen.speedup is None else str(seen)
 
 
@@ -169,9 +229,28 @@ def _legend(result: Mapping[str, Any]) -> str:
         "Ratios are taken within rounds; in brackets the 95 % interval of their median. A speed-up "
         "is\nprinted where that interval lies beyond the noise floor. ~: it holds 100 %.\n"
         "Selection: time in the method's own code, a share of encoder and prefill.\n"
+        f"{_split_legend(result)}"
         "FLOPs (2 × MACs) and KV cache: one prefill, per prompt. Peak memory: whole batch, beyond "
-        f"weights\nand inputs ({source})."
+        f"weights\nand inputs ({source}).{_energy_legend(result)}"
     )
+
+
+def _split_legend(result: Mapping[str, Any]) -> str:
+    if not any(point.get("unpruned_split") for point in result["points"]):
+        return ""
+    return (
+        "Infinitely fast language model: what no pruning after the encoder can pass, unpruned "
+        "total ÷\nencoder; where the time goes, selection is taken out of the other parts.\n"
+    )
+
+
+def _energy_legend(result: Mapping[str, Any]) -> str:
+    energy = result["unpruned"].get("energy")
+    if energy is None:
+        return ""
+    if energy["joules"] is None:
+        return f"\nEnergy: not measured ({energy['reason']})."
+    return f"\nJoules: a whole batch's answers of the first length ({energy['source']})."
 
 
 def _tera(result: Mapping[str, Any]) -> bool:

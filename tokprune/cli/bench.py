@@ -46,11 +46,14 @@ def bench(
         typer.Option(
             help="Instead of a model: a published shape with random weights: tiny, small, "
             "llava-1.5-7b, llava-1.5-13b, llava-next-7b, qwen2.5-vl-7b, qwen2.5-vl-7b-1792px, "
-            "qwen3-vl-8b, internvl3-8b, gemma3-4b."
+            "qwen3-vl-8b, internvl3-8b, gemma3-4b; qwen2.5-vl-7b-video, qwen3-vl-8b-video (16,384 "
+            "tokens)."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Measurements of everything.")] = 20,
-    new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 16,
+    new_tokens: Annotated[
+        str, typer.Option(help="Length of an answer, or lengths, separated by commas.")
+    ] = "16",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes of the grid.")] = "1,4",
     text_tokens: Annotated[
         str, typer.Option(help="Text lengths of the grid, the image's tokens come on top.")
@@ -81,14 +84,17 @@ def bench(
     keeps = [parse_keep(text, schedule=False) for text in parse_list("keep", keep) or []]
     sizes = parse_numbers("batch-sizes", batch_sizes, 1) or []
     lengths = parse_numbers("text-tokens", text_tokens, 1) or []
-    for option, value in (("--rounds", rounds), ("--new-tokens", new_tokens)):
-        if value < 1:
-            raise BadInput(f"{option} {value} should be at least 1")
+    if rounds < 1:
+        raise BadInput(f"--rounds {rounds} should be at least 1")
+    if new_tokens.strip() == "0":
+        raise BadInput("--new-tokens 0 should be at least 1")
+    answers = parse_numbers("new-tokens", new_tokens, 1) or []
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise BadInput(f"--json {json_file}: no such folder")
     if json_file is not None and json_file.is_dir():
         raise BadInput(f"--json {json_file} is a folder; it should be a file")
     opened = None if image is None else open_image(image)
+    frames = 0
     if importlib.util.find_spec("psutil") is None:
         raise BadInput("bench needs psutil, which is not installed: pip install 'tokprune[sweep]'")
 
@@ -113,10 +119,11 @@ def bench(
         torch.set_num_threads(threads)
     quiet()
     if random_weights is not None:
-        from tokprune.bench.models import image_of
+        from tokprune.bench.models import frames_of, image_of
 
         loaded, processor = _random(random_weights, names, keeps, place, dtype, attention), None
         opened = image_of(random_weights) if opened is None else opened
+        frames = frames_of(random_weights)
     else:
         assert model is not None
         loaded, processor = load_model(
@@ -132,12 +139,13 @@ def bench(
             processor=processor,
             image=opened,
             rounds=rounds,
-            new_tokens=new_tokens,
+            new_tokens=answers,
             batch_sizes=sizes,
             text_tokens=lengths,
             clock=clock.value,
             name=model if random_weights is None else f"random weights {random_weights}",
             progress=_shown_by(progress),
+            frames=frames,
         )
     out = console(100)
     for part in tables(result):
