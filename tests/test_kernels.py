@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CASES, KERNELS, large, operators
+from kernel_cases import CASES, KERNELS, extremes, operators
 
 from tokprune.operators.kernels import available, door
 
@@ -225,43 +225,43 @@ def recorded(call: Callable[[], Any]) -> list[Any]:
     return launches
 
 
-def type_name(value: Any) -> Any:
-    names = {
-        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-        torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
-    }  # fmt: skip
-    if isinstance(value, torch.Tensor):
-        return "*" + names[value.dtype]
-    if isinstance(value, tuple):
-        return tuple(type_name(x) for x in value)
-    return "fp32" if isinstance(value, float) else "i32"
-
-
 def compiled(launch: Any, capability: int) -> Any:
     """The launched kernel as Triton would compile it: numbers divisible by 16 and 1 told apart."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    names = {
+        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+        torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
+    }  # fmt: skip
     kernel, args, options = launch
     values = dict(zip(kernel.arg_names, args))
-    constants = {name: x for name, x in options.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for at, param in enumerate(kernel.params):
-        if param.name in constants:
-            signature[param.name] = "constexpr"
-            continue
-        value = values[param.name]
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def typed(value: Any, path: tuple[int, ...], special: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(typed(x, (*path, at), special) for at, x in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        signature[param.name] = type_name(value)
-        if not isinstance(number, int) or param.do_not_specialize:
-            continue
-        if number == 1:
-            constants[param.name], signature[param.name] = 1, "constexpr"
-        elif number % 16 == 0:
-            attributes[(at,)] = [["tt.divisibility", 16]]
+        if number == 1 and special:
+            constants[path] = 1
+            return "constexpr"
+        if number % 16 == 0 and special:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "*" + names[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
+    signature = {}
+    for at, param in enumerate(kernel.params):
+        if param.name in options:
+            constants[(at,)], signature[param.name] = options[param.name], "constexpr"
+        else:
+            special = not param.do_not_specialize
+            signature[param.name] = typed(values[param.name], (at,), special)
     source = ASTSource(kernel, signature, constants, attributes)
-    settings = {name: x for name, x in options.items() if name not in constants}
+    settings = {name: x for name, x in options.items() if name not in kernel.arg_names}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
 
 
@@ -313,6 +313,37 @@ def test_kernel_compiles_without_spills(
 
 
 @needs_triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_for_one_token(name: str, compiler: Path) -> None:
+    """Triton makes a number 1 part of the code, which other sizes do not show."""
+    one = torch.zeros(1, 1, 1)
+    first, mask = torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    module = operators(f"kernels.{name}")
+    calls: dict[str, Callable[[], Any]] = {
+        "coverage": lambda: module.coverage_picks(one, one[0], 1, mask, multiply=False),
+        "dpp": lambda: module.dpp_picks(one, 1, mask),
+        "gather": lambda: module.gathered([one, one.byte()], first[None]),
+        "greedy": lambda: (
+            module.greedy_picks(one, 1, first, mask, total=True),
+            module.nearest_other(one, mask),
+        ),
+        "match": lambda: module.best_neighbour(one, one),
+        "received": lambda: module.received_sums(
+            one[None], one[None], 1.0, first[None], causal=True, others_only=True,
+            key_valid=mask, row_valid=mask, softcap=None,
+        ),
+        "steps": lambda: (
+            module.greedy_steps(one, 1, first, mask, total=True),
+            module.dpp_steps(one, one[0], 1, mask),
+        ),
+    }  # fmt: skip
+    launches = recorded(calls[name])
+    assert launches
+    for launch in launches:
+        assert "cubin" in compiled(launch, 90).asm
+
+
+@needs_triton
 def test_every_kernel_is_compiled() -> None:
     from triton.runtime import JITFunction
 
@@ -347,8 +378,8 @@ def test_kernel_equals_plain_code_on_the_gpu(case: str) -> None:
 @pytest.mark.gpu
 @needs_gpu
 @needs_triton
-def test_large_sets_on_the_gpu() -> None:
-    large("cuda")
+def test_smallest_and_largest_sets_on_the_gpu() -> None:
+    extremes("cuda")
 
 
 @pytest.mark.gpu

@@ -16,9 +16,6 @@ from tokprune.operators.kernels.greedy import as_bytes
 
 __all__ = ["received_sums"]
 
-#: queries and keys of a block
-QUERIES, KEYS = 64, 64
-
 
 @triton.jit
 def block_logits(
@@ -153,6 +150,7 @@ def received_sums(
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
     key_real = as_bytes(key_valid, lse)
+    queries, keys, depth = blocks(q.dtype)
     numbers = (
         rows, length, width, heads, heads // k.shape[1], scaling,
         1.0 if softcap is None else softcap,
@@ -160,22 +158,23 @@ def received_sums(
     )  # fmt: skip
     common = {
         "CAUSAL": causal, "MASKED": key_valid is not None, "CAPPED": softcap is not None,
-        "QUERIES": QUERIES, "KEYS": KEYS, "DEPTH": depth(q.dtype),
+        "QUERIES": queries, "KEYS": keys, "DEPTH": depth,
     }  # fmt: skip
     with on_device(q):
-        sums_kernel[(triton.cdiv(rows, QUERIES), heads, batch)](
+        sums_kernel[(triton.cdiv(rows, queries), heads, batch)](
             q, k, lse, place, key_real, *numbers, **common, **options(8)
         )
-        columns_kernel[(triton.cdiv(length, KEYS), heads, batch)](
+        columns_kernel[(triton.cdiv(length, keys), heads, batch)](
             q, k, lse, place, key_real, as_bytes(row_valid, lse), out, *numbers, **common,
             OTHERS=others_only, COUNTED=row_valid is not None, **options(8),
         )  # fmt: skip
     return out
 
 
-def depth(dtype: torch.dtype) -> int:
-    """Features multiplied at once: float32 is multiplied out of registers, which are few."""
-    return 16 if dtype == torch.float32 else 32
+def blocks(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Queries and keys of a block, and features multiplied at once: float32 is multiplied out of
+    registers, of which larger blocks would need too many."""
+    return (64, 32, 16) if dtype == torch.float32 else (64, 64, 32)
 
 
 def _in_lanes(x: Tensor) -> Tensor:
