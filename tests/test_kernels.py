@@ -311,6 +311,7 @@ def test_kernel_compiles_without_spills(
             continue
         seen.add(kernel.__name__)
         binary = compiled(launch, capability)
+        assert "tf32" not in binary.asm["ptx"]
         used = resources(binary.asm["cubin"], compiler)
         line = f"sm_{capability} {kernel.__name__} {options} {used} shared={binary.metadata.shared}"
         print(line)
