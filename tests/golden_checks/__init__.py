@@ -16,6 +16,7 @@ MODULES = (
     "mustdrop",
     "pitome",
     "pyramiddrop",
+    "scope",
     "sparsevlm",
     "todre",
     "tome",

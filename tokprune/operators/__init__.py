@@ -9,6 +9,8 @@ from tokprune.operators.anyres import *
 from tokprune.operators.attention import *
 from tokprune.operators.bipartite import *
 from tokprune.operators.cdpruner import *
+from tokprune.operators.coverage import *
+from tokprune.operators.coverage import coverage as coverage_select
 from tokprune.operators.dart import *
 from tokprune.operators.dart import dart as dart_select
 from tokprune.operators.diversity import *

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokprune.operators.kernels import available
 from tokprune.operators.merging import MergePlan
 from tokprune.operators.rows import take_rows
 
@@ -42,12 +43,9 @@ def bipartite_soft_matching(
     r = min(r, (tokens - class_token - distill_token) // 2)
     if r <= 0:
         return None
-    scores = unit[:, ::2] @ unit[:, 1::2].mT
+    best, match = best_neighbour(unit[:, ::2], unit[:, 1::2], barred=int(distill_token))
     if class_token:
-        scores[:, 0] = -math.inf
-    if distill_token:
-        scores[:, :, 0] = -math.inf
-    best, match = scores.max(-1)
+        best[:, 0] = -math.inf
     order = best.argsort(dim=-1, descending=True, stable=True)
     joining, staying = order[:, :r], order[:, r:]
     if class_token:
@@ -120,5 +118,20 @@ def unit_rows(metric: Tensor) -> Tensor:
 
 def best_match(unit: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """Score [B, n] and slot [B, n] of the most similar of the rows ``dst`` for each row ``src``."""
-    best, slot = (take_rows(unit, src) @ take_rows(unit, dst).mT).max(-1)
+    return best_neighbour(take_rows(unit, src), take_rows(unit, dst))
+
+
+def best_neighbour(a: Tensor, b: Tensor, barred: int = 0) -> tuple[Tensor, Tensor]:
+    """Largest product [B, n] of each row of ``a`` [B, n, C] with a row of ``b`` [B, m, C], and
+    which row that is [B, n] long; of equal ones the lower.
+
+    ``barred``: so many rows of ``b``, from the first, are nobody's neighbour.
+    """
+    if a.dtype == b.dtype == torch.float32 and b.shape[1] and available(a, b):
+        from tokprune.operators.kernels import match
+
+        return match.best_neighbour(a, b, barred)
+    scores = a @ b.mT
+    scores[..., :barred] = -math.inf
+    best, slot = scores.max(-1)
     return best, slot

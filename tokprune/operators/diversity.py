@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokprune.operators.checks import check_points, check_selection, check_square
+from tokprune.operators.kernels import LONGEST_ROW, available
 
 __all__ = [
     "center_pivot", "cls_pivot", "cls_scores", "divprune", "farthest_pivot",
@@ -21,6 +22,9 @@ Row = Callable[[Tensor], Tensor]
 
 #: Up to this many tokens all pairwise similarities are held; above it one row is made per step.
 DENSE_LIMIT = 8192
+
+#: The same with kernels: one program reads the matrix row by row, which takes ever longer.
+GRAM_LIMIT = 4096
 
 #: Rows of pairwise similarities held at once when the whole matrix is not.
 _CHUNK = 1024
@@ -49,6 +53,8 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None) 
     """
     batch = _start(x, k, candidates)
     _check_pivot(pivot, x.shape[:-2])
+    if k > 1 and available(batch):
+        return _by_kernel(batch, k, pivot, candidates, total=True)
     row = _rows(batch, batch.neg(), finish=None) if k > 1 else None
     state = batch.new_zeros(batch.shape[:-1])
     return _greedy(row, state, k, pivot, candidates, torch.Tensor.add_)
@@ -76,6 +82,8 @@ def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None)
     """
     batch = _start(x, k, candidates)
     _check_pivot(pivot, x.shape[:-2])
+    if k > 1 and available(batch):
+        return _by_kernel(batch, k, pivot, candidates, total=False)
     row = _rows(batch, batch, finish=_to_distance) if k > 1 else None
     state = batch.new_full(batch.shape[:-1], torch.inf)
     return _greedy(row, state, k, pivot, candidates, _minimum_)
@@ -103,7 +111,13 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
     """
     batch = _start(x, k, candidates)
     allowed = None if candidates is None else candidates.reshape(batch.shape[:-1])
-    if batch.shape[1] <= DENSE_LIMIT:
+    if batch.shape[1] <= GRAM_LIMIT and available(batch):
+        from tokprune.operators.kernels.greedy import greedy_picks, nearest_other
+
+        gram = torch.bmm(batch, batch.transpose(1, 2))
+        first = _argmax(nearest_other(gram, allowed), allowed)
+        return greedy_picks(gram, k, first, allowed).reshape(*x.shape[:-2], k)
+    if batch.shape[1] <= DENSE_LIMIT and not available(batch):
         matrix = _to_distance(torch.bmm(batch, batch.transpose(1, 2)))
         matrix.diagonal(0, -2, -1).fill_(torch.inf)
         others = matrix if allowed is None else matrix.masked_fill(~allowed[..., None], torch.inf)
@@ -141,6 +155,11 @@ def k_center_from_distance(distance: Tensor, k: int, pivot: Tensor) -> Tensor:
     check_square("distance", distance)
     check_selection(distance.shape[:-1], k, None)
     _check_pivot(pivot, distance.shape[:-2])
+    if distance.shape[-1] <= LONGEST_ROW and available(distance):
+        from tokprune.operators.kernels.greedy import greedy_picks
+
+        ready = rearrange(distance.float(), "... n m -> (...) n m").contiguous()
+        return greedy_picks(ready, k, pivot, None, cosine=False).reshape(*pivot.shape, k)
     matrix = rearrange(distance.to(torch.float32, copy=True), "... n m -> (...) n m")
     state = torch.full_like(matrix[:, 0], torch.inf)
     return _greedy(_matrix_rows(matrix), state, k, pivot, None, _minimum_)
@@ -247,6 +266,22 @@ def random_pivot(
 
 
 # ------------------------------------------------------------------------------- internals
+
+
+def _by_kernel(
+    batch: Tensor, k: int, first: Tensor, candidates: Tensor | None, *, total: bool
+) -> Tensor:
+    """The picks [*, k] from unit rows [B, n, d], on a GPU."""
+    if batch.shape[1] <= GRAM_LIMIT:
+        from tokprune.operators.kernels.greedy import greedy_picks
+
+        gram = torch.bmm(batch, batch.transpose(1, 2))
+        order = greedy_picks(gram, k, first, candidates, total=total)
+    else:
+        from tokprune.operators.kernels.steps import greedy_steps
+
+        order = greedy_steps(batch, k, first, candidates, total=total)
+    return order.reshape(*first.shape, k)
 
 
 def _greedy(

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokprune.operators.checks import check_points, check_selection, check_square
-from tokprune.operators.diversity import DENSE_LIMIT, Row, row_getter
+from tokprune.operators.diversity import DENSE_LIMIT, GRAM_LIMIT, Row, row_getter
+from tokprune.operators.kernels import LONGEST_ROW, available
 
 __all__ = ["conditional_kernel", "dpp_map", "dpp_map_from_kernel"]
 
@@ -70,13 +71,18 @@ def dpp_map(
     """
     _check(x, relevance)
     check_selection(x.shape[:-1], k, candidates)
-    if x.shape[-2] <= DENSE_LIMIT:
+    by_kernel = available(x) if relevance is None else available(x, relevance)
+    if x.shape[-2] <= (GRAM_LIMIT if by_kernel else DENSE_LIMIT):
         return dpp_map_from_kernel(conditional_kernel(x, relevance), k, candidates)
     rows = rearrange(normalize(x.float(), dim=-1), "... n d -> (...) n d")
     gain = rows.square().sum(-1).round()
     if relevance is not None:
         r = relevance.float().reshape(gain.shape)
         rows, gain = rows * r[..., None], r * gain * r
+    if by_kernel:
+        from tokprune.operators.kernels.steps import dpp_steps
+
+        return dpp_steps(rows, gain, k, candidates).reshape(*x.shape[:-2], k)
     features = row_getter(rows)
 
     def row(index: Tensor) -> Tensor:
@@ -105,6 +111,11 @@ def dpp_map_from_kernel(kernel: Tensor, k: int, candidates: Tensor | None = None
     check_square("kernel", kernel)
     check_selection(kernel.shape[:-1], k, candidates)
     matrix = rearrange(kernel.float(), "... n m -> (...) n m")
+    if matrix.shape[-1] <= LONGEST_ROW and available(matrix):
+        from tokprune.operators.kernels.dpp import dpp_picks
+
+        order = dpp_picks(matrix.contiguous(), k, candidates)
+        return order.reshape(*kernel.shape[:-2], k)
     diagonal = matrix.diagonal(0, -2, -1).clone()
     order = _greedy(row_getter(matrix), diagonal, k, candidates)
     return order.reshape(*kernel.shape[:-2], k)

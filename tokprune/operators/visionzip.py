@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokprune.operators.bipartite import best_match
 from tokprune.operators.checks import check_choice, check_number
 from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
@@ -147,7 +148,7 @@ def contextual(hidden: Tensor, metric: Tensor, indices: Tensor, count: int) -> C
     target, follower = remaining[:, order[:count]], remaining[:, order[count:]]
 
     unit = normalize(metric.float(), dim=-1)
-    near = (take_rows(unit, follower) @ take_rows(unit, target).mT).argmax(-1)
+    near = best_match(unit, follower, target)[1]
     first = torch.arange(batch, device=device)[:, None] * count
     slot = rearrange(near + first, "b m -> (b m)")
     total = torch.zeros(batch * count, width, dtype=torch.float32, device=device)
