@@ -12,7 +12,7 @@ import torch
 from family_cases import METHODS, SHAPES, case_of
 
 from tokprune.errors import UnsupportedModelError
-from tokprune.testing import continuation_tokens
+from tokprune.testing import assert_same_logits, continuation_tokens
 from tokprune.testing.generated import forced_logits
 
 
@@ -54,6 +54,16 @@ def test_equals_a_cache_on_the_device(method: str, family: str) -> None:
     with case.compress():
         got = forced_logits(case.model, inputs, tokens, cache_implementation="offloaded")
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv-compact", "mustdrop"])
+def test_static_ones_too(method: str) -> None:
+    case = case_of(method, "llava-1.5", SHAPES["ragged"])
+    inputs, tokens = case.inputs(), continuation_tokens(4, 3)
+    with case.compress():
+        want = forced_logits(case.model, inputs, tokens)
+        got = forced_logits(case.model, inputs, tokens, cache_implementation="offloaded_static")
+    assert_same_logits(got, want)
 
 
 def test_scores_and_policies_wait_for_what_is_fetched_ahead() -> None:
