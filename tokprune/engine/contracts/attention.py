@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tokprune.operators.attention import attention_rows
+from tokprune.operators.attention import attention_rows, received_attention
 
 
 def visible_rows(
@@ -93,19 +93,20 @@ class Attention:
         Mean over heads and queries (``others_only``: the token itself left out); the map is made
         ``block`` rows at a time and never held whole.
         """
+        if not self.causal:
+            return received_attention(
+                self.query, self.key, self.scaling, key_valid=self.valid, row_valid=self.valid,
+                softcap=self.softcap, others_only=others_only, block=block,
+            )  # fmt: skip
         batch, tokens = self.query.shape[0], self.query.shape[2]
-        arange = torch.arange(tokens, device=self.query.device)
-        total = torch.zeros(batch, tokens, device=arange.device)
-        for part in arange.split(block):
+        total = torch.zeros(batch, tokens, device=self.query.device)
+        for part in torch.arange(tokens, device=total.device).split(block):
             index = part.expand(batch, -1)
             rows = self.rows(index).mean(1)
             if others_only:
                 rows = rows.scatter(2, index[:, :, None], 0.0)
-            if self.valid is not None:
-                rows = rows.masked_fill(~self.valid[:, part, None], 0.0)
             total = total + rows.sum(1)
-        real = tokens if self.valid is None else self.valid.sum(1, keepdim=True)
-        return total / (real - int(others_only))
+        return total / max(1, tokens - int(others_only))
 
     def cls_row(self) -> Tensor:
         """Row of the class token (query 0), head by head: float32 [B, H, Lk]."""
