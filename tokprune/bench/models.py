@@ -151,19 +151,17 @@ def _llava(shape: Shape) -> Any:
     return LlavaConfig(**common)
 
 
-def skeleton(name: str) -> Any:
-    """The model of a preset on the meta device, without memory behind its weights."""
-    return _skeleton(shape_of(name))
-
-
-def _skeleton(shape: Shape | Released) -> Any:
+def skeleton(shape: str | Shape | Released) -> Any:
+    """The model of a preset, or of a shape of your own, on the meta device, without memory behind
+    its weights."""
+    shape = shape_of(shape) if isinstance(shape, str) else shape
     with torch.device("meta"):
         return _class_of(shape)(config_of(shape))
 
 
 def parameters_of(shape: Shape | Released) -> int:
     """Number of weights; nothing is allocated."""
-    return sum(p.numel() for p in _skeleton(shape).parameters())
+    return sum(p.numel() for p in skeleton(shape).parameters())
 
 
 def random_model(

@@ -47,7 +47,8 @@ class InputDrop:
 @dataclass
 class PromptSelection:
     """The embedded prompt [B, L, D], as it was where nothing has moved; what goes of it (None:
-    nothing); marks [B, L] or None; what enters the decoder of every image, and the answers."""
+    nothing); marks [B, L] or None; what enters the decoder of every image, and the answers, both
+    without features."""
 
     embeds: Tensor
     drop: InputDrop | None
@@ -216,7 +217,7 @@ def select_visual(
         if tag is not None and image.tag is not None:
             tag[b, slots] = image.tag
     if not changed:
-        return PromptSelection(embeds, None, tag, images, answers)
+        return PromptSelection(embeds, None, tag, *_numbers(images, answers))
     if moved:
         flat = embeds.flatten(0, 1).clone()
         flat[torch.cat([at for at, _ in moved])] = torch.cat([x for _, x in moved]).to(flat.dtype)
@@ -225,7 +226,22 @@ def select_visual(
     for (b, _), image in zip(places, images):
         counts[b].append(image.count)
     drop = InputDrop(mask, column, counts, compact, ordered, merged)
-    return PromptSelection(embeds, drop, tag, images, answers)
+    return PromptSelection(embeds, drop, tag, *_numbers(images, answers))
+
+
+def _numbers(
+    images: list[ImageTokens], answers: list[Selection | None]
+) -> tuple[list[ImageTokens], list[Selection | None]]:
+    """Both without the tensors that hold features, which nobody needs any more: they would take
+    their room through the whole decoder."""
+    bare = [
+        replace(
+            image, features=image.features.new_empty(image.count, 0), text=None, raw=None,
+            newline_feature=None,
+        )
+        for image in images
+    ]  # fmt: skip
+    return bare, [None if own is None else replace(own, features=None) for own in answers]
 
 
 def merge_values(values: Tensor, drop: InputDrop) -> Tensor:

@@ -224,15 +224,14 @@ class Trace:
         flat = 0
         for b, row in enumerate(layout.image_of):
             for s, number in enumerate(row):
-                selection = answers[flat] if flat < len(answers) else None
                 traces.append(
                     ImageTrace(
                         row=b,
                         number=s,
                         columns=layout.columns[b][s],
                         record=stripped[number] if stripped is not None else None,
-                        entered=_numbers(entered[flat]) if flat < len(entered) else None,
-                        selection=None if selection is None else replace(selection, features=None),
+                        entered=entered[flat] if flat < len(entered) else None,
+                        selection=answers[flat] if flat < len(answers) else None,
                     )
                 )
                 flat += 1
@@ -321,9 +320,3 @@ class Trace:
                 "image first (text-only prompts pass through untouched and leave no trace)"
             )
         return self.last
-
-
-def _numbers(tokens: ImageTokens) -> ImageTokens:
-    """Tokens without the tensors that hold features."""
-    empty = tokens.features.new_empty(tokens.count, 0)
-    return replace(tokens, features=empty, raw=None, newline_feature=None)

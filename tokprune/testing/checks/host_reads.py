@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import sys
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import transformers
+from torch import Tensor
 
 from tokprune.api import compress
 from tokprune.engine import entry, session
@@ -32,15 +35,12 @@ def can_find_host_reads() -> bool:
     return not transformers.__version__.startswith("4.")
 
 
-def host_read(case: Case) -> str | None:
-    """Where a prefill or a cached step first needs a value on the host, in words; None: nowhere.
-
-    ``case.model`` is moved to the meta device, for good.
-    """
-    model, inputs = case.model, case.inputs()
-    bound, ids = bind(model), inputs["input_ids"]
+@contextmanager
+def without_values(model: Any, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """``model`` on the meta device, for good, and ``inputs`` there, without their attention mask;
+    inside the block it takes them, compressed or not, as long as nothing else reads a value."""
+    bound = bind(model)
     kind = bound.family.placeholders(bound.parts, inputs)
-    del inputs["attention_mask"]
     read = entry.read_layout
     with ExitStack() as stack:
 
@@ -55,14 +55,23 @@ def host_read(case: Case) -> str | None:
             stand_in(sys.modules[cls.__module__], "torch_compilable_check", lambda *a, **k: None)
         model.to("meta")
         moved = {n: v if n in _ON_HOST else v.to("meta") for n, v in inputs.items()}
+        moved.pop("attention_mask", None)
+        yield moved
+
+
+def host_read(case: Case) -> str | None:
+    """Where a prefill or a cached step first needs a value on the host, in words; None: nowhere.
+
+    ``case.model`` is moved to the meta device, for good.
+    """
+    model, inputs = case.model, case.inputs()
+    step = torch.zeros(len(inputs["input_ids"]), 1, dtype=torch.long, device="meta")
+    with without_values(model, inputs) as moved:
         try:
             with compress(model, case.method, validate=False), torch.no_grad():
                 out = model(**moved, use_cache=True)
-                model(
-                    input_ids=torch.zeros(len(ids), 1, dtype=torch.long, device="meta"),
-                    use_cache=True,
-                    **{cache_argument(model): out.past_key_values},
-                )
+                cache = {cache_argument(model): out.past_key_values}
+                model(input_ids=step, use_cache=True, **cache)
         except (RuntimeError, NotImplementedError) as error:
             if not any(word in str(error).lower() for word in ("meta", "data-dependent")):
                 raise
