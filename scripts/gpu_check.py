@@ -148,7 +148,7 @@ def main() -> int:
             waits.run_waits(cases, device, budget.next(), journal)
             conformance.run_conformance(cases, device, budget.next(), journal)
             conformance.run_flash_attn(cases, device, journal)
-            kernels.run_kernels(device, budget.next(), journal)
+            kernels.run_kernels(budget.next(), journal)
         if "operators" in given.only:
             operators.run_operators(device, budget.next(), journal, small=given.rehearse)
         journal.data["status"] = "complete"

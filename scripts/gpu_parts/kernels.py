@@ -8,30 +8,27 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
-
 from gpu_parts.journal import ROOT, Journal, Skipped
 
 TESTS = ROOT / "tests" / "test_kernels.py"
 
 
-def run_kernels(device: torch.device, seconds: float, journal: Journal) -> None:
-    """``tests/test_kernels.py`` in a process of its own; on a CPU in Triton's interpreter."""
+def run_kernels(seconds: float, journal: Journal) -> None:
+    """The tests in ``tests/test_kernels.py`` that want a GPU, in a process of their own (without
+    one all are skipped; the others run in the suite)."""
     with journal.part("kernels", "kernels") as own:
         if not TESTS.exists():
             raise Skipped("this checkout has no tests/test_kernels.py")
         for name in ("triton", "pytest"):
             if importlib.util.find_spec(name) is None:
                 raise Skipped(f"{name} is not installed")
-        own["result"] = _tested(device, max(seconds, 20.0))
+        own["result"] = _tested(max(seconds, 20.0))
 
 
-def _tested(device: torch.device, seconds: float) -> dict[str, Any]:
+def _tested(seconds: float) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if device.type != "cuda":
-        environment["TRITON_INTERPRET"] = "1"
     line = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider",
-            str(TESTS)]  # fmt: skip
+            "-m", "gpu", str(TESTS)]  # fmt: skip
     try:
         done = subprocess.run(
             line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
