@@ -182,13 +182,11 @@ class TransformersEntry(Entry):
         if self.parts.video_token_id is not None:
             self._wrap("get_video_features", self._video_features)
         self.generation.install()
-        multimodal = self.parts.multimodal
+        multimodal, idle = self.parts.multimodal, nothing_to_do(self.arguments)
         return [
-            multimodal.register_forward_pre_hook(
-                with_step(self._enter, nothing_to_do), with_kwargs=True
-            ),
+            multimodal.register_forward_pre_hook(with_step(self._enter, idle), with_kwargs=True),
             multimodal.register_forward_hook(
-                with_step(self.leave, nothing_to_do), with_kwargs=True, always_call=True
+                with_step(self.leave, idle), with_kwargs=True, always_call=True
             ),
         ]
 

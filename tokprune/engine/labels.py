@@ -87,12 +87,11 @@ class LossHooks:
     def install(self) -> list[Any]:
         if "labels" not in self.arguments:
             return []
+        idle = nothing_to_do(self.arguments)
         return [
-            self.model.register_forward_pre_hook(
-                with_step(self._before, nothing_to_do), with_kwargs=True
-            ),
+            self.model.register_forward_pre_hook(with_step(self._before, idle), with_kwargs=True),
             self.model.register_forward_hook(
-                with_step(self._after, nothing_to_do), with_kwargs=True, always_call=True
+                with_step(self._after, idle), with_kwargs=True, always_call=True
             ),
         ]
 

@@ -10,7 +10,7 @@ Each function here stands for one hook of the engine and takes what that hook ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,14 +29,20 @@ def traceable(cache: Any, tokens: int) -> bool:
     return all(layer.filled is not None for layer in own)
 
 
-def nothing_to_do(module: Any, args: Any, kwargs: dict[str, Any], *output: Any) -> Any:
-    """For hooks around the model and its multimodal part, which have no work in a step."""
-    ids = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if ids is None else ids
-    labelled = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-    if args or given is None or labelled or not traceable(cache_in(kwargs), given.shape[1]):
-        return NotImplemented
-    return None
+def nothing_to_do(arguments: Sequence[str]) -> Callable[..., Any]:
+    """For hooks around a model or its multimodal part, which have no work in a step;
+    ``arguments``: names of the positional ones."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], *output: Any) -> Any:
+        call = {**dict(zip(arguments, args)), **kwargs}
+        ids = call.get("input_ids")
+        given = call.get("inputs_embeds") if ids is None else ids
+        labelled = call.get("labels") is not None or call.get("shift_labels") is not None
+        if given is None or labelled or not traceable(cache_in(call), given.shape[1]):
+            return NotImplemented
+        return None
+
+    return hook
 
 
 class TracedStep:
