@@ -7,20 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_tensors import few, normal, seeds
 from reference.clustering import kkz, kmedoids_by_hand
 from torch import Tensor
 
 from tokprune import operators as ops
 from tokprune.operators import Clusterer, kmedoids, pairwise, segment_reduce
-
-few = settings(max_examples=30, deadline=None)
-seeds = st.integers(0, 10_000)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

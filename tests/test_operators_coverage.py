@@ -9,24 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_tensors import few, generator, normal, seeds
 from torch import Tensor
 
 from tokprune.operators import attention_rows, coverage_select, received_attention
 from tokprune.operators.rows import gather_rows
-
-few = settings(max_examples=30, deadline=None)
-seeds = st.integers(0, 10_000)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
-
 
 # ---------------------------------------------------------------------------------- coverage
 

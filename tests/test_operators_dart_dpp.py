@@ -6,23 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_tensors import few, generator, normal, seeds
 from torch import Tensor
 
 from tokprune.operators import cdpruner, dart, dpp
-
-few = settings(max_examples=30, deadline=None)
-seeds = st.integers(0, 10_000)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
-
 
 # ------------------------------------------------------------------------------- greedy MAP
 

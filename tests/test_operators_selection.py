@@ -2,25 +2,15 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_tensors import few, generator, normal, seeds
 from reference import attention as slow_attention
 from reference import diversity as slow_diversity
 from torch import Tensor
 
 from tokprune.operators import diversity, relevance, topk, transition
 from tokprune.operators.attention import attention_rows, mean_rows
-
-few = settings(max_examples=30, deadline=None)
-seeds = st.integers(0, 10_000)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
 
 
 def assert_chosen(order: Tensor, n: int, k: int) -> None:
