@@ -38,13 +38,14 @@ def with_step(hook: Callable[..., Any], step: Callable[..., Any]) -> Callable[..
     def run(*args: Any, **kwargs: Any) -> Any:
         return hook(*args, **kwargs)
 
-    setattr(run, _STEP, step)
+    setattr(run, _STEP, (hook, step))
     return run
 
 
 def _outside(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook as the compiler is to see it."""
-    python, step = torch.compiler.disable(hook, reason=_WHY), getattr(hook, _STEP, None)
+    hook, step = getattr(hook, _STEP, (hook, None))
+    python = torch.compiler.disable(hook, reason=_WHY)
     if step is None:
         return python  # type: ignore[no-any-return]
 

@@ -149,13 +149,10 @@ def _tapped_attention(
 ) -> Any:  # fmt: skip
     tapped = _tapped(module)  # None: another thread took the taps out just now
     config, taps = (module.config, ()) if tapped is None else (tapped.config, tapped.taps)
-    if torch.compiler.is_compiling() and query.shape[2] == 1:  # a step, which nobody looks at
-        return _backend(module, config._attn_implementation)(
-            _UnderOwnConfig(module, config), query, key, value, attention_mask,
-            scaling=scaling, **kwargs,
-        )  # fmt: skip
-    captured = getattr(_capturing, "module", None) is module
-    wanting = [tap for tap in taps if tap.wanted()]
+    # nobody looks at a step, and a graph could not ask
+    step = torch.compiler.is_compiling() and query.shape[2] == 1
+    captured = not step and getattr(_capturing, "module", None) is module
+    wanting = [] if step else [tap for tap in taps if tap.wanted()]
     call = None
     if captured or wanting:
         call = Call(
