@@ -132,6 +132,7 @@ def best_neighbour(a: Tensor, b: Tensor, barred: int = 0) -> tuple[Tensor, Tenso
 
         return match.best_neighbour(a, b, barred)
     scores = a @ b.mT
-    scores[..., :barred] = -math.inf
+    if barred:
+        scores[..., :barred] = -math.inf
     best, slot = scores.max(-1)
     return best, slot

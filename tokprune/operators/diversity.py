@@ -55,7 +55,7 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None) 
     _check_pivot(pivot, x.shape[:-2])
     if k > 1 and available(batch):
         return _by_kernel(batch, k, pivot, candidates, total=True)
-    row = _rows(batch, batch.neg(), finish=None) if k > 1 else None
+    row = _rows(batch, finish=torch.Tensor.neg_) if k > 1 else None
     state = batch.new_zeros(batch.shape[:-1])
     return _greedy(row, state, k, pivot, candidates, torch.Tensor.add_)
 
@@ -84,7 +84,7 @@ def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None)
     _check_pivot(pivot, x.shape[:-2])
     if k > 1 and available(batch):
         return _by_kernel(batch, k, pivot, candidates, total=False)
-    row = _rows(batch, batch, finish=_to_distance) if k > 1 else None
+    row = _rows(batch, finish=_to_distance) if k > 1 else None
     state = batch.new_full(batch.shape[:-1], torch.inf)
     return _greedy(row, state, k, pivot, candidates, _minimum_)
 
@@ -306,16 +306,14 @@ def _greedy(
     return torch.stack(order, -1).reshape(*first.shape, k)
 
 
-def _rows(batch: Tensor, other: Tensor, finish: Callable[[Tensor], Tensor] | None) -> Row:
-    """Rows of ``batch @ other.T``, from the whole matrix when it is small enough."""
+def _rows(batch: Tensor, finish: Callable[[Tensor], Tensor]) -> Row:
+    """Rows of cosines as ``finish`` leaves them, of the whole matrix when it is small enough."""
     if batch.shape[1] <= DENSE_LIMIT:
-        matrix = torch.bmm(batch, other.transpose(1, 2))
-        return _matrix_rows(matrix if finish is None else finish(matrix))
+        return _matrix_rows(finish(torch.bmm(batch, batch.transpose(1, 2))))
     features = row_getter(batch)
 
     def row(index: Tensor) -> Tensor:
-        values = torch.bmm(other, features(index).unsqueeze(-1)).squeeze(-1)
-        values = values if finish is None else finish(values)
+        values = finish(torch.bmm(batch, features(index).unsqueeze(-1)).squeeze(-1))
         return values.scatter_(-1, index.unsqueeze(-1), -torch.inf)
 
     return row

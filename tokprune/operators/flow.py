@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from math import log
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -236,7 +237,12 @@ def attention_entropy(
     p, alive = _masked(attention, valid)
     if renormalize:
         p = _share(p)
-    entropy = -torch.special.xlogy(p, p + eps).sum(-1)
+    if eps:
+        entropy = -torch.special.xlogy(p, p + eps).sum(-1)
+    else:
+        entropy = torch.special.entr(p).sum(-1)
+    if isinstance(alive, int):
+        return entropy / log(alive) if alive > 1 else torch.ones_like(entropy)
     return torch.where(alive > 1, entropy / alive.clamp(min=2).float().log(), 1.0)
 
 
@@ -279,12 +285,14 @@ def prune_count(
     if not isinstance(reduce, Tensor):
         check_choice("reduce", reduce, Reduce)
     _check_target(target)
-    alive = _masked(attention, valid)[1]
-    excess = (alive - target).clamp(min=0)
+    excess = _alive(attention, valid) - target
+    excess = max(excess, 0) if isinstance(excess, int) else excess.clamp(min=0)
     h = attention_entropy(attention, valid, renormalize, eps)
-    count = (excess / remaining**0.5 * (1 - h * h)).round().long()
+    count = ((1 - h * h) * (excess / remaining**0.5)).round().long()
     if isinstance(reduce, Tensor) or reduce == "batch":
         count = largest_together(count, reduce if isinstance(reduce, Tensor) else None, "reduce")
+    if isinstance(excess, int):
+        return count.clamp(0, excess)
     return torch.minimum(count.clamp(min=0), excess)
 
 
@@ -344,20 +352,24 @@ def encoder_keep(
         return None
     if remaining == 0 and valid is None and isinstance(target, int):
         return FlowKeep(keep_topk(accumulated, target), [target] * batch)
-    alive = _masked(attention, valid)[1]
+    alive = _alive(attention, valid)
     if remaining == 0:
-        wanted = alive.clamp(max=target)
+        dropped = (alive - target).clamp(min=0)  # one of both is a tensor here
     else:
-        wanted = alive - prune_count(attention, remaining, target, valid, reduce, renormalize, eps)
-    counts, lengths = torch.stack([wanted, alive]).tolist()
-    if counts == lengths:
+        dropped = prune_count(attention, remaining, target, valid, reduce, renormalize, eps)
+    if isinstance(alive, int):
+        gone, lengths = dropped.tolist(), [alive] * batch
+    else:
+        gone, lengths = torch.stack([dropped, alive]).tolist()
+    if not any(gone):
         return None
+    counts = [length - less for length, less in zip(lengths, gone)]
     most = max(counts)
     score = accumulated if valid is None else accumulated.masked_fill(~valid, -torch.inf)
     if min(counts) == most:
         return FlowKeep(keep_topk(score, most), counts)
     index = rank(score)[:, :most]
-    padding = torch.arange(most, device=index.device) >= wanted[:, None]
+    padding = torch.arange(most, device=index.device) >= (alive - dropped)[:, None]
     index = index.masked_fill(padding, tokens).sort(-1).values
     return FlowKeep(index.masked_fill(index == tokens, -1), counts)
 
@@ -399,19 +411,26 @@ def _values(v: Tensor, value_norm: ValueNorm, allowed: Tensor | None) -> Tensor:
     return value if allowed is None else value.masked_fill(~allowed[..., None], 0.0)
 
 
-def _masked(attention: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention in float32, 0 at padding, and the number of real tokens of each row."""
+def _masked(attention: Tensor, valid: Tensor | None) -> tuple[Tensor, int | Tensor]:
+    """Attention in float32, 0 at padding, and the number of real tokens."""
     if valid is None:
-        count = torch.full(attention.shape[:-1], attention.shape[-1], device=attention.device)
-        return attention.float(), count
+        return attention.float(), attention.shape[-1]
+    alive = _alive(attention, valid)
+    return attention.float().masked_fill(~valid, 0.0), alive
+
+
+def _alive(attention: Tensor, valid: Tensor | None) -> Any:
+    """Number of real tokens: of every row, or of each, [...] long."""
+    if valid is None:
+        return attention.shape[-1]
     check_mask("valid", valid, attention.shape)
-    return attention.float().masked_fill(~valid, 0.0), valid.sum(-1)
+    return valid.sum(-1)
 
 
 def _share(row: Tensor) -> Tensor:
+    """Divided by its sum; a row of zeros stays as it is."""
     row = row.float()
-    total = row.sum(-1, keepdim=True)
-    return row / total.masked_fill(total == 0, 1.0)
+    return row / row.sum(-1, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)
 
 
 def _check_target(target: int | Tensor) -> None:

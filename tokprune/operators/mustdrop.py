@@ -139,7 +139,7 @@ def filter_score(total: Tensor, peak: Tensor, gamma: float = 1.0, alpha: float =
         raise ValueError(f"peak has shape {tuple(peak.shape)}; it should be {tuple(total.shape)}")
     total, peak = total.float(), peak.float()
     limit = gamma * total.sum(-1, keepdim=True)
-    by_share = (total / limit).masked_fill(limit == 0, torch.inf)
+    by_share = (total / limit).masked_fill_(limit == 0, torch.inf)
     if alpha == 0:
         return torch.full_like(by_share, torch.inf)
     # Divided by a tensor: a number would become a multiplication by its rounded inverse.

@@ -57,7 +57,8 @@ def temporal_change(x: Tensor) -> Tensor:
         raise ValueError(f"x has shape {tuple(x.shape)}; it should be [*, T, n, d]")
     unit = torch.nn.functional.normalize(x.float(), dim=-1)
     # half the squared difference of unit vectors is 1 − cos, without the rounding around 1
-    change = (unit[..., 1:, :, :] - unit[..., :-1, :, :]).square().sum(-1) / 2
+    moved = unit[..., 1:, :, :] - unit[..., :-1, :, :]
+    change = torch.linalg.vecdot(moved, moved) / 2
     return torch.cat([torch.full_like(unit[..., :1, :, 0], torch.inf), change], dim=-2)
 
 

@@ -156,9 +156,7 @@ def transition_score(
         raise ValueError("ttv is empty and iga is None; at least one of them should be given")
     score = None
     if ttv:
-        total = ttv[0].float()
-        for weight in ttv[1:]:
-            total = total + weight
+        total = torch.stack([weight.float() for weight in ttv]).sum(0)
         score = alpha * image_share(total, segment, segments)
     if iga is not None:
         part = (1 - alpha) * iga.float()
