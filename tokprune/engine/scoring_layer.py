@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from tokprune.engine.cache import brought_back
 from tokprune.engine.contracts import Attention, ScoringLayer, SequenceView
+from tokprune.engine.thin import OnlyRows
 
 if TYPE_CHECKING:
     from tokprune.engine.model import Block
@@ -31,18 +34,45 @@ class LayerAhead(ScoringLayer):
         self.args, self.kwargs = args, kwargs
 
     def attention(self, hidden: Tensor, sequence: SequenceView) -> Attention:
-        prefill = self.prefill
-        args, kwargs, _ = prefill.arguments(self.number, self.block, hidden, self.args, self.kwargs)
+        prefill, block = self.prefill, self.block
+        args, kwargs, _ = prefill.arguments(self.number, block, hidden, self.args, self.kwargs)
+        bare = {name: None if name in _CACHE else value for name, value in kwargs.items()}
         held = prefill.cache.layer(self.number)
-        call = prefill.ahead(
-            self.block, args, {n: None if n in _CACHE else v for n, v in kwargs.items()}
-        )
+        past: tuple[Tensor, Tensor] | None = None
         if prefill.cache.past and getattr(held, "is_initialized", False):
             brought_back(prefill.cache.cache)
-            key, value = (x.to(call.key.device) for x in (held.keys, held.values))
-            key, value = torch.cat([key, call.key], dim=2), torch.cat([value, call.value], dim=2)
-            call = replace(call, key=key, value=value)
-        return prefill.attention_of(call, kwargs)
+            past = held.keys, held.values
+
+        def run(rows: Tensor | None) -> Attention:
+            with nullcontext() if rows is None else OnlyRows(block.attention, rows):
+                call = prefill.ahead(block, args, bare)
+            if past is not None:
+                key, value = (x.to(call.key.device) for x in past)
+                call = replace(call, key=torch.cat([key, call.key], dim=2))
+                if rows is None:
+                    call = replace(call, value=torch.cat([value, call.value], dim=2))
+            return prefill.attention_of(call, kwargs)
+
+        return _WhenRead(run)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self.prefill.calls.final_norm(hidden)
+
+
+class _WhenRead(Attention):
+    """Attention of a layer that runs when something of it is read: for rows that are asked for
+    first, with their queries alone; else, once, with everything."""
+
+    def __init__(self, run: Callable[[Tensor | None], Attention]) -> None:
+        self._run = run
+
+    def rows(self, index: Tensor) -> Tensor:
+        if "query" in vars(self):
+            return super().rows(index)
+        return self._run(index).rows(index)
+
+    def __getattr__(self, name: str) -> Any:  # what is not there yet
+        if name.startswith("_") or "query" in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        vars(self).update(vars(self._run(None)))
+        return getattr(self, name)
