@@ -11,7 +11,8 @@ timed. "ours" starts from
 the same q, k, v or features as "plain", so reading a few rows instead of a whole map is part of
 what is measured.
 
-``methods``: one prefill of a LLaVA with random weights (CLIP 12×384, 576 patches; Llama 8×384)
+``methods``: one prefill of a LLaVA with random weights (CLIP 12×384, 576 patches; Llama 8×384;
+with ``--wide`` 1024 instead of 384)
 
 - *unpruned*: the model as it is;
 - *method*: patched, with everything the method does;
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -609,6 +611,7 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="small model, few repeats")
     parser.add_argument("--only", help="operators or methods, separated by commas")
+    parser.add_argument("--wide", action="store_true", help="methods: in a model as wide as CLIP-L")
     parser.add_argument("--repeats", type=int, help="rounds (operators: 21, methods: 5)")
     parser.add_argument(
         "--clock",
@@ -620,7 +623,7 @@ def main() -> int:
     options = parser.parse_args()
 
     import transformers
-    from _replay import labels, measure_methods, method_tables
+    from _replay import SHAPES, labels, measure_methods, method_tables
     from rich.console import Console
 
     wanted = None if options.only is None else [n.strip() for n in options.only.split(",")]
@@ -651,7 +654,8 @@ def main() -> int:
         console.print(operator_table(report["operators"]))
     if options.section != "operators" and methods:
         repeats = options.repeats or (2 if options.quick else 5)
-        report["methods"] = measure_methods(methods, repeats, options.quick, options.clock)
+        shape = SHAPES["quick" if options.quick else "wide" if options.wide else "small"]
+        report["methods"] = measure_methods(methods, repeats, shape, options.clock)
         for part in method_tables(report["methods"]):
             console.print(part)
     if options.json is not None:
@@ -659,5 +663,18 @@ def main() -> int:
     return 0
 
 
+def on_one_heap() -> None:
+    """Start anew with temporaries on a heap that only grows. The C library (glibc) fetches large
+    blocks from the system and gives them back; which of two runs pays for that is chance."""
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        heap = {
+            "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+            "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+            "MALLOC_TOP_PAD_": str(256 << 20),
+        }
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **heap})
+
+
 if __name__ == "__main__":
+    on_one_heap()
     sys.exit(main())

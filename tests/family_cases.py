@@ -75,6 +75,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "decode_positions": "continue", "positions": "preserve",
         },
     ),
+    "fastervlm": ("fastervlm", {"keep": 5}),
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),

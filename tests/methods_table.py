@@ -66,6 +66,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
             "positions": "preserve",
         },
     ),
+    "fastervlm": ("fastervlm", {"keep": 9}),
+    "fastervlm-image": (
+        "fastervlm",
+        {"keep": 23, "scope": "image", "order": "spatial", "positions": "preserve"},
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",

@@ -87,7 +87,7 @@ def test_a_model_folder_and_a_class(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     tiny_processor.save(tmp_path)
-    code, out, _ = run("methods", "fast*", "--model", tmp_path, "--json")
+    code, out, _ = run("methods", "fastv*", "--model", tmp_path, "--json")
     assert code == 0
     (told,) = json.loads(out).values()
     assert told == [{"method": "fastv", "status": "works", "why": "", "options": {}}]

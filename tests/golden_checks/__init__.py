@@ -1,32 +1,13 @@
 """Checks of golden cases, one module per method; ``CHECKS`` maps operator name to check."""
 
 from importlib import import_module
+from pkgutil import iter_modules
 
 from tokprune.methods.registry import available_methods
 
-MODULES = (
-    "cdpruner",
-    "centerclip",
-    "dart",
-    "divprune",
-    "fastv",
-    "flowcut",
-    "flowcut_qwen2vl",
-    "m3",
-    "mustdrop",
-    "pitome",
-    "pyramiddrop",
-    "scope",
-    "sparsevlm",
-    "todre",
-    "tome",
-    "transprune",
-    "visionzip",
-)
-
 CHECKS = {}
-for _name in MODULES:
-    CHECKS.update(import_module(f"golden_checks.{_name}").CHECKS)
+for _module in iter_modules(__path__):
+    CHECKS.update(getattr(import_module(f"golden_checks.{_module.name}"), "CHECKS", {}))
 
 
 def reason_not_known(operator: str, folder: str | None = None) -> str | None:

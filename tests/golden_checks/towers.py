@@ -125,6 +125,11 @@ class TowerRun:
         return torch.stack([nn.functional.pad(g, (1, 0)) for g in groups])
 
 
+def side_of(config: dict[str, Any]) -> int:
+    """Patches along the edge of a tower's picture."""
+    return int(config["image_size"] // config["patch_size"])
+
+
 def tower_facts(layers: int, side: int, feature_layer: int) -> ModelFacts:
     """A tower with class token, read at one layer (class token cut), as a LLaVA-1.5 has it."""
     patches = side * side

@@ -6,7 +6,7 @@ import torch
 from reference.packing import visionzip_pack
 
 from golden_checks.case import Case, assert_equal
-from golden_checks.towers import clip_tower, run_tower, tower_facts
+from golden_checks.towers import clip_tower, run_tower, side_of, tower_facts
 from tokprune.methods.visionzip import VisionZip
 from tokprune.operators.visionzip import compress, dominant
 
@@ -32,8 +32,8 @@ def check_anyres_pack(case: Case) -> None:
 def check_e2e_clip(case: Case) -> None:
     p = case.parameters
     config = p["config"]
-    layers, side = config["num_hidden_layers"], config["image_size"] // config["patch_size"]
-    facts = tower_facts(layers, side, layers - 2)
+    layers = config["num_hidden_layers"]
+    facts = tower_facts(layers, side_of(config), layers - 2)
     method = VisionZip(dominant=p["dominant"], contextual=p["contextual"])
     for attention in ("eager", "sdpa"):
         model = clip_tower(case.weights(), config, attention)

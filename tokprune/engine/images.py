@@ -245,21 +245,26 @@ def build_records(
     score = next((o.score for o in tower.outcomes if o.score is not None), None)
     tag = next((o.tag for o in tower.outcomes if o.tag is not None), None)
     if not tower.reduced:
+        metric = next((o.metric for o in tower.outcomes if o.metric is not None), None)
         cls = int(facts.cls_in_features)
         for i, record in enumerate(records):
             tiles = slice(tile_of[i], tile_of[i + 1])
-            for name, value in (("score", score), ("tag", tag)):
+            for name, value in (("score", score), ("tag", tag), ("metric", metric)):
                 if value is None:
                     continue
                 own = value[tiles]
                 if (token_grid := record.layout.token_grid) is not None:
-                    assert token_grid.mean is not None
-                    own = token_grid.mean(own.float())
+                    mean = token_grid.mean
+                    assert mean is not None
+                    if name == "metric":
+                        own = torch.stack([mean(part) for part in own.float().unbind(-1)], -1)
+                    else:
+                        own = mean(own.float())
                     # a cell is marked where one of its patches is
                     own = own > 0 if name == "tag" else own
                 else:
                     own = torch.cat([torch.zeros_like(own[:, :cls]), own], dim=1)
-                    own = own[:, : facts.tokens_per_tile].flatten()
+                    own = own[:, : facts.tokens_per_tile].flatten(0, 1)
                 setattr(record, name, own.to(device))
         return records
     for i, record in enumerate(records):

@@ -8,6 +8,7 @@ from tokprune.methods.clip_relevance import ClipRelevance
 from tokprune.methods.dart import DART
 from tokprune.methods.divprune import DivPrune
 from tokprune.methods.evs import EVS
+from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
@@ -38,6 +39,7 @@ __all__ = [
     "DecoderScorer",
     "DivPrune",
     "FastV",
+    "FasterVLM",
     "FlowCut",
     "Grid",
     "ImageTokens",

@@ -109,7 +109,7 @@ def pairwise(x: Tensor, distance: Distance = "euclidean", p: float = 2.0) -> Ten
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         y = _unit(x.to(wide)) if distance == "cosine" else x.to(wide)
         square = _squares(y)
-        one_sided = square / 2 if distance == "cosine" else square.sqrt()
+        one_sided = square.div_(2) if distance == "cosine" else square.sqrt_()
     upper = one_sided.float().triu(1)
     return upper + upper.mT
 
@@ -119,9 +119,9 @@ def _squares(y: Tensor) -> Tensor:
     y = y - y.mean(1, keepdim=True)
     length = y.square().sum(-1)
     both = length[:, :, None] + length[:, None, :]
-    square = both - 2 * torch.bmm(y, y.mT)
+    square = torch.baddbmm(both, y, y.mT, alpha=-2)
     # what is left of equal points is rounding: some hundred units in the last place
-    return square.masked_fill(square < 4096 * torch.finfo(y.dtype).eps * both, 0.0)
+    return square.masked_fill_(square < 4096 * torch.finfo(y.dtype).eps * both, 0.0)
 
 
 def _unit(x: Tensor) -> Tensor:
