@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
 from tokprune.methods import available_methods, registry
 from tokprune.testing import check_method
@@ -63,3 +68,15 @@ def test_options_of_the_page_are_checked(methods: None, tmp_path: Path) -> None:
         method(keep=9, order=0)
     with pytest.raises(ValueError, match="end='middle' should be one of 'largest', 'smallest'"):
         method(keep=9, end="middle")
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"), reason="families of the newest release"
+)
+def test_pages_of_methods_are_what_the_methods_say() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS.parent / "scripts" / "methods_page.py"), "--check"],
+        capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(DOCS.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -15,27 +15,6 @@ Status = Literal["works", "substitute", "refused"]
 
 #: budgets to plan with: not every grid, and not every tower, can be cut to every share
 _BUDGETS = (0.25, 0.5, 0.75, 1 / 9)
-#: options by which a method does without the vision encoder
-_WITHOUT_TOWER: dict[str, dict[str, Any]] = {
-    "centerclip": {"place": "projector"},
-    "mustdrop": {"spatial": False, "key_rate": 0},
-}
-#: what stands in for the attention of a class token, where there is none to look at
-_WITHOUT_CLASS_TOKEN = {
-    "todre": "the pivot is the token farthest from the mean, not the one the class token names",
-    "flowcut": "the mean query stands in for the class token's",
-    "mustdrop": "the mean attention that a token receives stands in for the class token's",
-    "visionzip": "the mean attention that a token receives stands in for the class token's",
-}
-#: what is done elsewhere where no stage may change rows of the vision encoder
-_WITHOUT_ITS_PLACE = {
-    "centerclip": "clusters after the projector, not at the layer that the features are read from",
-    "flowcut": "tokens are made of patches that need not be neighbours, and take the first places",
-    "mustdrop": "merges at the language-model input, not inside the vision encoder",
-    "visionzip": "keeps and merges at the language-model input, not at the feature layer",
-    "pool": "windows of each image's own grid; those at its edges may be smaller",
-    "m3": "windows of each image's own grid; those at its edges may be smaller",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +46,7 @@ def fit(cls: type[Method], facts: ModelFacts) -> Fit:
     for number, options in enumerate(_tries(cls, facts)):
         error = _problem(cls, facts, options)
         if error is None:
-            other = _difference(cls.name, facts, options)
+            other = _difference(cls, facts, options)
             if number:
                 given = ", ".join(f"{name}={value!r}" for name, value in options.items())
                 other = f"with {given}" + (f"; {other}" if other else "")
@@ -84,8 +63,8 @@ def _tries(cls: type[Method], facts: ModelFacts) -> Iterator[dict[str, Any]]:
         usual = {}
     yield usual
     others: dict[str, Any] = {}
-    if cls.name in _WITHOUT_TOWER and facts.tower is None:
-        others = _WITHOUT_TOWER[cls.name]
+    for setting in cls.without_tower if facts.tower is None else ():
+        others = dict(setting)
         yield {**usual, **others}
     known = {field.name for field in dataclasses.fields(cls)}
     if facts.attention_layers is not None and "prune_before" in known:
@@ -117,16 +96,16 @@ def _problem(cls: type[Method], facts: ModelFacts, options: dict[str, Any]) -> E
     return first
 
 
-def _difference(name: str, facts: ModelFacts, options: dict[str, Any]) -> str:
+def _difference(cls: type[Method], facts: ModelFacts, options: dict[str, Any]) -> str:
     """What a method does otherwise on a model than where it was published; "" if nothing."""
     looked_at = facts.tower or getattr(facts, "observed", None)
     found = []
     if options.get("spatial") is False:  # nothing is read there
         return ""
-    if name in _WITHOUT_CLASS_TOKEN and not (looked_at and looked_at.has_cls):
-        found.append(_WITHOUT_CLASS_TOKEN[name])
-    if name in _WITHOUT_ITS_PLACE and facts.tower is None:
-        found.append(_WITHOUT_ITS_PLACE[name])
+    if cls.without_class_token and not (looked_at and looked_at.has_cls):
+        found.append(cls.without_class_token)
+    if cls.without_tower_rows and facts.tower is None:
+        found.append(cls.without_tower_rows)
     return "; ".join(found)
 
 

@@ -6,13 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tokprune.engine.contracts import Plan, Positions
 from tokprune.engine.model import ModelFacts, VideoUnit
 from tokprune.methods.options import Budget, Renamed, check_options, check_video_unit
 
 M = TypeVar("M", bound="Method")
+Source = Literal["official code", "paper's equations", "ours"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,18 @@ class Method(ABC):
     needs: ClassVar[str] = "features"
     #: citation
     paper: ClassVar[str] = ""
+    #: what it was written from: official code that golden cases were recorded of, or equations
+    source: ClassVar[Source] = "official code"
+    #: whether what stays depends on the question; words where an option decides
+    reads_prompt: ClassVar[bool | str] = False
+    #: what makes the number of tokens depend on the image, "" if nothing does
+    adaptive: ClassVar[str] = ""
+    #: what stands in for the attention of a class token where the tower has none
+    without_class_token: ClassVar[str] = ""
+    #: what is done elsewhere where no stage may change rows of the vision encoder
+    without_tower_rows: ClassVar[str] = ""
+    #: settings by which it does without the vision encoder, to be tried in this order
+    without_tower: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     presets: ClassVar[tuple[Preset, ...]] = ()
     #: it has nothing to drop in still images
     videos_only: ClassVar[bool] = False

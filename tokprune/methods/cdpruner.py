@@ -61,6 +61,7 @@ class CDPruner(Method):
     stages = ("after projector",)
     needs = "features (and CLIP's text tower, or text embeddings)"
     paper = "arXiv 2506.10967"
+    reads_prompt = "with a relevance"
     presets = (
         *(Preset("llava-1.5", n, {"keep": n}, _PAPER) for n in (128, 64, 32)),
         *(

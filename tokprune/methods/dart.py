@@ -60,6 +60,7 @@ class DART(Method):
     stages = ("decoder prefill",)
     needs = "keys and output of one decoder layer"
     paper = "arXiv 2502.11494"
+    reads_prompt = "text pivots"
     presets = (
         *(Preset("llava-1.5", n, {"keep": n + 4}, _LLAVA.format(n)) for n in (192, 128, 64)),
         Preset("llava-next", 320, {"keep": 324}, _NEXT),

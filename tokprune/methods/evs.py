@@ -49,6 +49,7 @@ class EVS(Method):
     stages = ("after projector",)
     needs = "features of a video"
     paper = "arXiv 2510.14624"
+    source = "paper's equations"
     videos_only = True
 
     keep: Budget

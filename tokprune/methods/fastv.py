@@ -52,6 +52,7 @@ class FastV(DecoderScorer):
     name = "fastv"
     needs = "one attention row of one layer"
     paper = "arXiv 2403.06764"
+    reads_prompt = True
     presets = (
         Preset("llava-1.5", 192, {"keep": 166, "prune_before": 2}, _SPARSEVLM),
         Preset("llava-1.5", 128, {"keep": 98, "prune_before": 2}, _SPARSEVLM),

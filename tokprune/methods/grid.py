@@ -33,6 +33,7 @@ class Grid(PromptSelector):
 
     name = "grid"
     needs = "nothing"
+    source = "ours"
     paper = "arXiv 2405.17430 (spatial sampling)"
     control = True
 

@@ -43,6 +43,7 @@ class M3(WindowPooling):
     """
 
     name = "m3"
+    source = "official code"
     needs = "nothing (a checkpoint trained for the scales)"
     one_of = ("keep", "level")
     budget_options = frozenset(one_of)

@@ -59,6 +59,7 @@ class PyramidDrop(DecoderScorer):
     name = "pyramiddrop"
     needs = "one attention row of three layers"
     paper = "arXiv 2410.17247"
+    reads_prompt = True
     presets = (
         Preset("llava-1.5", "S=4", {"keep": (0.5, 0.25, 0.125)}, _SOURCE),
         Preset("llava-1.5", "S=3", {"keep": (0.5, 0.25), "prune_before": (10, 20)}, _THREE),

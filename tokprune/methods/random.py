@@ -28,6 +28,7 @@ class Random(PromptScorer):
 
     name = "random"
     needs = "nothing"
+    source = "ours"
     control = True
 
     seed: Seed = 0

@@ -82,6 +82,7 @@ class SparseVLM(Method):
     stages = ("decoder prefill",)
     needs = "text attention of three decoder layers"
     paper = "arXiv 2410.04417"
+    reads_prompt = True
     presets = (
         _preset("llava-1.5", 192, (300, 200, 110), _LIST),
         _preset("llava-1.5", 128, (303, 110, 36), _LIST),

@@ -108,6 +108,12 @@ class TileSelector(TileMethod):
 
     stages: ClassVar[tuple[str, ...]] = ("encoder, feature layer",)
     needs: ClassVar[str] = "class-token attention of one layer"
+    without_class_token: ClassVar[str] = (
+        "the mean attention that a patch receives stands in for the class token's"
+    )
+    without_tower_rows: ClassVar[str] = (
+        "chooses at the language-model input, not at the feature layer"
+    )
 
     order: Order = "spatial"
     score: Score = "cls"

@@ -65,6 +65,7 @@ class TransPrune(Method):
     stages = ("decoder prefill",)
     needs = "module inputs and outputs of six layers, text attention of three layers"
     paper = "arXiv 2507.20630"
+    reads_prompt = True
     presets = (
         Preset("llava-1.5", "high", {"keep": _HIGH}, _HIGH_SOURCE),
         Preset("llava-1.5", "low", {"keep": _LOW}, _LOW_SOURCE),

@@ -74,6 +74,8 @@ class VisionZip(TileMethod):
     stages = ("encoder, feature layer",)
     needs = "class-token attention row and keys of one layer"
     paper = "arXiv 2412.04467"
+    without_class_token = "the mean attention that a token receives stands in for the class token's"
+    without_tower_rows = "keeps and merges at the language-model input, not at the feature layer"
     presets = (
         _preset("llava-1.5", 192, 162, 30, _PAPER),
         _preset("llava-1.5", 128, 108, 20, _PAPER),

@@ -74,6 +74,10 @@ class CenterCLIP(TileMethod):
     name = "centerclip"
     stages = ("encoder, feature layer (videos: after projector)",)
     paper = "arXiv 2205.00823"
+    without_tower_rows = (
+        "clusters after the projector, not at the layer that the features are read from"
+    )
+    without_tower = ({"place": "projector"},)
     variants = ({"algorithm": "spectral"}, {"place": "encoder"}, {"aggregate": "mean"})
 
     keep: Budget = field()  # not optional, as it is in the base

@@ -74,6 +74,12 @@ class FlowCut(Method):
     stages = ("encoder layers", "decoder prefill")
     needs = "[CLS] attention and values of most encoder layers, one decoder row"
     paper = "arXiv 2505.19536"
+    reads_prompt = "the cut inside the decoder"
+    adaptive = "inside the encoder; what leaves it is fixed"
+    without_class_token = "the mean query stands in for the class token's"
+    without_tower_rows = (
+        "tokens are made of patches that need not be neighbours, and take the first places"
+    )
     presets = (
         Preset("llava-1.5", 192, {"keep": 192}, _TABLES),
         Preset("llava-1.5", 128, {"keep": 128}, _TABLES),

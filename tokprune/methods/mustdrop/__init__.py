@@ -114,6 +114,11 @@ class MustDrop(Method):
     stages = ("encoder layer", "decoder prefill", "KV cache")
     needs = "[CLS] attention, text attention of four decoder layers"
     paper = "arXiv 2411.10803"
+    reads_prompt = True
+    adaptive = "thresholds; keep fixes the number"
+    without_class_token = "the mean attention that a token receives stands in for the class token's"
+    without_tower_rows = "merges at the language-model input, not inside the vision encoder"
+    without_tower = ({"spatial": False, "key_rate": 0},)
     presets = (
         _preset("textvqa-192", 0.001, 0.001),
         _preset("textvqa-128", 0.0012, 0.001),

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from tokprune.engine.contracts import Plan, Positions
 from tokprune.engine.model import ModelFacts
-from tokprune.methods.base import Method, Preset
+from tokprune.methods.base import Method, Preset, Source
 from tokprune.methods.options import Budget
 from tokprune.methods.pooling.prompt import PoolStage
 from tokprune.methods.pooling.tower import EarlyPoolStage
@@ -26,6 +26,8 @@ class WindowPooling(Method):
 
     stages = ("after projector",)
     paper = "arXiv 2405.17430"
+    source: ClassVar[Source] = "paper's equations"
+    without_tower_rows = "windows of each image's own grid; those at its edges may be smaller"
     presets = (
         *(Preset("llava-1.5", n, {"keep": n}, _M3) for n in _SCALES),
         *(Preset("llava-next", 5 * n, {"keep": n}, _NEXT) for n in _SCALES),

@@ -55,6 +55,12 @@ class ToDRE(Method):
     stages = ("after projector", "decoder prefill")
     needs = "features, [CLS] attention (pivot), text attention of one decoder layer"
     paper = "arXiv 2505.18757"
+    source = "paper's equations"
+    reads_prompt = "stage 2"
+    adaptive = "stage 2 drops all of an image's tokens or none"
+    without_class_token = (
+        "the pivot is the token farthest from the mean, not the one the class token names"
+    )
     presets = (
         Preset("llava-next", 720, {"keep": 720}, f"{_PAPER}: 25 % of 2880"),
         Preset("llava-next", 288, {"keep": 288}, f"{_PAPER}: 10 % of 2880"),
