@@ -145,6 +145,11 @@ def k_center(draw: Draw, device: str) -> None:
         by_gram_and_features(
             lambda y=y, c=candidates: operators("diversity").k_center(y, k, pivot, c)
         )
+        # powers of two, so that products are exact
+        weight = 2.0 ** torch.randint(-2, 2, y.shape[:-1], generator=g).to(device)
+        compare(
+            lambda y=y, c=candidates, w=weight: operators("diversity").k_center(y, k, pivot, c, w)
+        )
 
 
 def max_sum(draw: Draw, device: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokprune.engine.contracts import ImageTokens, ModelFacts, Plan, Positions
 from tokprune.methods.base import Method, Preset, check_fits
 from tokprune.methods.cdpruner_stage import DPPStage
+from tokprune.methods.centring import Centre
 from tokprune.methods.clip_relevance import TowerRelevance
 from tokprune.methods.options import Budget
 from tokprune.methods.registry import register_method
@@ -51,6 +52,9 @@ class CDPruner(Method):
         relevance_scope: stretch r over each "image", or, as the official code does, over all
             images of the "call", which lets a batch change a sample's selection.
         theta: in [0, 1): weight of relevance against diversity, r becomes exp(r · θ/(2(1 − θ))).
+        centre: "plain" or "standardised" compares tokens around their mean, and multiplies their
+            relevance by how unlike all others a token is ("Centering before Pruning",
+            arXiv 2608.30263); "none" as CDPruner itself.
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
 
     Source: Zhang et al., "Beyond Attention or Similarity: Maximizing Conditional Diversity for
@@ -69,13 +73,14 @@ class CDPruner(Method):
             for n in (128, 64, 32)
         ),
     )
-    variants = ({"relevance": "text"},)
+    variants = ({"relevance": "text"}, {"centre": "plain"})
 
     keep: Budget
     relevance: Relevance = "none"
     scope: Scope = "tile"
     relevance_scope: RelevanceScope = "image"
     theta: float | None = None
+    centre: Centre = "none"
     positions: Positions | None = None
 
     def __post_init__(self) -> None:

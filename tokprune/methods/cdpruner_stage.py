@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection
 from tokprune.methods.base import resolve_keep
 from tokprune.methods.cells import index_of_cells
+from tokprune.methods.centring import centred
 from tokprune.methods.clip_relevance import TowerRelevance
 from tokprune.operators.cdpruner import minmax_relevance, text_similarity
 from tokprune.operators.dpp import dpp_map
@@ -46,6 +47,9 @@ class DPPStage(PromptStage):
         if relevance is not None:
             r = torch.cat([relevance[i][own] for i, own in zip(busy, at)])
         steps = max(max(budgets) for _, budgets in parts.values())
+        x, weight = centred(x, self.method.centre, rows >= 0)
+        if weight is not None:
+            r = weight if r is None else r * weight
         chosen = rows.gather(1, dpp_map(x, steps, r, rows >= 0))
 
         first = 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, Order
 from tokprune.methods.base import Preset
+from tokprune.methods.centring import Centre, centred
 from tokprune.methods.registry import register_method
 from tokprune.methods.scoring import PromptSelector
 from tokprune.operators.diversity import divprune
@@ -32,6 +33,9 @@ class DivPrune(PromptSelector):
             int(round(fraction · n)), halves to even, at least 1.
         order: "spatial" keeps prompt order (public code); "published" is selection order, which
             the paper's numbers were made with.
+        centre: "plain" or "standardised" compares tokens around their mean, and weighs distances by
+            how unlike all others a token is ("Centering before Pruning", arXiv 2608.30263);
+            "none" as DivPrune itself.
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
 
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning", CVPR 2025,
@@ -55,8 +59,10 @@ class DivPrune(PromptSelector):
     )
 
     newlines = True
+    variants = ({"centre": "plain"},)
 
     order: Order = "spatial"
+    centre: Centre = "none"
 
     @property
     def prompt_order(self) -> bool:
@@ -68,7 +74,8 @@ class DivPrune(PromptSelector):
         return min(tokens, max(1, keep))
 
     def select(self, image: ImageTokens, keep: int) -> Tensor:
-        return divprune(image.features[None], keep)[0]
+        return next(iter(self.select_alike([image], keep)))
 
     def select_alike(self, images: Sequence[ImageTokens], keep: int) -> Iterable[Tensor]:
-        return divprune(torch.stack([image.features for image in images]), keep)
+        x, weight = centred(torch.stack([image.features for image in images]), self.centre)
+        return divprune(x, keep, weight=weight)

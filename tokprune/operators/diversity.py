@@ -61,7 +61,10 @@ def max_sum(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None) 
 
 
 @torch.no_grad()
-def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None) -> Tensor:
+def k_center(
+    x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Greedy k-center: each step adds the token farthest from its nearest chosen one.
 
     Prefixes nest: the first j entries are the result for k = j.
@@ -71,6 +74,7 @@ def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None)
         k: tokens to choose, 1 ≤ k ≤ n. Rows with fewer than k candidates give repeated indices.
         pivot: [*] long, index of the first token.
         candidates: [*, n] bool, tokens that may be chosen; None means all.
+        weight: [*, n], at least 0: a token's distances are multiplied by it; None means 1.
 
     Returns:
         LongTensor [*, k], selection order, the pivot first; of equal tokens the lower index.
@@ -82,15 +86,18 @@ def k_center(x: Tensor, k: int, pivot: Tensor, candidates: Tensor | None = None)
     """
     batch = _start(x, k, candidates)
     _check_pivot(pivot, x.shape[:-2])
-    if k > 1 and available(batch):
-        return _by_kernel(batch, k, pivot, candidates, total=False)
-    row = _rows(batch, finish=_to_distance) if k > 1 else None
+    weighted = _weighting(batch, weight)
+    if k > 1 and available(batch) and (weighted is None or batch.shape[1] <= GRAM_LIMIT):
+        return _by_kernel(batch, k, pivot, candidates, total=False, weighted=weighted)
+    row = _rows(batch, finish=weighted or _to_distance) if k > 1 else None
     state = batch.new_full(batch.shape[:-1], torch.inf)
     return _greedy(row, state, k, pivot, candidates, _minimum_)
 
 
 @torch.no_grad()
-def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
+def divprune(
+    x: Tensor, k: int, candidates: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Max–min diversity: the most isolated token first, then greedy k-center.
 
     Unlike the official code, chosen tokens are masked, so duplicates never repeat an index.
@@ -100,6 +107,7 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
         k: tokens to choose, 1 ≤ k ≤ n. Rows with fewer than k candidates give repeated indices.
         candidates: [*, n] bool, tokens that may be chosen and that count as neighbours; None means
             all.
+        weight: [*, n], at least 0: of a token's distances once the first token stands; None: 1.
 
     Returns:
         LongTensor [*, k], selection order; of equal tokens the lower index.
@@ -107,11 +115,11 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: ``k`` out of range, or shapes or dtypes do not match.
 
-    Source: DivPrune, arXiv 2503.02175, Algorithm 1.
+    Source: DivPrune, arXiv 2503.02175, Algorithm 1; ``weight``: arXiv 2608.30263v1.
     """
     batch = _start(x, k, candidates)
     allowed = None if candidates is None else candidates.reshape(batch.shape[:-1])
-    if batch.shape[1] <= GRAM_LIMIT and available(batch):
+    if batch.shape[1] <= GRAM_LIMIT and available(batch) and weight is None:
         from tokprune.operators.kernels.greedy import greedy_picks, nearest_other
 
         gram = torch.bmm(batch, batch.transpose(1, 2))
@@ -122,6 +130,8 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
         matrix.diagonal(0, -2, -1).fill_(torch.inf)
         others = matrix if allowed is None else matrix.masked_fill(~allowed[..., None], torch.inf)
         first = _argmax(others.amin(-2), allowed).reshape(x.shape[:-2])
+        if weight is not None:
+            matrix.mul_(_weights(matrix, weight))
         state = torch.full_like(matrix[:, 0], torch.inf)
         return _greedy(_matrix_rows(matrix), state, k, first, candidates, _minimum_)
     isolation = []
@@ -132,7 +142,7 @@ def divprune(x: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
             part.masked_fill_(~allowed[:, None, :], torch.inf)
         isolation.append(part.amin(-1))
     first = _argmax(torch.cat(isolation, -1), allowed).reshape(x.shape[:-2])
-    return k_center(x, k, first, candidates)
+    return k_center(x, k, first, candidates, weight)
 
 
 @torch.no_grad()
@@ -269,14 +279,18 @@ def random_pivot(
 
 
 def _by_kernel(
-    batch: Tensor, k: int, first: Tensor, candidates: Tensor | None, *, total: bool
-) -> Tensor:
+    batch: Tensor, k: int, first: Tensor, candidates: Tensor | None, *, total: bool,
+    weighted: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """The picks [*, k] from unit rows [B, n, d], on a GPU."""
     if batch.shape[1] <= GRAM_LIMIT:
         from tokprune.operators.kernels.greedy import greedy_picks
 
         gram = torch.bmm(batch, batch.transpose(1, 2))
-        order = greedy_picks(gram, k, first, candidates, total=total)
+        if weighted is None:
+            order = greedy_picks(gram, k, first, candidates, total=total)
+        else:
+            order = greedy_picks(weighted(gram), k, first, candidates, cosine=False)
     else:
         from tokprune.operators.kernels.steps import greedy_steps
 
@@ -348,6 +362,23 @@ def _normalized(x: Tensor) -> Tensor:
 
 def _to_distance(cosine: Tensor) -> Tensor:
     return cosine.neg_().add_(1)
+
+
+def _weighting(batch: Tensor, weight: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """Cosines of chosen tokens (rows) to all become distances, each times the other's weight."""
+    if weight is None:
+        return None
+    own = _weights(batch, weight)
+    return lambda cosine: _to_distance(cosine).mul_(own if cosine.dim() == 3 else own[:, 0])
+
+
+def _weights(batch: Tensor, weight: Tensor) -> Tensor:
+    """[B, 1, n] of ``weight`` [*, n] for ``batch`` [B, n, …]."""
+    if weight.numel() != batch.shape[0] * batch.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it should hold one number for each token"
+        )
+    return weight.float().reshape(batch.shape[0], 1, batch.shape[1])
 
 
 def _minimum_(state: Tensor, row: Tensor) -> Tensor:

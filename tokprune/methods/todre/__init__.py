@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from tokprune.engine.contracts import ModelFacts, Plan, Positions
 from tokprune.methods.base import Method, Preset, check_fits
+from tokprune.methods.centring import Centre
 from tokprune.methods.options import Budget, LayerNumbers, Range, Renamed, Seed
 from tokprune.methods.registry import register_method
 from tokprune.methods.schedule import steps_of
@@ -35,6 +36,9 @@ class ToDRE(Method):
         keep: visual tokens per image (count) or fraction of the image's patches (floored, at
             least 1); None or 1.0 runs stage 2 alone.
         select: "max_sum" (v2 of the paper) or "k_center" (v1).
+        centre: "plain" or "standardised" compares tokens around their mean; ``k_center`` then also
+            weighs distances by how unlike all others a token is ("Centering before Pruning",
+            arXiv 2608.30263; on ToDRE's rules it is ours). "none" as ToDRE itself.
         pivot: the first token: "cls" has the largest [CLS] attention of the last vision layer
             (tiled images: of the base tile; videos: of all frames, after the model's own pooling);
             "farthest" from or "center" nearest to the mean feature; "random" (seeded). "cls"
@@ -72,6 +76,7 @@ class ToDRE(Method):
 
     keep: Budget | None
     select: Select = "max_sum"
+    centre: Centre = "none"
     pivot: Pivot = "cls"
     seed: Seed = 0
     tau: Annotated[float, Range(0, 1)] = 0.10

@@ -20,6 +20,7 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.methods.base import resolve_keep
+from tokprune.methods.centring import centred
 from tokprune.methods.options import Budget
 from tokprune.operators.diversity import (
     center_pivot,
@@ -91,8 +92,12 @@ class DiversityStage(PromptStage):
             chosen = [images[i] for i in members]
             patches = torch.stack([image.patch_rows() for image in chosen])
             x = torch.stack([image.features[rows] for image, rows in zip(chosen, patches)])
-            pick = max_sum if self.method.select == "max_sum" else k_center
-            order = patches.gather(1, pick(x, k, self._pivot(chosen, patches, x)))
+            pivot = self._pivot(chosen, patches, x)
+            x, weight = centred(x, self.method.centre)
+            if self.method.select == "max_sum":
+                order = patches.gather(1, max_sum(x, k, pivot))
+            else:
+                order = patches.gather(1, k_center(x, k, pivot, weight=weight))
             for i, own in zip(members, order):
                 orders[i] = own
         return orders
