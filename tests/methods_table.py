@@ -45,7 +45,7 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         {"keep": 8, "relevance": "text", "theta": 0.6, "positions": "preserve"},
     ),
     "divprune": ("divprune", {"keep": 9}),
-    "divprune-centred": ("divprune", {"keep": 9, "centre": "plain"}),
+    "divprune-centred": ("divprune", {"keep": 12, "centre": "plain"}),
     "cdpruner-centred": ("cdpruner", {"keep": 9, "relevance": "text", "centre": "standardised"}),
     "divprune-published": ("divprune", {"keep": 0.25, "order": "published"}),
     "transprune": ("transprune", {"prune_before": (3, 4, 6), "transition_layers": (2, 3, 4, 5)}),
