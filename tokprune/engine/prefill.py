@@ -123,7 +123,7 @@ class PrefillPass:
             return *_with_hidden(args, kwargs, hidden), sequence.position
         view, past_shift = self.cache.view(number, sequence)
         if announce:
-            self.cache.announce(number, sequence, view)
+            self.cache.announce(number, sequence, view, block.window)
         position = shifted(sequence.position, past_shift)
         kwargs["attention_mask"] = self.calls.mask(
             kwargs.get("attention_mask"), view, block, hidden
