@@ -20,6 +20,7 @@ import tokprune
 from tokprune.engine.cache import cache_argument
 from tokprune.families import bind
 from tokprune.methods import Method, make_method
+from tokprune.testing.grid_prompts import TYPED
 
 FAMILIES = ("llava-1.5", "qwen2.5-vl", "qwen3-vl", "internvl", "gemma3")
 #: before the decoder, inside it, and in the cache at the end of the prefill; and nothing dropped
@@ -80,8 +81,9 @@ def test_a_step_takes_no_more(method: str, family: str, static: bool) -> None:
     peak, left, layer = step(family, METHODS[method], static)
     assert peak <= plain + notes
     if static:
-        assert peak < layer, "as much as a copy of the keys of a layer"
         assert left <= notes
+    if static and TYPED:  # transformers 4 repeats keys that several heads share
+        assert peak < layer, "as much as a copy of the keys of a layer"
 
 
 def test_a_copy_of_the_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

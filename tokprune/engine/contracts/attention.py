@@ -22,7 +22,8 @@ def visible_rows(
     ``window``), or None (the same, all keys real).
     """
     if mask is not None and mask.dim() == 4:
-        rows = mask[:, 0].expand(len(index), -1, -1)
+        # backends cut off columns beyond the keys (PaliGemma of transformers 4 makes one)
+        rows = mask[:, 0, :, :keys].expand(len(index), -1, -1)
         rows = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
     if not causal:
