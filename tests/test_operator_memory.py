@@ -49,7 +49,7 @@ def test_no_map_of_all_pairs(name: str) -> None:
 
 
 def test_k_medoids_holds_one_map_of_distances() -> None:
-    """Every round reads all of them: 4 bytes a pair, and beside it some blocks of 256 rows, of 8."""
+    """Every round reads all of them: 4 bytes a pair; beside it, some blocks of 256 rows, of 8."""
     tokens = 4096
     taken = peak(lambda x: kmedoids(x, 8), tokens, "cpu")
     assert 4 * tokens**2 <= taken < 4 * tokens**2 + 6 * 256 * tokens * 8
