@@ -374,15 +374,16 @@ def test_visionzip_without_contextual_tokens(models: Any) -> None:
     assert counts_of(models["llava"], VisionZip(dominant=1, contextual=30)) == 31
 
 
-@pytest.mark.parametrize("block", [1, 5, 64])
-def test_mean_received_streams_the_whole_map(block: int) -> None:
+@pytest.mark.parametrize("width", [1, 5, 64])
+def test_mean_received_streams_the_whole_map(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, 3, 17, 8, generator=generator) for _ in range(2))
+    q, k = (torch.randn(2, 3, 17, width, generator=generator) for _ in range(2))
     attention = Attention(q, k, k, 8**-0.5, causal=False)
+    assert attention.rows_at_once == width
     whole = attention_rows(q, k, 8**-0.5).sum(1)
     off = whole * (1 - torch.eye(17))
-    torch.testing.assert_close(attention.received(True, block), off.sum(1) / 16 / 3)
-    torch.testing.assert_close(attention.received(False, block), whole.mean(1) / 3)
+    torch.testing.assert_close(attention.received(True), off.sum(1) / 16 / 3)
+    torch.testing.assert_close(attention.received(False), whole.mean(1) / 3)
 
 
 # ------------------------------------------------------------------------------- grid, pool

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -327,7 +327,8 @@ class _Ideal:
         def hook(layer: nn.Module, args: Any, output: Any) -> Any:
             whole = isinstance(output, tuple)
             hidden = output[0] if whole else output
-            hidden = hidden + deep.values[:, -hidden.shape[1] :].to(hidden)
+            last = replace(deep, row=deep.row[:, -hidden.shape[1] :])
+            hidden = hidden + last.at(None).to(hidden)
             return (hidden, *output[1:]) if whole else hidden
 
         return hook

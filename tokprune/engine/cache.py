@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,22 @@ from torch import Tensor
 
 from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer, StaticCache
 from tokprune.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Newest:
+    """What a layer with a sliding window holds after a prompt: its newest ``entries``, the last
+    ``croppable`` of which may be taken off again. ``once(make, *sources)``: layers that hold the
+    same share it."""
+
+    entries: int
+    croppable: int
+    once: Callable[..., Any]
+
+    def of(self, columns: Tensor) -> Tensor:
+        """The columns [B, entries] of them."""
+        made: Tensor = self.once(lambda: columns[:, -self.entries :], "newest", columns)
+        return made
 
 
 class CompressedLayer(DynamicLayer):
@@ -52,7 +69,7 @@ class CompressedLayer(DynamicLayer):
         self.behind = 0
         #: original tokens beyond the entries that are really cached
         self.missing = 0
-        self._pending: tuple[Tensor, Tensor, int] | None = None
+        self._pending: tuple[Tensor, Tensor, int, Newest | None] | None = None
         self._step = False
 
     @classmethod
@@ -91,18 +108,22 @@ class CompressedLayer(DynamicLayer):
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         return self.seen
 
-    def expect(self, columns: Tensor, slots: Tensor, original: int) -> None:
+    def expect(
+        self, columns: Tensor, slots: Tensor, original: int, newest: Newest | None = None
+    ) -> None:
         """Announce a compressed prefill: original ``columns`` and ``slots`` [B, L'] of the
-        ``original`` tokens whose keys the next ``update`` brings."""
-        self._pending = (columns, slots, original)
+        ``original`` tokens whose keys the next ``update`` brings; ``newest``: what is held of them
+        afterwards (None: all)."""
+        self._pending = (columns, slots, original, newest)
 
     def expect_step(self, tokens: int) -> None:
         """Announce ordinary ``tokens``, none dropped."""
         self._step = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        newest = None
         if self._pending is not None:
-            columns, slots, original = self._pending
+            columns, slots, original, newest = self._pending
             self._pending = None
             moved = slots is not columns or self.slots is not self.columns
             if self.columns is not None:
@@ -114,7 +135,24 @@ class CompressedLayer(DynamicLayer):
         else:
             self._check_announced()
             self._step = False
-        return super().update(key_states, value_states, *args, **kwargs)
+        held = super().update(key_states, value_states, *args, **kwargs)
+        if newest is not None and self.entries > newest.entries:
+            self._keep_newest(newest)
+        return held
+
+    def _keep_newest(self, newest: Newest) -> None:
+        """Forget what no later token sees, as a layer of a model that is not patched does."""
+        self.missing += self.entries - newest.entries
+        # copies: a view would hold on to all of them
+        self.keys = self.keys[..., -newest.entries :, :].clone()
+        self.values = self.values[..., -newest.entries :, :].clone()
+        together = self.slots is self.columns
+        for name in ("columns", "slots", "places"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, newest.of(value))
+        if together:
+            self.slots = self.columns
+        self.behind = min(self.behind, newest.croppable)
 
     def _check_announced(self) -> None:
         if self._pending is None and not self._step:

@@ -111,8 +111,9 @@ class LayerCalls:
         near; and what the model's own mask shows beyond its window."""
         assert view.places is not None
         query, key = view.places
-        near = query[:, :, None] - key[:, None, :] < window
-        far = view.queries[:, :, None] - view.keys[:, None, :] >= window
+        # compared, not subtracted: no map of numbers is made
+        near = key[:, None, :] > query[:, :, None] - window
+        far = view.keys[:, None, :] <= view.queries[:, :, None] - window
         whole = self.attention_mask
         if isinstance(whole, dict):
             whole = whole.get("full_attention")

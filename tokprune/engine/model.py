@@ -119,14 +119,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Deep:
-    """Features ``values`` [B, L, D], zero at text, that the model adds to the hidden states after
-    decoder layer ``layer``."""
+    """Features ``values`` [n, D] that the model adds to the hidden states after decoder layer
+    ``layer``; ``row`` [B, L]: the one of every token of the prompt, −1 at text."""
 
     layer: int
     values: Tensor
+    row: Tensor
 
-    def changed(self, values: Tensor) -> Deep:
-        return replace(self, values=values)
+    def at(self, place: Tensor | None) -> Tensor:
+        """What is added to the tokens at ``place`` [B, L'] of the prompt (None: to all), zero at
+        text: [B, L', D]."""
+        row = self.row if place is None else self.row.gather(1, place.to(self.row.device))
+        return self.values[row.clamp(min=0)].masked_fill_((row < 0)[:, :, None], 0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tokprune.engine.model import Block, Deep
 from tokprune.engine.positions import shifted
 from tokprune.engine.prefill_cache import PrefillCache
 from tokprune.engine.scoring_layer import LayerAhead
-from tokprune.engine.shorten import InputDrop, merge_values
+from tokprune.engine.shorten import InputDrop, merge_deep
 from tokprune.engine.static_cache import freeze
 from tokprune.engine.tap import Call
 from tokprune.errors import UnsupportedModelError
@@ -55,7 +55,7 @@ class PrefillPass:
         self.cache, self.contracts = cache, contracts
         self.input, self.deep = input_drop, deep or []
         if input_drop is not None:
-            self.deep = [own.changed(merge_values(own.values, input_drop)) for own in self.deep]
+            self.deep = [merge_deep(own, input_drop) for own in self.deep]
         #: [B, L'] places in the untouched prompt of the tokens alive, for deep features
         self.origin: Tensor | None = None
         self.runs: list[DecoderRun] = [contracts.run(stage, stage.start()) for stage in stages]
@@ -123,7 +123,7 @@ class PrefillPass:
             return *_with_hidden(args, kwargs, hidden), sequence.position
         view, past_shift = self.cache.view(number, sequence)
         if announce:
-            self.cache.announce(number, sequence, view)
+            self.cache.announce(number, sequence, view, block.window)
         position = shifted(sequence.position, past_shift)
         kwargs["attention_mask"] = self.calls.mask(
             kwargs.get("attention_mask"), view, block, hidden
@@ -205,13 +205,11 @@ class PrefillPass:
         """After a layer: what the model adds there, at the tokens that are left."""
         for own in self.deep:
             if own.layer == number:
-                values = own.values.to(hidden.device, hidden.dtype)
+                values = own.at(self.origin).to(hidden.device, hidden.dtype)
                 if self.origin is not None:
-                    index = self.origin.to(values.device)[:, :, None]
-                    values = values.gather(1, index.expand(-1, -1, values.shape[2]))
                     gone = self.sequence.column.to(values.device) < 0
-                    values = values.masked_fill(gone[:, :, None], 0)
-                return hidden + values
+                    values = values.masked_fill_(gone[:, :, None], 0)
+                return values.add_(hidden)
         return None
 
     # ------------------------------------------------------------------ taps and end

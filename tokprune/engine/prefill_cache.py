@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.cache import CompressedLayer, brought_back, compressed_layer
+from tokprune.engine.cache import CompressedLayer, Newest, brought_back, compressed_layer
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
@@ -19,13 +19,14 @@ class PrefillCache:
     original count) precede the untouched prompt ``native``. ``attention_mask`` [B, past + L] or
     None. ``source`` [B, L] (CPU): column of the user's prompt that each of a wider one comes from
     (:mod:`tokprune.engine.widen`); None: it is the user's.
-    ``text_behind``: text at the end of all rows."""
+    ``text_behind``: text at the end of all rows; ``guesses``: tokens there that may be taken back.
+    """
 
     def __init__(
         self, past: int, attention_mask: Tensor | None, native: SequenceView,
-        source: Tensor | None = None, text_behind: int = 0,
+        source: Tensor | None = None, text_behind: int = 0, guesses: int = 0,
     ) -> None:  # fmt: skip
-        self.source, self.text_behind = source, text_behind
+        self.source, self.text_behind, self.guesses = source, text_behind, guesses
         #: filled in where the first layer is handed one
         self.cache: DynamicCache | None = None
         self.past, self.attention_mask, self.native = past, attention_mask, native
@@ -76,8 +77,10 @@ class PrefillCache:
 
         return self._once(make, "view", sequence, slots, places, entries), shift
 
-    def announce(self, number: int, sequence: SequenceView, view: View) -> None:
-        """Tell a layer which tokens it is to cache."""
+    def announce(
+        self, number: int, sequence: SequenceView, view: View, window: int | None = None
+    ) -> None:
+        """Tell a layer, whose attention sees ``window`` tokens (None: all), what it is to cache."""
         if self.cache is None:
             return
         layer = compressed_layer(self.cache, number)
@@ -90,7 +93,11 @@ class PrefillCache:
         column = self._in_conversation(self.users(sequence.column))
         # in a wider prompt, slots are no columns of the user's: later tokens see all that is there
         moved = sequence.slot is not sequence.column and self.source is None
-        layer.expect(column, view.queries if moved else column, self.original)
+        newest = None
+        if window is not None:
+            # the next token sees one less beside itself; before it, guesses may go again
+            newest = Newest(max(1, window - 1) + self.guesses, self.guesses, self._once)
+        layer.expect(column, view.queries if moved else column, self.original, newest)
         layer.shift = self._shift(sequence.shift, layer.shift)
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
         layer.places = None if view.places is None else view.places[1]
@@ -158,6 +165,8 @@ class PrefillCache:
             layer.columns = layer.slots = columns.masked_fill(~real, -1)
         index = index.to(columns.device)
         moved = torch.where(index < 0, -1, (index + earlier).clamp(min=-1))
+        if earlier < 0:  # no more than it holds can be kept
+            moved = moved[:, -layer.entries :]
         if earlier > 0:
             first = torch.arange(earlier, device=moved.device).expand(moved.shape[0], earlier)
             moved = torch.cat([first, moved], dim=1)

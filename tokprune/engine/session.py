@@ -275,7 +275,7 @@ class Session:
         state.calls = calls
         for layer in self.layers:
             layer.enter()
-        held = PrefillCache(past, real, native, source, layout.text_behind)
+        held = PrefillCache(past, real, native, source, layout.text_behind, layout.guesses)
         state.prefill = PrefillPass(
             calls, self.plan.decoder, native, held, self.contracts,
             self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,

@@ -15,6 +15,7 @@ from torch import Tensor
 from tokprune.engine.check import Contracts
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection, SequenceView
 from tokprune.engine.images import ImageRecord
+from tokprune.engine.model import Deep
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.errors import ContractError
 
@@ -244,23 +245,29 @@ def _numbers(
     return bare, [None if own is None else replace(own, features=None) for own in answers]
 
 
-def merge_values(values: Tensor, drop: InputDrop) -> Tensor:
-    """What becomes of other values [B, L, D] of the tokens of a prompt: they move and merge with
-    them."""
+def merge_deep(deep: Deep, drop: InputDrop) -> Deep:
+    """What becomes of the features of the tokens of a prompt that the model adds further down: they
+    move and merge with them."""
     if drop.ordered:
-        return values
-    batch, length, width = values.shape
-    index = drop.column[:, :, None].expand(-1, -1, width)
-    flat, out = values.flatten(0, 1), values.gather(1, index).flatten(0, 1)
+        return deep
+    device, values = deep.row.device, deep.values
+    row = deep.row.gather(1, drop.column.to(device)).flatten()
+    parts, count = [values], values.shape[0]
     for own in drop.merged:
         k = own.slots.shape[0]
         group = torch.where(own.group < 0, k, own.group)
         weight = own.weight
         if weight is None:
-            members = torch.zeros(k + 1, device=values.device)
+            members = torch.zeros(k + 1, device=group.device)
             members = members.index_add(0, group, torch.ones_like(group, dtype=members.dtype))
             weight = 1 / members[group]
-        rows = flat[own.sources].float() * weight[:, None]
-        total = torch.zeros(k + 1, width, device=values.device).index_add(0, group, rows)
-        out[own.slots] = total[:-1].to(out.dtype)
-    return out.view(batch, length, width)
+        source = deep.row.flatten()[own.sources.to(device)]
+        rows = values[source.clamp(min=0)].float() * weight.to(device)[:, None]
+        rows.masked_fill_((source < 0)[:, None], 0)
+        total = torch.zeros(k + 1, values.shape[1], device=device)
+        total = total.index_add(0, group.to(device), rows)
+        parts.append(total[:-1].to(values.dtype))
+        row[own.slots.to(device)] = torch.arange(count, count + k, device=device)
+        count += k
+    values = torch.cat(parts) if drop.merged else values
+    return replace(deep, values=values, row=row.view_as(deep.row))

@@ -107,12 +107,8 @@ class Qwen3VL(Qwen2VL):
         if layers is None or mask is None or first_drop >= len(layers):
             return []
         kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
-        found = []
-        for number, values in enumerate(layers):
-            own = mask.to(values.device)
-            row = (own.flatten().cumsum(0) - 1).clamp(min=0).view(own.shape)
-            found.append(Deep(number, torch.where(own[:, :, None], values[row], 0)))
-        return found
+        row = torch.where(mask, (mask.flatten().cumsum(0) - 1).view(mask.shape), -1)
+        return [Deep(n, values, row.to(values.device)) for n, values in enumerate(layers)]
 
 
 class Qwen35(Qwen2VL):

@@ -30,9 +30,6 @@ from tokprune.operators.topk import rank
 if TYPE_CHECKING:
     from tokprune.methods.sparsevlm import SparseVLM
 
-#: attention rows computed at once
-_CHUNK = 128
-
 
 class SparseStage(DecoderStage):
     def __init__(self, method: SparseVLM) -> None:
@@ -75,8 +72,8 @@ class _SparseRun(DecoderRun):
         assert self.raters is not None
         method, places = self.method, self._rows(sequence)
         raters = self.raters = self.raters.to(places.device)
-        total, means = None, []
-        for part, rate in zip(places.split(_CHUNK, 1), raters.split(_CHUNK, 1)):
+        total, means, block = None, [], attention.rows_at_once
+        for part, rate in zip(places.split(block, 1), raters.split(block, 1)):
             rows, weight = attention.rows(part), None
             if method.uses_gravity:
                 assert attention.rotary is not None

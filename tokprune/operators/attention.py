@@ -51,9 +51,10 @@ def attention_rows(
 
 
 def masked_softmax(logits: Tensor, hidden: Tensor) -> Tensor:
-    """Softmax over the last dimension without the ``hidden`` entries, which get 0."""
+    """Softmax over the last dimension without the ``hidden`` entries, which get 0; ``logits`` are
+    overwritten: there may be many of them."""
     # The second fill turns the NaN of rows without any key into 0; elsewhere it changes nothing.
-    return logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+    return logits.masked_fill_(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
 
 
 def mean_rows(probs: Tensor, row_valid: Tensor | None = None) -> Tensor:

@@ -170,9 +170,14 @@ def k_center_from_distance(distance: Tensor, k: int, pivot: Tensor) -> Tensor:
 
         ready = rearrange(distance.float(), "... n m -> (...) n m").contiguous()
         return greedy_picks(ready, k, pivot, None, cosine=False).reshape(*pivot.shape, k)
-    matrix = rearrange(distance.to(torch.float32, copy=True), "... n m -> (...) n m")
+    matrix = rearrange(distance.float(), "... n m -> (...) n m")
+    rows = row_getter(matrix)
+
+    def row(index: Tensor) -> Tensor:  # the diagonal is ignored, and the caller's matrix left alone
+        return rows(index).scatter_(1, index[:, None], -torch.inf)
+
     state = torch.full_like(matrix[:, 0], torch.inf)
-    return _greedy(_matrix_rows(matrix), state, k, pivot, None, _minimum_)
+    return _greedy(row, state, k, pivot, None, _minimum_)
 
 
 def cls_scores(attn_row: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ Distance = Literal["euclidean", "cosine"]
 #: 192 clusters) settled in at most 7.
 ITERATIONS = 10
 
+#: Rows of a map of pairs that are worked on at a time.
+_CHUNK = 256
+
 #: Norms this close (relative) to the largest count as equal where all norms are one by definition.
 _EQUAL_NORMS = 1e-4
 
@@ -104,22 +107,34 @@ def pairwise(x: Tensor, distance: Distance = "euclidean", p: float = 2.0) -> Ten
     if not p > 0:
         raise ValueError(f"p is {p}; it should be positive")
     if distance == "euclidean" and p != 2:
-        one_sided = torch.cdist(x.float(), x.float(), p=p)
+        points = x.float()
     else:
         wide = torch.float32 if x.device.type == "mps" else torch.float64
-        y = _unit(x.to(wide)) if distance == "cosine" else x.to(wide)
-        square = _squares(y)
-        one_sided = square.div_(2) if distance == "cosine" else square.sqrt_()
-    upper = one_sided.float().triu(1)
-    return upper + upper.mT
+        points = _unit(x.to(wide)) if distance == "cosine" else x.to(wide)
+        points = points - points.mean(1, keepdim=True)
+    batch, n = x.shape[:2]
+    made = torch.empty(batch, n, n, dtype=torch.float32, device=x.device)
+    # rows from the diagonal on, and the same as columns: one map of pairs is held, in float32
+    for start in range(0, n, _CHUNK):
+        rows, behind = points[:, start : start + _CHUNK], points[:, start:]
+        if distance == "euclidean" and p != 2:
+            one_sided = torch.cdist(rows, behind, p=p)
+        else:
+            square = _squares(rows, behind)
+            one_sided = square.div_(2) if distance == "cosine" else square.sqrt_()
+        own = slice(start, start + rows.shape[1])
+        upper = one_sided.float().triu(1)
+        made[:, own, start:] = upper
+        made[:, start:, own] = upper.mT
+        block = upper[:, :, : rows.shape[1]]
+        made[:, own, own] = block + block.mT
+    return made
 
 
-def _squares(y: Tensor) -> Tensor:
-    """Squared Euclidean distances [B, n, n] of points around their mean."""
-    y = y - y.mean(1, keepdim=True)
-    length = y.square().sum(-1)
-    both = length[:, :, None] + length[:, None, :]
-    square = torch.baddbmm(both, y, y.mT, alpha=-2)
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Euclidean distances [B, m, n] of points [B, m, d] and [B, n, d] around the origin."""
+    both = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
+    square = torch.baddbmm(both, x, y.mT, alpha=-2)
     # what is left of equal points is rounding: some hundred units in the last place
     return square.masked_fill_(square < 4096 * torch.finfo(y.dtype).eps * both, 0.0)
 
@@ -162,8 +177,11 @@ def _nearest(distance: Tensor, medoids: Tensor) -> Tensor:
 def _recentre(distance: Tensor, assign: Tensor, k: int) -> Tensor:
     """[B, k]: of every cluster the member with the smallest sum of distances to the others."""
     batch, n = assign.shape
-    together = assign[:, :, None] == assign[:, None, :]
-    cost = torch.where(together, distance, 0.0).sum(-1)
+    costs = []
+    for rows, near in zip(assign.split(_CHUNK, 1), distance.split(_CHUNK, 1)):
+        together = rows[:, :, None] == assign[:, None, :]
+        costs.append(torch.where(together, near, 0.0).sum(-1))
+    cost = torch.cat(costs, dim=1)
     least = cost.new_full((batch, k), torch.inf).scatter_reduce(1, assign, cost, "amin")
     index = torch.arange(n, device=assign.device)
     candidate = torch.where(cost == least.gather(1, assign), index, n)

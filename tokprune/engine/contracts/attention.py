@@ -22,7 +22,8 @@ def visible_rows(
     ``window``), or None (the same, all keys real).
     """
     if mask is not None and mask.dim() == 4:
-        rows = mask[:, 0].expand(len(index), -1, -1)
+        # backends cut off columns beyond the keys (PaliGemma of transformers 4 makes one)
+        rows = mask[:, 0, :, :keys].expand(len(index), -1, -1)
         rows = rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
         return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
     if not causal:
@@ -70,6 +71,13 @@ class Attention:
         """[B, Lk] bool: real rows of a vision encoder; None: all."""
         return None if self.causal else self.mask
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of the map, of all heads, that take the room of the queries: who needs many of them
+        takes so many at a time."""
+        tokens, width = self.query.shape[2:]
+        return max(1, tokens * width // max(1, self.key.shape[2]))
+
     def rows(self, index: Tensor) -> Tensor:
         """Softmax rows of the queries at ``index`` [B, R]: float32 [B, H, R, L].
 
@@ -87,12 +95,13 @@ class Attention:
         )
         return rows[..., self.past :]
 
-    def received(self, others_only: bool = False, block: int = 64) -> Tensor:
+    def received(self, others_only: bool = False) -> Tensor:
         """Mean attention that each key receives from the real queries: float32 [B, L].
 
         Mean over heads and queries (``others_only``: the token itself left out); the map is made
-        ``block`` rows at a time and never held whole.
+        :attr:`rows_at_once` at a time and never held whole.
         """
+        block = self.rows_at_once
         if not self.causal:
             return received_attention(
                 self.query, self.key, self.scaling, key_valid=self.valid, row_valid=self.valid,

@@ -25,9 +25,6 @@ from tokprune.operators.topk import rank
 if TYPE_CHECKING:
     from tokprune.methods.mustdrop import MustDrop
 
-#: attention rows computed at once
-_CHUNK = 128
-
 
 @dataclass(frozen=True)
 class Filtered:
@@ -68,7 +65,8 @@ class FilterRun(DecoderRun):
         total = torch.zeros(sequence.column.shape, device=rows.device)
         peak = torch.zeros_like(total)
         if rows.shape[1]:
-            for part, valid in zip(rows.split(_CHUNK, 1), real.split(_CHUNK, 1)):
+            block = attention.rows_at_once
+            for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
                 own, high = text_attention(attention.rows(part), valid, sequence.visual)
                 total, peak = total + own, torch.maximum(peak, high)
         self.score = self._score(total, peak, sequence)

@@ -18,9 +18,6 @@ from tokprune.engine.contracts import (
 )
 from tokprune.operators.relevance import ratio_from_rows, should_drop
 
-#: attention rows computed at once
-_CHUNK = 256
-
 
 @dataclass(frozen=True)
 class RelevanceCheck:
@@ -100,6 +97,7 @@ def _mass(attention: Attention, rows: Tensor, real: Tensor, columns: Tensor) -> 
     """Head-mean weight of some rows on some columns, summed over both: [B] float32."""
     total = torch.zeros(columns.shape[0], device=columns.device)
     one = torch.ones_like(total)
-    for part, valid in zip(rows.split(_CHUNK, 1), real.split(_CHUNK, 1)):
+    block = attention.rows_at_once
+    for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
         total = total + ratio_from_rows(attention.rows(part), valid, columns, count=one)
     return total
