@@ -110,7 +110,7 @@ def test_rotary_weight_is_what_rotated_ones_say(seed: int, width: int) -> None:
     position = randn(seed, 2, 40).mul(20).long().abs().sort(-1).values
     rows = torch.tensor([[39, 5], [20, 38]])
     cos, sin = rotary(position, width)
-    got = rotary_weight(cos, sin, rows)
+    got, bare = rotary_weight(cos, sin, rows), rotary_weight(cos, sin, rows, least=None)
     half = width // 2
     turned = torch.cat([cos - sin, cos + sin], -1)  # the pairs (1, 1), turned
     turned = torch.cat([turned[..., :half], turned[..., width : width + half]], -1)
@@ -118,6 +118,7 @@ def test_rotary_weight_is_what_rotated_ones_say(seed: int, width: int) -> None:
         want = turned[b, rows[b]] @ turned[b].T / math.sqrt(width)
         least = 1e-3 * math.sqrt(width)
         torch.testing.assert_close(got[b], want.clamp(min=least), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bare[b], want, rtol=1e-4, atol=1e-4)
     assert (got > 0).all()
 
 

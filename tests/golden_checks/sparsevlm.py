@@ -97,7 +97,7 @@ def check_v2(case: Case) -> None:
     half = p["head_dim"] // 2
     angle = position[:, None] * p["rope_theta"] ** (-torch.arange(half).double() / half)
     cos, sin = (x.float().repeat(1, 2)[None] for x in (angle.cos(), angle.sin()))
-    weight = rotary_weight(cos, sin, _rows(case))
+    weight = rotary_weight(cos, sin, _rows(case), least=None)
     case.close(weight, "rope_bias_rows")
     raters = torch.ones(1, probs.shape[2], dtype=torch.bool)
     image = _image(case, length)
@@ -166,7 +166,7 @@ def _check_run(case: Case, model: Any, gap: int, inputs: dict[str, torch.Tensor]
     version = {"1_0": "v1", "2_0": "plus"}[p["version"]]
     layers = tuple(layer + 1 for layer in p["pruning_layers"])
     method = _Recorder(
-        SparseVLM(tuple(p["keep_list"]), version, prune_before=layers)  # type: ignore[arg-type]
+        SparseVLM(tuple(p["keep_list"]), version, prune_before=layers, gravity_floor=None)  # type: ignore[arg-type]
     )
     last, got, recorded = run_recorded(model, method, inputs)
     assert len(recorded) == len(layers)

@@ -64,6 +64,8 @@ class SparseVLM(Method):
         order: merged tokens behind the image's others by falling peak score ("published"), or at
             the place of the token in the centre of their cluster ("spatial").
         gravity: divide attention by the rotary weight; None: False, "plus" True.
+        gravity_floor: least weight to divide by, as a share of the weight at distance 0: at long
+            distances it falls to 0 and below. None: no bound, as the official code.
         heads: heads to average over; None: all, "plus" the best 14 (or all, if fewer).
         rank_scale, rank_bias: see ``keep``; official video branch 1 and 0.
         always_drop: each step drops at least one token, as the official code does, even where the
@@ -106,6 +108,7 @@ class SparseVLM(Method):
     cluster_size: Annotated[int, AtLeast(1)] = 10
     order: Order = "published"
     gravity: bool | None = None
+    gravity_floor: Annotated[float, Range(0, 1, low_open=True)] | None = 1e-3
     heads: Annotated[int, AtLeast(1)] | None = None
     rank_scale: Annotated[float, Range(0, low_open=True)] = 13.5
     rank_bias: float = 0.0

@@ -78,7 +78,7 @@ class _SparseRun(DecoderRun):
             if method.uses_gravity:
                 assert attention.rotary is not None
                 cos, sin = (x.expand(len(part), -1, -1) for x in attention.rotary())
-                weight = rotary_weight(cos, sin, part)
+                weight = rotary_weight(cos, sin, part, method.gravity_floor)
             own = rater_attention(rows, rate, weight)
             total = own if total is None else total + own
             if method.keep is None:

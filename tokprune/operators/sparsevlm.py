@@ -90,7 +90,7 @@ def text_raters(relevance: Tensor, valid: Tensor | None = None) -> Tensor:
 # ------------------------------------------------------------------------------- scores
 
 
-def rotary_weight(cos: Tensor, sin: Tensor, rows: Tensor, least: float = 1e-3) -> Tensor:
+def rotary_weight(cos: Tensor, sin: Tensor, rows: Tensor, least: float | None = 1e-3) -> Tensor:
     """What rotary position embedding alone makes of attention logits, at each distance.
 
     W_pq = (R_p 1)·(R_q 1)/√d = (2/√d) Σ_i cos((p − q) θ_i), with the all-ones head vector 1.
@@ -99,19 +99,21 @@ def rotary_weight(cos: Tensor, sin: Tensor, rows: Tensor, least: float = 1e-3) -
         cos, sin: [B, L, d] rotary embedding of each position, both halves alike.
         rows: [B, R] long, places of the queries.
         least: lower bound, as a share of W at distance 0: the sum falls to 0 and below for long
-            distances or narrow heads, where dividing by it makes no sense.
+            distances or narrow heads, where dividing by it makes no sense; None: no bound, as in
+            the official code.
 
     Returns:
-        [B, R, L] float32, positive.
+        [B, R, L] float32, positive where there is a bound.
 
     Source: SparseVLM+, arXiv 2410.04417 (later version), official code; the bound is ours.
     """
     half = cos.shape[-1] // 2
     wave = torch.cat([cos[..., :half], sin[..., :half]], dim=-1).float()
-    own = take_rows(wave, rows)
-    top = wave.square().sum(-1).amax(1)[:, None, None]
-    scale = 2 * (2 * half) ** -0.5
-    return torch.maximum(own @ wave.mT, least * top) * scale
+    weight = take_rows(wave, rows) @ wave.mT
+    if least is not None:
+        top = wave.square().sum(-1).amax(1)[:, None, None]
+        weight = torch.maximum(weight, least * top)
+    return weight * (2 * (2 * half) ** -0.5)
 
 
 def rater_attention(probs: Tensor, raters: Tensor, weight: Tensor | None = None) -> Tensor:
