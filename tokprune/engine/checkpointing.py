@@ -47,14 +47,15 @@ class LayerHooks:
 
     def __init__(
         self, module: Any, before: Callable[..., Any], after: Callable[..., Any] | None,
-        steps: tuple[Callable[..., Any], Callable[..., Any]],
+        steps: tuple[Callable[..., Any], Callable[..., Any]], traceable: bool,
     ) -> None:  # fmt: skip
+        self.traceable = traceable
         self.module, self.before, self.after, self.steps = module, before, after, steps
         self.thread = threading.local()
 
     def install(self) -> list[Any]:
         before, after = (
-            with_step(hook, step) for hook, step in zip((self._before, self._after), self.steps)
+            with_step(hook, step, self.traceable) for hook, step in zip((self._before, self._after), self.steps)
         )
         handles = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
         if self.after is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from tokprune.errors import UnsupportedModelError
 
@@ -30,21 +31,24 @@ _STEP = "_tokprune_step"
 _numbers = itertools.count(1)
 
 
-def with_step(hook: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+def with_step(
+    hook: Callable[..., Any], step: Callable[..., Any], prefill: bool = False
+) -> Callable[..., Any]:
     """A hook that ``step`` stands for where the compiler traces it; see
-    :mod:`tokprune.engine.traced_step`."""
+    :mod:`tokprune.engine.traced_step`. ``prefill``: where that gives NotImplemented, the compiler
+    can trace the hook itself."""
 
     @functools.wraps(hook)
     def run(*args: Any, **kwargs: Any) -> Any:
         return hook(*args, **kwargs)
 
-    setattr(run, _STEP, (hook, step))
+    setattr(run, _STEP, (hook, step, prefill))
     return run
 
 
 def _outside(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook as the compiler is to see it."""
-    hook, step = getattr(hook, _STEP, (hook, None))
+    hook, step, prefill = getattr(hook, _STEP, (hook, None, False))
     python = torch.compiler.disable(hook, reason=_WHY)
     if step is None:
         return python  # type: ignore[no-any-return]
@@ -54,8 +58,11 @@ def _outside(hook: Callable[..., Any]) -> Callable[..., Any]:
             done = step(*args, **kwargs)
             if done is not NotImplemented:
                 return done
+            if prefill:
+                return hook(*args, **kwargs)
         return python(*args, **kwargs)
 
+    skip_code(run.__code__)
     return run
 
 

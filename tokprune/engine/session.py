@@ -131,7 +131,7 @@ class Session:
             for module in parts.rotary:
                 self.handles.append(
                     module.register_forward_hook(
-                        with_step(self._rotary, self.step.rotary), with_kwargs=True
+                        with_step(self._rotary, self.step.rotary, True), with_kwargs=True
                     )
                 )
             for number, block in enumerate(parts.decoder_layers):
@@ -167,6 +167,7 @@ class Session:
             block.module, self._before_layer(number, block),
             self._after_layer(number) if deep else None,
             (self.step.before_layer(number, block.window), self.step.inside_layer),
+            not any(number in stage.prune_before for stage in stages),
         )  # fmt: skip
         self.layers.append(own)
         hooks = own.install()

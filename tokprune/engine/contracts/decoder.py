@@ -68,7 +68,7 @@ class SequenceView:
     @property
     def segments(self) -> int:
         """Largest number of images of one batch row."""
-        return max((len(c) for c in self.counts), default=0)
+        return max([0, *(len(c) for c in self.counts)])  # torch.compile knows no default
 
     def counts_after(self, keep: Callable[[int], int]) -> list[list[int]]:
         """Visual tokens of every image after a step that leaves ``keep(n)`` of the n tokens that
