@@ -167,7 +167,7 @@ class Session:
             block.module, self._before_layer(number, block),
             self._after_layer(number) if deep else None,
             (self.step.before_layer(number, block.window), self.step.inside_layer),
-            not any(number in stage.prune_before for stage in stages),
+            True,
         )  # fmt: skip
         self.layers.append(own)
         hooks = own.install()
