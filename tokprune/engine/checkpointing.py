@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from tokprune.engine.compat import HOOKS_IN_CHECKPOINT
-from tokprune.engine.compiling import with_step
+from tokprune.engine.compiling import traceable
 
 _FUNCTION = "_gradient_checkpointing_func"
 
@@ -47,15 +47,14 @@ class LayerHooks:
 
     def __init__(
         self, module: Any, before: Callable[..., Any], after: Callable[..., Any] | None,
-        steps: tuple[Callable[..., Any], Callable[..., Any]], traceable: bool,
+        steps: tuple[Callable[..., Any], Callable[..., Any]],
     ) -> None:  # fmt: skip
-        self.traceable = traceable
         self.module, self.before, self.after, self.steps = module, before, after, steps
         self.thread = threading.local()
 
     def install(self) -> list[Any]:
         before, after = (
-            with_step(hook, step, self.traceable) for hook, step in zip((self._before, self._after), self.steps)
+            traceable(hook, step) for hook, step in zip((self._before, self._after), self.steps)
         )
         handles = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
         if self.after is not None:

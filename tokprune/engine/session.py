@@ -13,7 +13,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in, seen
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
-from tokprune.engine.compiling import NAMES, Uncompiled, with_step
+from tokprune.engine.compiling import NAMES, Uncompiled, traceable, with_step
 from tokprune.engine.contracts import Plan
 from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
@@ -114,8 +114,8 @@ class Session:
             ]
             if (tower := parts.tower) is not None:
                 self.handles += [
-                    tower.projector.register_forward_pre_hook(self._reduced_features),
-                    tower.projector.register_forward_hook(self._projector),
+                    tower.projector.register_forward_pre_hook(traceable(self._reduced_features)),
+                    tower.projector.register_forward_hook(traceable(self._projector)),
                 ]
                 encoder = EncoderHooks(
                     tower.layers, plan.encoder, lambda: self.state.tower, self.family.tap,
@@ -131,7 +131,7 @@ class Session:
             for module in parts.rotary:
                 self.handles.append(
                     module.register_forward_hook(
-                        with_step(self._rotary, self.step.rotary, True), with_kwargs=True
+                        traceable(self._rotary, self.step.rotary), with_kwargs=True
                     )
                 )
             for number, block in enumerate(parts.decoder_layers):
@@ -167,7 +167,6 @@ class Session:
             block.module, self._before_layer(number, block),
             self._after_layer(number) if deep else None,
             (self.step.before_layer(number, block.window), self.step.inside_layer),
-            True,
         )  # fmt: skip
         self.layers.append(own)
         hooks = own.install()
@@ -183,7 +182,7 @@ class Session:
             )
             for name, module, out in kinds:
                 before, after = (
-                    with_step(hook, self.step.inside_layer)
+                    traceable(hook, self.step.inside_layer)
                     for hook in self._transition(number, name)
                 )
                 hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
