@@ -12,7 +12,7 @@ from tokprune.engine import masks
 from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.model import Block
 from tokprune.engine.once import Once
-from tokprune.engine.positions import RotaryCall, at, ids_at, made_by
+from tokprune.engine.positions import RotaryCall, at, first, ids_at, made_by
 from tokprune.errors import UnsupportedModelError
 
 
@@ -169,4 +169,4 @@ class LayerCalls:
                 return at(table, column)
             return tuple(at(part, column) for part in table)
 
-        return self.once("table", make, table, column, position)
+        return self.once("table", make, first(table), column, position)
