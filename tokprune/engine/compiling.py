@@ -35,7 +35,7 @@ _MARK, _PATCH = "_tokprune_forward", "_tokprune_patch"
 #: attributes that are put on modules
 NAMES = ("forward", _MARK, _PATCH)
 _WHY = "tokprune's hooks work here"
-_FORM = "_tokprune_form"
+_FORM, _STATE = "_tokprune_form", "_tokprune_state"
 _numbers = itertools.count(1)
 
 
@@ -124,6 +124,21 @@ def _look(module: nn.Module) -> None:
         raise RuntimeError(f"{type(module).__name__} has lost the number of its patch")
 
 
+def hand_over(module: nn.Module, kwargs: dict[str, Any], current: Any) -> None:
+    """Before a module's forward: have what is traced in it find ``current.state`` among its
+    arguments. What is found by way of a module, as hooks are, holds numbers that never change to
+    the compiler, and every length of a prompt would get a graph of its own."""
+    mark = module.__dict__.get(_MARK)
+    if mark is not None and module.__dict__.get("forward") is mark.forward:
+        kwargs[_STATE] = current, current.state
+
+
+def _take_over(kwargs: dict[str, Any]) -> None:
+    if _STATE in kwargs:
+        current, state = kwargs.pop(_STATE)
+        current.state = state  # it is already, but the compiler sees it come from the arguments
+
+
 class _Mark:
     """A ``forward`` of a module, for all sessions with hooks on it (models may share modules);
     ``through``: the compiler may enter it."""
@@ -163,6 +178,7 @@ def _visible(module: nn.Module, through: bool) -> Callable[..., Any]:
         @functools.wraps(cls.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             _look(self)
+            _take_over(kwargs)
             return type(self).forward(self, *args, **kwargs)
 
         own = _own_code(forward)
@@ -171,6 +187,7 @@ def _visible(module: nn.Module, through: bool) -> Callable[..., Any]:
     @functools.wraps(before)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         _look(module)
+        _take_over(kwargs)
         return before(*args, **kwargs)
 
     own = _own_code(replaced)

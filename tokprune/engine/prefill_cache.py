@@ -95,7 +95,6 @@ class PrefillCache:
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
         layer.places = None if view.places is None else view.places[1]
         layer.padded, layer.gaps = view.padded, view.gaps
-        layer.behind = self.text_behind
 
     @property
     def original(self) -> int:
@@ -128,6 +127,13 @@ class PrefillCache:
         )
 
     # ------------------------------------------------------------------ after the prefill
+
+    def mark_ends(self) -> None:
+        """Tell the layers how much text ended the prompt: here and not in :meth:`announce`, where
+        ``torch.compile`` would make another graph for every number."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.behind = self.text_behind
 
     def keep(self, policy: CachePolicy, sequences: list[SequenceView]) -> None:
         """Apply the policy of a method that prunes the KV cache."""

@@ -13,7 +13,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in, seen
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
-from tokprune.engine.compiling import NAMES, Uncompiled, traceable, with_step
+from tokprune.engine.compiling import NAMES, Uncompiled, hand_over, traceable, with_step
 from tokprune.engine.contracts import Plan
 from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
@@ -247,6 +247,8 @@ class Session:
             layers = getattr(cache, "layers", ())
             if any(isinstance(layer, CompressedLayer) for layer in layers):
                 state.calls, state.step = calls, StepPass(calls, cache)
+                hand_over(module, kwargs, self._current)
+                return args, kwargs
             return None
         embeds = kwargs["inputs_embeds"]
         past = seen(cache)
@@ -280,6 +282,7 @@ class Session:
             calls, self.plan.decoder, native, held, self.contracts,
             self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,
         )  # fmt: skip
+        hand_over(module, kwargs, self._current)
         return args, kwargs
 
     def _check_backend(self) -> None:

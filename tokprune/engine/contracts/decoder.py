@@ -49,8 +49,9 @@ class SequenceView:
     place_shift: Tensor | None = None
     #: whether a row has gaps in its positions (host)
     gaps: bool = False
-    #: columns of the prompt that it comes from (host)
+    #: columns of the prompt that it comes from, and whether it has more of its own (host)
     width: int = 0
+    wider: bool = False
 
     @property
     def valid(self) -> Tensor:
