@@ -199,6 +199,10 @@ class Graphs:
         self.made.append(graph)
         return graph.forward
 
+    def of_decoder(self, model: Any) -> Any:
+        model.model.language_model.compile(backend=self)
+        return model
+
     def attentions(self) -> list[int]:
         """Calls of attention in every graph that has any."""
         found = [
@@ -272,11 +276,7 @@ FULL = [
 def test_a_decoder_is_one_graph(method: str, family: str, layers: int, graphs: Graphs) -> None:
     case = deep_case(method, family, layers)
 
-    def compiled(model: Any) -> Any:
-        model.model.language_model.compile(backend=graphs)
-        return model
-
-    three_requests(case, graphs, compiled)
+    three_requests(case, graphs, graphs.of_decoder)
     assert len(graphs.made) == 1
     assert not counters["graph_break"]
 
@@ -313,11 +313,7 @@ def test_tower_and_decoder_are_a_graph_each(method: str, way: str, graphs: Graph
 def test_layers_are_graphs_where_a_method_reads_the_device(graphs: Graphs) -> None:
     case = deep_case("dart", "llava-1.5", 9)  # more than one code may have versions
 
-    def compiled(model: Any) -> Any:
-        model.model.language_model.compile(backend=graphs)
-        return model
-
-    three_requests(case, graphs, compiled)
+    three_requests(case, graphs, graphs.of_decoder)
     assert graphs.attentions() == [1] * 9
 
 
@@ -329,7 +325,7 @@ def test_prompts_of_any_length_share_a_graph(method: str, graphs: Graphs) -> Non
     asked = [case.having(prompts=[[4 + n, "image", 6 + n % 4]]).inputs() for n in range(11)]
     with case.compress():
         wanted = [logits(case.model, inputs) for inputs in asked]
-    case.model.model.language_model.compile(backend=graphs)
+    graphs.of_decoder(case.model)
     with case.compress():
         for inputs, want in zip(asked, wanted):
             assert_same_logits(logits(case.model, inputs), want)
@@ -339,11 +335,7 @@ def test_prompts_of_any_length_share_a_graph(method: str, graphs: Graphs) -> Non
 def test_a_ragged_batch(graphs: Graphs) -> None:
     case = deep_case("fastv", "llava-1.5", 3, "ragged")
 
-    def compiled(model: Any) -> Any:
-        model.model.language_model.compile(backend=graphs)
-        return model
-
-    three_requests(case, graphs, compiled)
+    three_requests(case, graphs, graphs.of_decoder)
     assert len(graphs.made) == 1
 
 
@@ -354,7 +346,7 @@ def test_steps_on_a_cache_that_grows(method: str, graphs: Graphs) -> None:
     inputs = case.inputs()
     with case.compress():
         want = case.model.generate(**inputs, **GREEDY)
-    case.model.model.language_model.compile(backend=graphs)
+    graphs.of_decoder(case.model)
     with case.compress():
         assert torch.equal(case.model.generate(**inputs, **GREEDY), want)
         made = len(graphs.made)
