@@ -353,3 +353,18 @@ def test_steps_on_a_cache_that_grows(method: str, graphs: Graphs) -> None:
         assert made == 3  # the prompt, a step, steps of any length
         assert torch.equal(case.model.generate(**inputs, **GREEDY), want)
     assert len(graphs.made) == made
+
+
+@pytest.mark.full
+def test_a_tower_whose_method_reads_the_device(graphs: Graphs) -> None:
+    """What it finds differs from image to image, and so do the shapes; no layer is left out."""
+    model = tiny_family("llava-1.5").build(attention="sdpa", layers=2, vision_layers=14)
+    case = case_of("flowcut", "llava-1.5", SHAPES["single"], model)
+    inputs = case.inputs()
+    with case.compress():
+        want = logits(model, inputs)
+    fast = torch.compile(model, backend=graphs)
+    with case.compress():
+        for _ in range(2):
+            assert_same_logits(logits(fast, inputs), want)
+    assert sum(graphs.attentions()) >= 14

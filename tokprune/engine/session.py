@@ -137,6 +137,8 @@ class Session:
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             hooks = hooked(self.model, self.handles)
+            for block in self._blocks_of_tower():
+                hooks.setdefault(block, set())
             self._uncompiled = Uncompiled(hooks)
             names: dict[nn.Module, tuple[str, ...]] = dict.fromkeys(hooks, NAMES)
             for module, own in self.entry.wrapped.items():
@@ -188,6 +190,14 @@ class Session:
                 hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.append(out.register_forward_hook(after))
         self.handles += hooks
+
+    def _blocks_of_tower(self) -> list[nn.Module]:
+        """Those of a tower that stages work in, hooks or not: all have code of their own where
+        ``torch.compile`` cannot follow the loop over them."""
+        tower, observed = self.parts.tower, self.parts.observed
+        if not self.plan.encoder:
+            return []
+        return [*(tower.layers if tower else ()), *(observed.blocks if observed else ())]
 
     def _in_prefill(self) -> bool:
         return self.state.prefill is not None
