@@ -21,11 +21,13 @@ from __future__ import annotations
 import functools
 import itertools
 import types
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.eval_frame import skip_code
 
 from tokprune.errors import UnsupportedModelError
@@ -37,6 +39,8 @@ NAMES = ("forward", _MARK, _PATCH)
 _WHY = "tokprune's hooks work here"
 _FORM, _STATE = "_tokprune_form", "_tokprune_state"
 _numbers = itertools.count(1)
+#: modules with a mark whose class has such a ``__call__``
+_dispatching: Counter[types.CodeType] = Counter()
 
 
 def with_step(hook: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,13 +151,24 @@ class _Mark:
         self.users = 0
         self.before = module.__dict__.get("forward")
         self.forward = module.__dict__["forward"] = _visible(module, through)
+        _dispatch(type(module), 1)
 
     def remove(self, module: nn.Module) -> None:
+        _dispatch(type(module), -1)
         if module.__dict__.get("forward") is not self.forward:
             return  # somebody has put another one before it
         del module.__dict__["forward"]
         if self.before is not None:
             module.__dict__["forward"] = self.before
+
+
+def _dispatch(cls: Any, change: int) -> None:
+    """Layers of transformers 4.57 have a ``__call__`` of their class around hooks and forward: as
+    long as a patch is on, the compiler goes through it, but does not start at it."""
+    if cls.__call__ is not nn.Module.__call__:
+        code = cls.__call__.__code__
+        _dispatching[code] += change
+        (skip_code if _dispatching[code] else reset_code)(code)
 
 
 def refuse_export() -> None:

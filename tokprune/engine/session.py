@@ -137,8 +137,8 @@ class Session:
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             hooks = hooked(self.model, self.handles)
-            for block in self._blocks_of_tower():
-                hooks.setdefault(block, set())
+            for module in self._blocks_of_tower():
+                hooks.setdefault(module, set())
             self._uncompiled = Uncompiled(hooks)
             names: dict[nn.Module, tuple[str, ...]] = dict.fromkeys(hooks, NAMES)
             for module, own in self.entry.wrapped.items():
