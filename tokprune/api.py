@@ -115,7 +115,8 @@ def patch(
             trace of its own.
         method: a method name with ``options``, or a method object.
         validate: check the values of all that the method answers, too, not types and shapes alone:
-            for tests of methods, as it reads from the device. None: as
+            for tests of methods, as it reads from the device (what ``torch.compile`` traces is not
+            checked so). None: as
             :func:`tokprune.engine.check.set_validation` says, which is off at first.
 
     Returns:

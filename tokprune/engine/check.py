@@ -2,7 +2,7 @@
 
 Types, shapes, dtypes and counts are checked always, on the host, without a look at any tensor's
 values. The values (masks that sum to their counts, rows in range, each once, finite features) are
-checked under ``validate=True`` only: that reads from the device.
+checked under ``validate=True`` only: that reads from the device, which no compiled graph can.
 """
 
 from __future__ import annotations
@@ -127,6 +127,12 @@ class Contracts:
         """``validate`` None: as :func:`set_validation` says."""
         return cls(method, _validation if validate is None else validate)
 
+    @property
+    def looks(self) -> bool:
+        """Whether values are checked here. In a graph of ``torch.compile`` there are none to look
+        at, and to ask for them would break it."""
+        return self.validate and not torch.compiler.is_compiling()
+
     def run(self, stage: EncoderStage | DecoderStage, run: Any) -> Any:
         """What a stage starts for one forward: a run of its kind, handed back."""
         encoder = isinstance(stage, EncoderStage)
@@ -161,7 +167,7 @@ class Contracts:
             _tensor(where, "Reduction.group", reduction.group, (tiles, old), _LONG)
         if counts is not None:
             _counts(where, "Reduction.counts", counts, [new] * tiles, "tile")
-        if self.validate:
+        if self.looks:
             real = rows >= 0
             if counts is None and not bool(real.all()):
                 _refuse(where, "Reduction.rows", "holds −1 (padding), and Reduction.counts is None",
@@ -221,7 +227,7 @@ class Contracts:
             _tensor(where, "Selection.features", features, shape, _FLOAT)
         if group is not None:
             _tensor(where, "Selection.group", group, (image.count,), _LONG)
-        if self.validate:
+        if self.looks:
             _inside(where, "Selection.index", index, 0, image.count)
             if features is None:  # a merged token may stand anywhere
                 _once(where, "Selection.index", index)
@@ -250,7 +256,7 @@ class Contracts:
         for name in ("order", "group"):
             if (value := getattr(keep, name)) is not None:
                 _tensor(where, f"KeepDecision.{name}", value, shape, _LONG)
-        if self.validate:
+        if self.looks:
             self._keep_values(where, keep, hidden, sequence)
 
     def _keep_values(
@@ -291,7 +297,7 @@ class Contracts:
             if lengths is not None:
                 name, most = f"CachePolicy.lengths[{layer}]", [index.shape[1]] * batch
                 _counts(where, name, lengths, most, "batch row")
-            if self.validate:
+            if self.looks:
                 _inside(where, f"CachePolicy.index[{layer}]", index, -1, old)
                 for row in index:
                     _once(where, f"CachePolicy.index[{layer}]", row[row >= 0])

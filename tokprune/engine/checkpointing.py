@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from tokprune.engine.compat import HOOKS_IN_CHECKPOINT
-from tokprune.engine.compiling import with_step
+from tokprune.engine.compiling import traceable
 
 _FUNCTION = "_gradient_checkpointing_func"
 
@@ -54,7 +54,7 @@ class LayerHooks:
 
     def install(self) -> list[Any]:
         before, after = (
-            with_step(hook, step) for hook, step in zip((self._before, self._after), self.steps)
+            traceable(hook, step) for hook, step in zip((self._before, self._after), self.steps)
         )
         handles = [self.module.register_forward_pre_hook(before, with_kwargs=True)]
         if self.after is not None:

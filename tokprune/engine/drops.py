@@ -71,8 +71,7 @@ def shortened(
         column: [B, L] prompt columns of the tokens where they are not those of the sequence.
     """
     # columns of a wider prompt share positions
-    wider = native.width != native.column.shape[1]
-    changed = [wider or new != old for new, old in zip(counts, sequence.counts)]
+    changed = [native.wider or new != old for new, old in zip(counts, sequence.counts)]
     lengths = [
         n - sum(old) + sum(new) for n, old, new in zip(sequence.lengths, sequence.counts, counts)
     ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.engine.check import UNNAMED, Contracts
+from tokprune.engine.compiling import traceable
 from tokprune.engine.contracts import (
     Attention,
     EncoderOutcome,
@@ -244,7 +245,7 @@ class EncoderHooks:
             current = self.current()
             return None if current is None else getattr(current, name)(number, *call)
 
-        return hook
+        return traceable(hook)
 
     def _mask_hook(self, number: int) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -262,4 +263,4 @@ class EncoderHooks:
             )
             return args, kwargs
 
-        return hook
+        return traceable(hook)

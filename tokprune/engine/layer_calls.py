@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +11,8 @@ from torch import Tensor
 from tokprune.engine import masks
 from tokprune.engine.masks import backend_of, check_backend
 from tokprune.engine.model import Block
-from tokprune.engine.positions import RotaryCall, at, ids_at, made_by
+from tokprune.engine.once import Once
+from tokprune.engine.positions import RotaryCall, at, first, ids_at, made_by
 from tokprune.errors import UnsupportedModelError
 
 
@@ -35,8 +34,7 @@ class View:
 
 
 class LayerCalls:
-    """The arguments of the layers of one forward. Results are kept by the objects that they were
-    made of, so that layers which share these share them, too."""
+    """The arguments of the layers of one forward."""
 
     def __init__(
         self, language_model: Any, attention_mask: Any, real: Tensor | None, legacy: bool = False
@@ -50,12 +48,9 @@ class LayerCalls:
         self.legacy = legacy
         #: calls of the language model's rotary modules in this forward
         self.rotary: list[RotaryCall] = []
-        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    @cached_property
-    def backend(self) -> str:
-        """The attention backend of this forward."""
-        return check_backend(backend_of(self.language_model), "language model")
+        self.once = Once()
+        #: the attention backend of this forward
+        self.backend = check_backend(backend_of(language_model), "language model")
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         model = self.language_model
@@ -63,19 +58,12 @@ class LayerCalls:
         normed: Tensor = norm(hidden)
         return normed
 
-    def _once(self, make: Callable[[], Any], *sources: Any) -> Any:
-        """``make()``, once for the same sources (by identity; they are kept alive)."""
-        key = tuple(x if isinstance(x, int | str | bool) else id(x) for x in sources)
-        if key not in self._kept:
-            self._kept[key] = (sources, make())
-        return self._kept[key][1]
-
     # ------------------------------------------------------------------ masks
 
     def mask(self, mask: Tensor | None, view: View, block: Block, hidden: Tensor) -> Tensor | None:
         """The model's mask of a layer, at the view's queries and keys."""
-        made: Tensor | None = self._once(
-            lambda: self._mask(mask, view, block.window, hidden), "mask", mask, view,
+        made: Tensor | None = self.once(
+            "mask", lambda: self._mask(mask, view, block.window, hidden), mask, view,
             block.window or 0,
         )  # fmt: skip
         return made if made is None or made.device == hidden.device else made.to(hidden.device)
@@ -161,10 +149,11 @@ class LayerCalls:
         ids = kwargs.get("position_ids")
         if ids is None:
             return
-        kwargs["position_ids"] = self._once(
+        kwargs["position_ids"] = self.once(
+            "ids",
             lambda: position if position is not None and position.dim() == 2
             else ids_at(ids, column),
-            "ids", ids, column, position,
+            ids, column, position,
         )  # fmt: skip
         if view is not None and view.gaps and self.backend.startswith("flash") and not self.legacy:
             # Gaps in the positions of a single row without mask are taken for packed sequences.
@@ -181,4 +170,4 @@ class LayerCalls:
                 return at(table, column)
             return tuple(at(part, column) for part in table)
 
-        return self._once(make, "table", table, column, position)
+        return self.once("table", make, first(table), column, position)

@@ -126,14 +126,15 @@ class RotaryCall:
 
     def made(self, table: Any) -> bool:
         """Whether ``table`` is the call's output."""
-        return _first(table) is _first(self.output)
+        return first(table) is first(self.output)
 
 
 def _is_ids(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_floating_point() and value.dim() >= 2
 
 
-def _first(value: Any) -> Any:
+def first(value: Any) -> Any:
+    """The tensor that a table is told by: ``torch.compile`` compares no tuples."""
     return value[0] if isinstance(value, tuple | list) and value else value
 
 

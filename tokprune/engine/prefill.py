@@ -254,6 +254,7 @@ class PrefillPass:
         their shape."""
         if self.cache.cache is None:
             return
+        self.cache.mark_ends()
         for stage, run in zip(self.stages, self.runs):
             if stage.has_cache_policy:
                 policy = run.after_prefill(self.sequences)

@@ -11,6 +11,7 @@ from tokprune.engine.cache import CompressedLayer, Newest, brought_back, compres
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
+from tokprune.engine.once import Once
 from tokprune.engine.static_cache import CompressedStaticLayer
 
 
@@ -30,8 +31,7 @@ class PrefillCache:
         #: filled in where the first layer is handed one
         self.cache: DynamicCache | None = None
         self.past, self.attention_mask, self.native = past, attention_mask, native
-        #: by the tensors they were made of, so that layers of one sequence share one object
-        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self.once = Once()
         self._policy_lengths: dict[int, list[int]] = {}
 
     def layer(self, number: int) -> Any:
@@ -75,7 +75,7 @@ class PrefillCache:
             padding, hole = padded or sequence.padded, gaps or sequence.gaps
             return View(queries, keys, total, padding, own, hole)
 
-        return self._once(make, "view", sequence, slots, places, entries), shift
+        return self.once("view", make, sequence, slots, places, entries), shift
 
     def announce(
         self, number: int, sequence: SequenceView, view: View, window: int | None = None
@@ -102,7 +102,6 @@ class PrefillCache:
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
         layer.places = None if view.places is None else view.places[1]
         layer.padded, layer.gaps = view.padded, view.gaps
-        layer.behind = self.text_behind
 
     @property
     def original(self) -> int:
@@ -115,32 +114,33 @@ class PrefillCache:
         if self.source is None:
             return column
         source = self.source.to(column.device, non_blocking=True)
-        return self._once(  # type: ignore[no-any-return]
-            lambda: source.gather(1, column.clamp(min=0)).masked_fill(column < 0, -1),
-            "users", column,
+        return self.once(  # type: ignore[no-any-return]
+            "users", lambda: source.gather(1, column.clamp(min=0)).masked_fill(column < 0, -1),
+            column,
         )  # fmt: skip
 
     def _shift(self, new: Tensor | None, past: Tensor | None) -> Tensor | None:
         if new is None or past is None:
             return past if new is None else new
-        return self._once(lambda: new + past.to(new.device), "shift", new, past)  # type: ignore[no-any-return]
+        return self.once("shift", lambda: new + past.to(new.device), new, past)  # type: ignore[no-any-return]
 
     def _in_conversation(self, column: Tensor) -> Tensor:
         """Columns counted from the start of the conversation; one object per sequence, so that
         decode steps recognise layers that hold the same tokens."""
         if not self.past:
             return column
-        return self._once(  # type: ignore[no-any-return]
-            lambda: torch.where(column < 0, -1, column + self.past), "column", column
+        return self.once(  # type: ignore[no-any-return]
+            "column", lambda: torch.where(column < 0, -1, column + self.past), column
         )
 
-    def _once(self, make: Any, *sources: Any) -> Any:
-        key = tuple(x if isinstance(x, int | str) else id(x) for x in sources)
-        if key not in self._kept:
-            self._kept[key] = (sources, make())
-        return self._kept[key][1]
-
     # ------------------------------------------------------------------ after the prefill
+
+    def mark_ends(self) -> None:
+        """Tell the layers how much text ended the prompt: here and not in :meth:`announce`, where
+        ``torch.compile`` would make another graph for every number."""
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.behind = self.text_behind
 
     def keep(self, policy: CachePolicy, sequences: list[SequenceView]) -> None:
         """Apply the policy of a method that prunes the KV cache."""

@@ -13,7 +13,7 @@ from tokprune.engine.cache import CompressedLayer, cache_in, seen
 from tokprune.engine.check import Contracts
 from tokprune.engine.checkpointing import LayerHooks
 from tokprune.engine.compat import new_cache
-from tokprune.engine.compiling import NAMES, Uncompiled, with_step
+from tokprune.engine.compiling import NAMES, Uncompiled, hand_over, traceable, with_step
 from tokprune.engine.contracts import Plan
 from tokprune.engine.copies import Guards, refuse_replica
 from tokprune.engine.encoder import EncoderHooks, TowerPass
@@ -114,8 +114,8 @@ class Session:
             ]
             if (tower := parts.tower) is not None:
                 self.handles += [
-                    tower.projector.register_forward_pre_hook(self._reduced_features),
-                    tower.projector.register_forward_hook(self._projector),
+                    tower.projector.register_forward_pre_hook(traceable(self._reduced_features)),
+                    tower.projector.register_forward_hook(traceable(self._projector)),
                 ]
                 encoder = EncoderHooks(
                     tower.layers, plan.encoder, lambda: self.state.tower, self.family.tap,
@@ -131,12 +131,14 @@ class Session:
             for module in parts.rotary:
                 self.handles.append(
                     module.register_forward_hook(
-                        with_step(self._rotary, self.step.rotary), with_kwargs=True
+                        traceable(self._rotary, self.step.rotary), with_kwargs=True
                     )
                 )
             for number, block in enumerate(parts.decoder_layers):
                 self._install_decoder_layer(number, block)
             hooks = hooked(self.model, self.handles)
+            for module in self._blocks_of_tower():
+                hooks.setdefault(module, set())
             self._uncompiled = Uncompiled(hooks)
             names: dict[nn.Module, tuple[str, ...]] = dict.fromkeys(hooks, NAMES)
             for module, own in self.entry.wrapped.items():
@@ -182,12 +184,20 @@ class Session:
             )
             for name, module, out in kinds:
                 before, after = (
-                    with_step(hook, self.step.inside_layer)
+                    traceable(hook, self.step.inside_layer)
                     for hook in self._transition(number, name)
                 )
                 hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.append(out.register_forward_hook(after))
         self.handles += hooks
+
+    def _blocks_of_tower(self) -> list[nn.Module]:
+        """Those of a tower that stages work in, hooks or not: all have code of their own where
+        ``torch.compile`` cannot follow the loop over them."""
+        tower, observed = self.parts.tower, self.parts.observed
+        if not self.plan.encoder:
+            return []
+        return [*(tower.layers if tower else ()), *(observed.blocks if observed else ())]
 
     def _in_prefill(self) -> bool:
         return self.state.prefill is not None
@@ -247,6 +257,8 @@ class Session:
             layers = getattr(cache, "layers", ())
             if any(isinstance(layer, CompressedLayer) for layer in layers):
                 state.calls, state.step = calls, StepPass(calls, cache)
+                hand_over(module, kwargs, self._current)
+                return args, kwargs
             return None
         embeds = kwargs["inputs_embeds"]
         past = seen(cache)
@@ -280,6 +292,7 @@ class Session:
             calls, self.plan.decoder, native, held, self.contracts,
             self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,
         )  # fmt: skip
+        hand_over(module, kwargs, self._current)
         return args, kwargs
 
     def _check_backend(self) -> None:

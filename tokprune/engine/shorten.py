@@ -82,6 +82,7 @@ def native_sequence(
         slot=both[0],
         padded=layout.padded,
         width=length if width is None else width,
+        wider=width is not None and width != length,
     )
 
 

@@ -11,6 +11,7 @@ from tokprune.engine.cache import CompressedLayer
 from tokprune.engine.compat import DynamicCache
 from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block
+from tokprune.engine.once import Once
 from tokprune.engine.positions import shifted
 from tokprune.engine.static_cache import CompressedStaticLayer
 
@@ -22,7 +23,7 @@ class StepPass:
         self.calls, self.cache = calls, cache
         #: tokens of the conversation up to the end of this forward, before any compression
         self.total = 0
-        self._kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+        self.once = Once()
 
     def prepare(
         self, number: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -61,22 +62,16 @@ class StepPass:
                 places = (own, torch.cat([layer.all_places().to(new.device), own], dim=1))
             return View(new, keys, start + q, layer.padded, places, layer.gaps)
 
-        return self._once(make, layer.slots, layer.places, entries, str(hidden.device))  # type: ignore[no-any-return]
+        return self.once("view", make, layer.slots, layer.places, entries, str(hidden.device))  # type: ignore[no-any-return]
 
     def _shift(self, shift: Tensor, block: Block, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        native = self._once(lambda: self.calls.rotary_position(kwargs, hidden), "native")
-        moved = self._once(lambda: shifted(native, shift), "moved", shift)
-        column = self._once(
-            lambda: torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1),
+        native = self.once("native", lambda: self.calls.rotary_position(kwargs, hidden))
+        moved = self.once("moved", lambda: shifted(native, shift), shift)
+        column = self.once(
             "column",
+            lambda: torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1),
         )
         self.calls.place(kwargs, block, None, column, moved)
-
-    def _once(self, make: Any, *sources: Any) -> Any:
-        key = tuple(x if isinstance(x, int | str) else id(x) for x in sources)
-        if key not in self._kept:
-            self._kept[key] = (sources, make())
-        return self._kept[key][1]
 
 
 def _less(columns: Tensor, shift: Tensor | None) -> Tensor:

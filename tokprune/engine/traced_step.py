@@ -21,7 +21,7 @@ from tokprune.engine.positions import RotaryCall, made_by, shifted
 from tokprune.engine.static_cache import CompressedStaticLayer, is_static
 
 
-def traceable(cache: Any, tokens: int) -> bool:
+def is_step(cache: Any, tokens: int) -> bool:
     """Whether a call of ``tokens`` tokens on a cache is a step that can be followed."""
     if tokens != 1 or not is_static(cache):
         return False
@@ -38,7 +38,7 @@ def nothing_to_do(arguments: Sequence[str]) -> Callable[..., Any]:
         ids = call.get("input_ids")
         given = call.get("inputs_embeds") if ids is None else ids
         labelled = call.get("labels") is not None or call.get("shift_labels") is not None
-        if given is None or labelled or not traceable(cache_in(call), given.shape[1]):
+        if given is None or labelled or not is_step(cache_in(call), given.shape[1]):
             return NotImplemented
         return None
 
@@ -61,7 +61,7 @@ class TracedStep:
     def language_model_input(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before the language model."""
         cache, embeds = cache_in(kwargs), kwargs.get("inputs_embeds")
-        if args or embeds is None or not traceable(cache, embeds.shape[1]):
+        if args or embeds is None or not is_step(cache, embeds.shape[1]):
             return NotImplemented
         if masks.backend_of(self.language_model) not in ("sdpa", "eager"):
             return NotImplemented

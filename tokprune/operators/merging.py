@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -40,6 +39,17 @@ class MergePlan:
     tokens: int
     #: output order, see above
     distill: bool = False
+    #: what several tensors are merged by: :meth:`representatives` and ``_source_rows``
+    _made: tuple[Tensor, Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        keep, dst, rows = self.keep, self.dst, self.slot + self.keep.shape[1]
+        if self.distill:
+            first = torch.cat([keep[:, :1], dst[:, :1], keep[:, 1:], dst[:, 1:]], dim=1)
+            made = first, rows.masked_fill(self.slot == 0, 1)
+        else:
+            made = torch.cat([keep, dst], dim=1), rows
+        object.__setattr__(self, "_made", made)
 
     @property
     def kept(self) -> int:
@@ -132,25 +142,17 @@ class MergePlan:
 
         A kept row's own index, a merged row's destination: the place of the row in the image.
         """
-        return self._representatives
+        return self._made[0]
 
     def counts(self) -> Tensor:
         """[B, T'] long: the number of input tokens in each output row."""
         ones = torch.ones_like(self.representatives())
         return ones.scatter_add(1, self._source_rows, torch.ones_like(self.slot))
 
-    @cached_property
-    def _representatives(self) -> Tensor:
-        keep, dst = self.keep, self.dst
-        if self.distill:
-            return torch.cat([keep[:, :1], dst[:, :1], keep[:, 1:], dst[:, 1:]], dim=1)
-        return torch.cat([keep, dst], dim=1)
-
-    @cached_property
+    @property
     def _source_rows(self) -> Tensor:
         """[B, r]: the output row that each source joins."""
-        rows = self.slot + self.keep.shape[1]
-        return rows.masked_fill(self.slot == 0, 1) if self.distill else rows
+        return self._made[1]
 
     def _add(self, base: Tensor, extra: Tensor) -> Tensor:
         """Add each source's row to its output row, in place: ``base`` is the caller's own copy."""

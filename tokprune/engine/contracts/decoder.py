@@ -49,8 +49,9 @@ class SequenceView:
     place_shift: Tensor | None = None
     #: whether a row has gaps in its positions (host)
     gaps: bool = False
-    #: columns of the prompt that it comes from (host)
+    #: columns of the prompt that it comes from, and whether it has more of its own (host)
     width: int = 0
+    wider: bool = False
 
     @property
     def valid(self) -> Tensor:
@@ -68,7 +69,7 @@ class SequenceView:
     @property
     def segments(self) -> int:
         """Largest number of images of one batch row."""
-        return max((len(c) for c in self.counts), default=0)
+        return max([0, *(len(c) for c in self.counts)])
 
     def counts_after(self, keep: Callable[[int], int]) -> list[list[int]]:
         """Visual tokens of every image after a step that leaves ``keep(n)`` of the n tokens that
@@ -84,7 +85,7 @@ class SequenceView:
         R is the largest count of the batch, known on the host; where a row has less, the
         leading entries are not real. R = 0 if no row has text after its image.
         """
-        r = max(self.text_after, default=0)
+        r = max([0, *self.text_after])
         arange = torch.arange(self.after.shape[1], device=self.after.device)
         key = torch.where(self.after, arange, torch.full_like(arange, -1))
         top = key.sort(dim=1, stable=True).values[:, key.shape[1] - r :]
@@ -151,7 +152,7 @@ class KeepDecision:
             ]
         if together:
             segment, wanted = torch.where(sequence.visual, 0, -1), [[sum(row)] for row in counts]
-        width = max(map(len, wanted), default=0)
+        width = max([0, *map(len, wanted)])
         budget = torch.tensor([row + [0] * (width - len(row)) for row in wanted])
         device = segment.device
         mask = segment_topk(score.to(device), segment, budget.to(device, non_blocking=True))
