@@ -32,7 +32,9 @@ class Newest:
 
     def of(self, columns: Tensor) -> Tensor:
         """The columns [B, entries] of them."""
-        made: Tensor = self.once(lambda: columns[:, -self.entries :], "newest", columns)
+        made: Tensor = self.once(
+            "newest", lambda: columns[:, -self.entries :], columns, self.entries
+        )
         return made
 
 
@@ -67,6 +69,8 @@ class CompressedLayer(DynamicLayer):
         self.padded = self.gaps = False
         #: newest entries of the prefill that are the newest tokens of all rows
         self.behind = 0
+        #: how many of these it still holds where earlier tokens have left it; None: all
+        self.croppable: int | None = None
         #: original tokens beyond the entries that are really cached
         self.missing = 0
         self._pending: tuple[Tensor, Tensor, int, Newest | None] | None = None
@@ -124,7 +128,7 @@ class CompressedLayer(DynamicLayer):
         newest = None
         if self._pending is not None:
             columns, slots, original, newest = self._pending
-            self._pending = None
+            self._pending = self.croppable = None
             moved = slots is not columns or self.slots is not self.columns
             if self.columns is not None:
                 if moved:
@@ -152,7 +156,7 @@ class CompressedLayer(DynamicLayer):
                 setattr(self, name, newest.of(value))
         if together:
             self.slots = self.columns
-        self.behind = min(self.behind, newest.croppable)
+        self.croppable = newest.croppable
 
     def _check_announced(self) -> None:
         if self._pending is None and not self._step:

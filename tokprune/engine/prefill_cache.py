@@ -96,7 +96,7 @@ class PrefillCache:
         newest = None
         if window is not None:
             # the next token sees one less beside itself; before it, guesses may go again
-            newest = Newest(max(1, window - 1) + self.guesses, self.guesses, self._once)
+            newest = Newest(max(1, window - 1) + self.guesses, self.guesses, self.once)
         layer.expect(column, view.queries if moved else column, self.original, newest)
         layer.shift = self._shift(sequence.shift, layer.shift)
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
@@ -140,7 +140,8 @@ class PrefillCache:
         ``torch.compile`` would make another graph for every number."""
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
-                layer.behind = self.text_behind
+                held = layer.croppable
+                layer.behind = self.text_behind if held is None else min(held, self.text_behind)
 
     def keep(self, policy: CachePolicy, sequences: list[SequenceView]) -> None:
         """Apply the policy of a method that prunes the KV cache."""
