@@ -71,6 +71,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "fastervlm",
         {"keep": 23, "scope": "image", "order": "spatial", "positions": "preserve"},
     ),
+    "vispruner": ("vispruner", {"keep": 9}),
+    "vispruner-image": (
+        "vispruner",
+        {"keep": 31, "important_ratio": 0.25, "scope": "image", "positions": "preserve"},
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",

@@ -26,6 +26,7 @@ from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.visionzip import VisionZip
+from tokprune.methods.vispruner import VisPruner
 
 __all__ = [
     "DART",
@@ -59,6 +60,7 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VisPruner",
     "VisionZip",
     "available_methods",
     "image_methods",
