@@ -76,6 +76,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "vispruner",
         {"keep": 31, "important_ratio": 0.25, "scope": "image", "positions": "preserve"},
     ),
+    "scope": ("scope", {"keep": 9}),
+    "scope-image": (
+        "scope",
+        {"keep": 27, "alpha": 0.5, "combine": "add", "scope": "image", "positions": "preserve"},
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",

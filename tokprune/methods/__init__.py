@@ -20,6 +20,7 @@ from tokprune.methods.pool import Pool
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
+from tokprune.methods.scope import SCOPE
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
@@ -32,6 +33,7 @@ __all__ = [
     "DART",
     "EVS",
     "M3",
+    "SCOPE",
     "AtLeast",
     "Attention",
     "CDPruner",
