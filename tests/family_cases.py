@@ -78,6 +78,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fastervlm": ("fastervlm", {"keep": 5}),
     "vispruner": ("vispruner", {"keep": 5}),
     "scope": ("scope", {"keep": 5}),
+    "hiprune": ("hiprune", {"keep": 4, "alpha": 1.0}),
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),

@@ -81,6 +81,18 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "scope",
         {"keep": 27, "alpha": 0.5, "combine": "add", "scope": "image", "positions": "preserve"},
     ),
+    "hiprune": ("hiprune", {"keep": 9, "alpha": 0.6}),
+    "hiprune-strict": (
+        "hiprune",
+        {
+            "keep": 33,
+            "alpha": 0.9,
+            "object_layer": 0,
+            "strict_neighbours": True,
+            "scope": "image",
+            "positions": "preserve",
+        },
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",
