@@ -79,6 +79,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "vispruner": ("vispruner", {"keep": 5}),
     "scope": ("scope", {"keep": 5}),
     "hiprune": ("hiprune", {"keep": 4, "alpha": 1.0}),
+    "prunesid": ("prunesid", {"keep": 5}),
+    "prunesid-patches": ("prunesid", {"keep": 5, "keep_cls": False, "order": "spatial"}),
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),

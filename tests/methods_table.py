@@ -171,6 +171,15 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "tome": ("tome", {"r": 4}),
     "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
+    "prunesid": ("prunesid", {"keep": 11}),
+    "prunesid-patches": (
+        "prunesid",
+        {"keep": 12, "keep_cls": False, "importance": "loading", "positions": "preserve"},
+    ),
+    "prunesid-random": (
+        "prunesid",
+        {"keep": 9, "keep_cls": False, "pca": "random", "order": "spatial"},
+    ),
     "pool": ("pool", {"keep": 9}),
     "pool-window": ("pool", {"window": 3, "positions": "preserve"}),
     "m3": ("m3", {"keep": 9}),

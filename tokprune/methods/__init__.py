@@ -18,6 +18,7 @@ from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
@@ -56,6 +57,7 @@ __all__ = [
     "Preset",
     "PromptScorer",
     "PromptSelector",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "Range",

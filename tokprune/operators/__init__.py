@@ -22,6 +22,7 @@ from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.pooling import *
+from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *
 from tokprune.operators.sparsevlm import *
