@@ -73,6 +73,28 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "fastervlm",
         {"keep": 23, "scope": "image", "order": "spatial", "positions": "preserve"},
     ),
+    "vispruner": ("vispruner", {"keep": 9}),
+    "vispruner-image": (
+        "vispruner",
+        {"keep": 31, "important_ratio": 0.25, "scope": "image", "positions": "preserve"},
+    ),
+    "scope": ("scope", {"keep": 9}),
+    "scope-image": (
+        "scope",
+        {"keep": 27, "alpha": 0.5, "combine": "add", "scope": "image", "positions": "preserve"},
+    ),
+    "hiprune": ("hiprune", {"keep": 9, "alpha": 0.6}),
+    "hiprune-strict": (
+        "hiprune",
+        {
+            "keep": 33,
+            "alpha": 0.9,
+            "object_layer": 0,
+            "strict_neighbours": True,
+            "scope": "image",
+            "positions": "preserve",
+        },
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",
@@ -151,6 +173,15 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "tome": ("tome", {"r": 4}),
     "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
+    "prunesid": ("prunesid", {"keep": 11}),
+    "prunesid-patches": (
+        "prunesid",
+        {"keep": 12, "keep_cls": False, "importance": "loading", "positions": "preserve"},
+    ),
+    "prunesid-random": (
+        "prunesid",
+        {"keep": 9, "keep_cls": False, "pca": "random", "order": "spatial"},
+    ),
     "pool": ("pool", {"keep": 9}),
     "pool-window": ("pool", {"window": 3, "positions": "preserve"}),
     "m3": ("m3", {"keep": 9}),

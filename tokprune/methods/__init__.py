@@ -12,25 +12,30 @@ from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
+from tokprune.methods.hiprune import HiPrune
 from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
+from tokprune.methods.scope import SCOPE
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.visionzip import VisionZip
+from tokprune.methods.vispruner import VisPruner
 
 __all__ = [
     "DART",
     "EVS",
     "M3",
+    "SCOPE",
     "AtLeast",
     "Attention",
     "CDPruner",
@@ -42,6 +47,7 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "Grid",
+    "HiPrune",
     "ImageTokens",
     "KeepDecision",
     "Method",
@@ -51,6 +57,7 @@ __all__ = [
     "Preset",
     "PromptScorer",
     "PromptSelector",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "Range",
@@ -59,6 +66,7 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VisPruner",
     "VisionZip",
     "available_methods",
     "image_methods",

@@ -12,7 +12,8 @@ The whole of a method that keeps what the class token attends to::
 
 Where a tower's rows can change, patches go behind the layer that the model reads, before the
 projector. Where the model makes one token of several patches, tokens go at the language-model
-input, and what was seen of their patches is averaged.
+input, and what was seen of their patches is averaged. :class:`TileChooser` leaves open what is
+looked at, and in which layers.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class TileSelector(TileMethod):
+class TileChooser(TileMethod):
     """Keeps ``keep`` patches of every tile; no text, no merging.
 
     On tiled models the tokens of the base tile enter first, then those of all crops in raster order
@@ -95,9 +96,6 @@ class TileSelector(TileMethod):
 
     Args:
         keep: tokens of each tile (count), or fraction of its patches.
-        score: "cls" looks at the class token's attention; "mean_received" at the mean attention
-            that a patch receives from all others, which "cls" means as well where the tower has
-            no class token.
         order: on tiled models: "spatial" chooses among the patches that show the image, so a tile
             that shows little keeps less; "published" as the official codes of such methods,
             where padding competes and may be kept.
@@ -107,26 +105,19 @@ class TileSelector(TileMethod):
     """
 
     stages: ClassVar[tuple[str, ...]] = ("encoder, feature layer",)
-    needs: ClassVar[str] = "class-token attention of one layer"
-    without_class_token: ClassVar[str] = (
-        "the mean attention that a patch receives stands in for the class token's"
-    )
     without_tower_rows: ClassVar[str] = (
         "chooses at the language-model input, not at the feature layer"
     )
 
     order: Order = "spatial"
-    score: Score = "cls"
 
     def layers(self, tower: TowerFacts) -> tuple[int, ...]:
         """The encoder layers looked at (0-based), ascending."""
         return (feature_layer(tower, self.name),)
 
+    @abstractmethod
     def look(self, attention: Attention, tokens: TowerTokens) -> Tensor:
         """Of one layer's attention a number [B, N] for every patch, float32."""
-        if tokens.has_cls and self.score == "cls":
-            return attention.cls_row().mean(1)[:, 1:]
-        return attention.received(others_only=True)[:, tokens.first_patch :]
 
     @abstractmethod
     def choose(self, tiles: Tiles, keep: int) -> Tensor:
@@ -146,7 +137,7 @@ class TileSelector(TileMethod):
         assert self.keep is not None
         if facts.tower is None:
             check_fits(self.keep, facts)
-            return Plan(encoder=(_Observer(self, tower),), prompt=(_AtInput(self),))
+            return Plan(encoder=(_Observer(self, tower),), prompt=(AtInput(self),))
         whole = self.tile_budget(facts) == tower.patches
         stills = (
             () if whole else (_InTower(self, tower, pooled_videos=facts.frame_grid is not None),)
@@ -154,7 +145,7 @@ class TileSelector(TileMethod):
         if facts.frame_grid is None:
             return Plan(encoder=stills)
         watch = stills or (_Observer(self, tower),)
-        return Plan(encoder=watch, prompt=(_AtInput(self, videos_only=True),))
+        return Plan(encoder=watch, prompt=(AtInput(self, videos_only=True),))
 
     def chosen(self, tiles: Tiles, counts: list[int], windows: Sequence[Window | None]) -> Tensor:
         """The patches of every tile that stay, ascending, [B, most]; −1 at the end of tiles that
@@ -174,13 +165,37 @@ class TileSelector(TileMethod):
         return result
 
 
+@dataclass(frozen=True)
+class TileSelector(TileChooser):
+    """Chooses by the attention of one layer.
+
+    Args:
+        score: "cls" looks at the class token's attention; "mean_received" at the mean attention
+            that a patch receives from all others, which "cls" means as well where the tower has
+            no class token.
+        keep, order, positions, scope: as of every :class:`TileChooser`.
+    """
+
+    needs: ClassVar[str] = "class-token attention of one layer"
+    without_class_token: ClassVar[str] = (
+        "the mean attention that a patch receives stands in for the class token's"
+    )
+
+    score: Score = "cls"
+
+    def look(self, attention: Attention, tokens: TowerTokens) -> Tensor:
+        if tokens.has_cls and self.score == "cls":
+            return attention.cls_row().mean(1)[:, 1:]
+        return attention.received(others_only=True)[:, tokens.first_patch :]
+
+
 # ------------------------------------------------------------------------ in the encoder
 
 
 class _Looking(EncoderRun):
     """Sees the layers."""
 
-    def __init__(self, method: TileSelector) -> None:
+    def __init__(self, method: TileChooser) -> None:
         self.method = method
         self.seen: dict[int, tuple[Tensor, TowerTokens]] = {}
 
@@ -195,13 +210,14 @@ class _Looking(EncoderRun):
 class _Observer(EncoderStage):
     """Looks at a tower whose rows do not change."""
 
-    def __init__(self, method: TileSelector, tower: TowerFacts) -> None:
+    def __init__(self, method: TileChooser, tower: TowerFacts) -> None:
         self.method, self.taps = method, frozenset(method.layers(tower))
 
     @property
     def share_key(self) -> Hashable:
         look = type(self.method).look
-        return look.__module__, look.__qualname__, self.method.score, *sorted(self.taps)
+        score = getattr(self.method, "score", None)
+        return look.__module__, look.__qualname__, score, *sorted(self.taps)
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return _Observing(self.method)
@@ -216,7 +232,7 @@ class _InTower(EncoderStage):
     """Drops patches behind the layer that the model reads; of videos whose frames are pooled after
     it, it only looks at them."""
 
-    def __init__(self, method: TileSelector, tower: TowerFacts, pooled_videos: bool) -> None:
+    def __init__(self, method: TileChooser, tower: TowerFacts, pooled_videos: bool) -> None:
         self.method, self.taps = method, frozenset(method.layers(tower))
         self.pooled_videos = pooled_videos
         self.after_layers = frozenset({feature_layer(tower, method.name)})
@@ -233,7 +249,7 @@ class _InTower(EncoderStage):
 
 
 class _Dropping(_Looking):
-    def __init__(self, method: TileSelector, tower: TowerInput) -> None:
+    def __init__(self, method: TileChooser, tower: TowerInput) -> None:
         super().__init__(method)
         self.tower = tower
         #: patches of padding are known to be none of those kept
@@ -294,10 +310,10 @@ def _size(window: Window | None, n: int) -> int:
 # ------------------------------------------------------------------ language-model input
 
 
-class _AtInput(PromptStage):
+class AtInput(PromptStage):
     """Drops tokens of models that merge patches behind their tower."""
 
-    def __init__(self, method: TileSelector, videos_only: bool = False) -> None:
+    def __init__(self, method: TileChooser, videos_only: bool = False) -> None:
         self.method, self.positions, self.videos_only = method, method.new_positions, videos_only
 
     def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
@@ -312,7 +328,6 @@ class _AtInput(PromptStage):
         if counts == sizes:
             return None
         check_whole(image, self.method.name)
-        assert image.metric is not None
         places = index_of_cells(image).split(sizes)
         alike: dict[tuple[int, int], list[int]] = {}
         for tile, grid in enumerate(grids):
@@ -321,7 +336,9 @@ class _AtInput(PromptStage):
         for grid, members in alike.items():
             place = torch.stack([places[tile] for tile in members])
             cells = torch.arange(place.shape[1], device=place.device).expand_as(place)
-            scores = image.metric[place].permute(2, 0, 1)
+            scores = torch.empty(0, *place.shape, device=place.device)  # nothing was looked at
+            if image.metric is not None:
+                scores = image.metric[place].permute(2, 0, 1)
             tiles = Tiles(image.features[place], scores, grid, cells)
             own = [counts[tile] for tile in members]
             index = self.method.chosen(tiles, own, [None] * len(own))

@@ -17,10 +17,12 @@ from tokprune.operators.diversity import *
 from tokprune.operators.dpp import *
 from tokprune.operators.energy import *
 from tokprune.operators.flow import *
+from tokprune.operators.hiprune import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.pooling import *
+from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *
 from tokprune.operators.sparsevlm import *
@@ -32,4 +34,5 @@ from tokprune.operators.visionzip import *
 from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual
 from tokprune.operators.visionzip import dominant as visionzip_dominant
+from tokprune.operators.vispruner import *
 from tokprune.operators.windows import *

@@ -75,7 +75,7 @@ def coverage(
     unit = normalize(rearrange(x, "... n d -> (...) n d").float(), dim=-1)
     weight = unit.new_ones(unit.shape[:-1])
     if saliency is not None:
-        weight = saliency.to(unit.device).float().reshape(weight.shape) ** alpha
+        weight = saliency.to(unit.device).float().reshape(weight.shape) ** float(alpha)
     multiply = combine == "multi"
     if available(unit) and unit.shape[1] <= LONGEST_ROW:
         from tokprune.operators.kernels.coverage import coverage_picks

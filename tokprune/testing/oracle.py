@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.cache import cache_argument
+from tokprune.engine.images import ImageRecord
 from tokprune.families import family_of
 from tokprune.testing.numbering import later_positions, prompt_positions
 from tokprune.testing.report import Fault, placed
@@ -249,8 +250,8 @@ def compressed_logits(model: Any, inputs: dict[str, Tensor], continuation: Tenso
 
 
 def merges(trace: PrefillTrace) -> bool:
-    """Whether some token that the last decoder layer saw stands for several: then the masked
-    oracle does not apply."""
+    """Whether some token that the last decoder layer saw stands for several, or for none that the
+    prompt has a place for (a class token, padding): then the masked oracle does not apply."""
     groups = [
         image.selection.group[None]
         for image in trace.images
@@ -258,9 +259,22 @@ def merges(trace: PrefillTrace) -> bool:
     ]
     if any(record.history and record.facts is None for record in trace.records):
         return True  # a token of a packed encoder is made of whatever patches are left
+    if any(_without_place(record) for record in trace.records):
+        return True
     groups += [record.group for record in trace.records if record.group is not None]
     groups += [drop.group for drop in trace.drops if drop.group is not None]
     return any((row[row >= 0].bincount() > 1).any() for group in groups for row in group)
+
+
+def _without_place(record: ImageRecord) -> bool:
+    """Whether a vision encoder's survivors include some that the prompt has no place for."""
+    if record.cell is None:
+        return False
+    return bool(
+        (
+            record.places(record.cell, torch.arange(record.count, device=record.cell.device)) < 0
+        ).any()
+    )
 
 
 def _held(layer: LayerTrace, row: int) -> Tensor:
