@@ -71,6 +71,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "fastervlm",
         {"keep": 23, "scope": "image", "order": "spatial", "positions": "preserve"},
     ),
+    "holov": ("holov", {"keep": 10}),
+    "holov-published": (
+        "holov",
+        {"keep": 0.3, "crops": 5, "order": "published", "positions": "preserve"},
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",

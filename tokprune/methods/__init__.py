@@ -12,6 +12,7 @@ from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
+from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
@@ -42,6 +43,7 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "Grid",
+    "HoloV",
     "ImageTokens",
     "KeepDecision",
     "Method",

@@ -17,6 +17,7 @@ from tokprune.operators.diversity import *
 from tokprune.operators.dpp import *
 from tokprune.operators.energy import *
 from tokprune.operators.flow import *
+from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mustdrop import *
