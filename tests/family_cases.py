@@ -76,6 +76,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "fastervlm": ("fastervlm", {"keep": 5}),
+    "hired": ("hired", {"keep": 5}),
     "holov": ("holov", {"keep": 5}),
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),

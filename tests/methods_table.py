@@ -71,6 +71,17 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "fastervlm",
         {"keep": 23, "scope": "image", "order": "spatial", "positions": "preserve"},
     ),
+    "hired": ("hired", {"keep": 10}),
+    "hired-published": (
+        "hired",
+        {
+            "keep": 0.3,
+            "alpha": 0.4,
+            "budget_regions": "bands",
+            "rounding": "floor",
+            "positions": "preserve",
+        },
+    ),
     "holov": ("holov", {"keep": 10}),
     "holov-published": (
         "holov",

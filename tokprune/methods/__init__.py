@@ -12,6 +12,7 @@ from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
+from tokprune.methods.hired import HiRED
 from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
@@ -43,6 +44,7 @@ __all__ = [
     "FasterVLM",
     "FlowCut",
     "Grid",
+    "HiRED",
     "HoloV",
     "ImageTokens",
     "KeepDecision",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import (
@@ -32,26 +33,29 @@ def read_layer(facts: TowerFacts) -> int:
 
 
 class PatchAttention(EncoderStage):
-    """Observes the attention that patches receive in one layer, and leaves it as their score."""
+    """Observes the attention that patches receive in some layers, ascending: leaves that of the
+    last as their score, and all of it [tiles, N, layers] as their metric."""
 
-    def __init__(self, layer: int) -> None:
-        self.taps = frozenset({layer})
+    def __init__(self, *layers: int) -> None:
+        self.layers, self.taps = layers, frozenset(layers)
 
     @property
     def share_key(self) -> Hashable:
-        return "patch attention", *self.taps
+        return "patch attention", *self.layers
 
     def start(self, tower: TowerInput) -> EncoderRun:
-        return _PatchAttentionRun()
+        return _PatchAttentionRun(self.layers)
 
 
 class _PatchAttentionRun(EncoderRun):
-    def __init__(self) -> None:
-        self.seen: tuple[Tensor, TowerTokens] | None = None
+    def __init__(self, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.seen: dict[int, tuple[Tensor, TowerTokens]] = {}
 
     def attention(self, layer: int, attention: Attention, tokens: TowerTokens) -> None:
-        self.seen = patch_attention(attention, tokens), tokens
+        self.seen[layer] = patch_attention(attention, tokens), tokens
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
         # another method may have dropped rows after the attention
-        return EncoderOutcome(score=None if self.seen is None else tokens.carry(*self.seen))
+        found = [tokens.carry(*self.seen[layer]) for layer in self.layers]
+        return EncoderOutcome(score=found[-1], metric=torch.stack(found, dim=-1))

@@ -8,6 +8,7 @@ module, have a longer one.
 from tokprune.operators.anyres import *
 from tokprune.operators.attention import *
 from tokprune.operators.bipartite import *
+from tokprune.operators.budgets import *
 from tokprune.operators.cdpruner import *
 from tokprune.operators.coverage import *
 from tokprune.operators.coverage import coverage as coverage_select
@@ -17,6 +18,7 @@ from tokprune.operators.diversity import *
 from tokprune.operators.dpp import *
 from tokprune.operators.energy import *
 from tokprune.operators.flow import *
+from tokprune.operators.hired import *
 from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *

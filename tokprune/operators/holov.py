@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokprune.operators.budgets import limit_budgets
 from tokprune.operators.checks import check_choice, check_number
 from tokprune.operators.topk import rank, segment_topk
 
@@ -121,16 +122,6 @@ def crop_allocation(scores: Tensor, budget: int) -> Tensor:
     return own + (place < left)
 
 
-def _spread(allocation: Tensor, scores: Tensor, lengths: Tensor, budget: int) -> Tensor:
-    """No crop gets more than it has: what is over goes to those of the greatest score with room."""
-    own = torch.minimum(allocation, lengths)
-    order = rank(scores)
-    room = (lengths - own).gather(1, order)
-    left = budget - own.sum(-1, keepdim=True)
-    more = torch.minimum(room, (left - (room.cumsum(-1) - room)).clamp(min=0))
-    return own.scatter_add(1, order, more)
-
-
 def select_by_crops(
     features: Tensor,
     attention: Tensor,
@@ -168,7 +159,7 @@ def select_by_crops(
     lengths = runs.to(features.device, non_blocking=True).expand_as(scores)
     own = crop_allocation(scores, budget)
     if overflow == "spread":
-        own = _spread(own, scores, lengths, budget)
+        own = limit_budgets(own, lengths, scores, budget)
     kept = segment_topk(attention, crop, own)
     whole = (own >= lengths).gather(1, crop)
     position = torch.arange(tokens, device=features.device).expand(batch, tokens)
