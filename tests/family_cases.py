@@ -82,6 +82,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
+    "vscan": ("vscan", {"keep": 3, "prune_before": 3}),
     "pool": ("pool", {"window": 3}),
     "m3": ("m3", {"keep": 1, "positions": "preserve"}),
     "evs": ("evs", {"keep": 0.4}),

@@ -28,6 +28,7 @@ from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.visionzip import VisionZip
+from tokprune.methods.vscan import VScan
 
 __all__ = [
     "DART",
@@ -63,6 +64,7 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VScan",
     "VisionZip",
     "available_methods",
     "image_methods",

@@ -35,4 +35,5 @@ from tokprune.operators.visionzip import *
 from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual
 from tokprune.operators.visionzip import dominant as visionzip_dominant
+from tokprune.operators.vscan import *
 from tokprune.operators.windows import *
