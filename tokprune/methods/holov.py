@@ -55,7 +55,7 @@ class HoloV(PromptSelector):
     presets = (Preset("llava-1.5", 64, {"keep": 64}, "HoloV, official code: 64 tokens, 16 crops"),)
 
     crops: Annotated[int, AtLeast(1)] | None = None
-    alpha: Annotated[float, Range(0)] = 0.09
+    alpha: Annotated[float, Range(0, 1e6)] = 0.09
     order: Order = "spatial"
 
     @property

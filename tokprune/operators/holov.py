@@ -33,8 +33,9 @@ def crop_runs(tokens: int, crops: int) -> list[int]:
     """
     if min(tokens, crops) < 1:
         raise ValueError(f"tokens is {tokens} and crops {crops}; both should be at least 1")
+    crops = min(crops, tokens)
     short, longer = divmod(tokens, crops)
-    return [length for length in [short + 1] * longer + [short] * (crops - longer) if length]
+    return [short + 1] * longer + [short] * (crops - longer)
 
 
 def crop_scores(features: Tensor, attention: Tensor, crops: int, alpha: float = 0.09) -> Tensor:

@@ -48,6 +48,7 @@ def grid_windows(grid: tuple[int, int], window: int) -> Tensor:
     if window < 1:
         raise ValueError(f"window is {window}; it should be at least 1")
     down, across = (max(1, length // window) for length in grid)
+    window = min(window, max(grid))
     row = (torch.arange(grid[0]) // window).clamp(max=down - 1)
     column = (torch.arange(grid[1]) // window).clamp(max=across - 1)
     return (row[:, None] * across + column).flatten()
