@@ -28,6 +28,7 @@ from tokprune.operators.topk import segment_topk
 
 _CODE = "HiRED, official code, scripts"
 _PAPER = "HiRED, arXiv 2408.10945"
+_TABLES = "budget of later tables, such as HiPrune's, where it is a share of 1/3, 2/9 or 1/9"
 
 
 @register_method
@@ -66,7 +67,7 @@ class HiRED(PromptSelector):
     presets = (
         Preset("llava-next", 0.2, {"keep": 0.2}, _CODE),
         *(Preset("llava-next", keep, {"keep": keep}, _PAPER) for keep in (0.1, 0.4)),
-        *(Preset("llava-1.5", keep, {"keep": keep}, _PAPER) for keep in (192, 128, 64)),
+        *(Preset("llava-1.5", keep, {"keep": keep}, _TABLES) for keep in (192, 128, 64)),
     )
 
     alpha: Annotated[float, Range(0, 1)] = 0.5
