@@ -95,6 +95,22 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
             "positions": "preserve",
         },
     ),
+    "hired": ("hired", {"keep": 10}),
+    "hired-published": (
+        "hired",
+        {
+            "keep": 0.3,
+            "alpha": 0.4,
+            "budget_regions": "bands",
+            "rounding": "floor",
+            "positions": "preserve",
+        },
+    ),
+    "holov": ("holov", {"keep": 10}),
+    "holov-published": (
+        "holov",
+        {"keep": 0.3, "crops": 5, "order": "published", "positions": "preserve"},
+    ),
     "flowcut": ("flowcut", {"keep": 12}),
     "flowcut-paper": (
         "flowcut",
@@ -181,6 +197,18 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "prunesid-random": (
         "prunesid",
         {"keep": 9, "keep_cls": False, "pca": "random", "order": "spatial"},
+    "vscan": ("vscan", {"keep": 5, "prune_before": 4}),
+    "vscan-shares": (
+        "vscan",
+        {
+            "input_keep": 0.6,
+            "keep": (0.3, 0.15),
+            "prune_before": (3, 6),
+            "window": 2,
+            "shallow_layer": 1,
+            "local_shares": "limit",
+            "positions": "preserve",
+        },
     ),
     "pool": ("pool", {"keep": 9}),
     "pool-window": ("pool", {"window": 3, "positions": "preserve"}),

@@ -21,12 +21,13 @@ from tokprune.testing.checks.host_reads import can_find_host_reads, host_read
 ADAPTIVE = {
     "dart": "places of the pivots, whose order the official code takes from a Python set",
     "flowcut": "tokens dropped per layer (entropy of the class attention)",
+    "hired": "tokens of all crops (rounding='floor')",
     "mustdrop": "windows merged, tokens over the thresholds",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
 }
 #: settings of those methods whose numbers are fixed after all
-FIXED_SETTINGS = {"dart-few", "dart-norm", "mustdrop-fixed"} | {
+FIXED_SETTINGS = {"dart-few", "dart-norm", "hired", "mustdrop-fixed"} | {
     case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None
 }
 

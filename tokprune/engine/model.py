@@ -37,6 +37,8 @@ class TowerFacts:
     max_tiles: int = 1
     tiled: bool = False
     merges: int = 1
+    #: encoder layers that see whole images, where others see windows of them; None: all
+    whole_layers: tuple[int, ...] | None = None
 
     @property
     def patches(self) -> int:

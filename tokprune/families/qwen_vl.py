@@ -46,15 +46,17 @@ class Qwen2VL(Family):
 
     def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
         merge, depth = _vision(parts).spatial_merge_size, len(parts.encoder.blocks)
-        tower = TowerFacts(depth, self.whole_layer(parts), (0, 0), 0, False, False, merges=merge)
+        whole = self.whole_layers(parts)
+        last = depth - 1 if whole is None else whole[-1]
+        tower = TowerFacts(depth, last, (0, 0), 0, False, False, merges=merge, whole_layers=whole)
         reason = PACKED.format(m=merge)
         return decoder_facts(
             self.name, parts, axes=3, observed=tower, packed=self.drops, no_tower=reason
         )
 
-    def whole_layer(self, parts: Parts) -> int:
-        """The last encoder layer that sees whole frames."""
-        return len(parts.encoder.blocks) - 1
+    def whole_layers(self, parts: Parts) -> tuple[int, ...] | None:
+        """The encoder layers that see whole frames; None: all."""
+        return None
 
     def window(self, parts: Parts) -> int | None:
         """Cells each way of the windows that the encoder moves its rows to."""
@@ -89,8 +91,8 @@ class Qwen25VL(Qwen2VL):
         config = _vision(parts)
         return int(config.window_size // config.spatial_merge_size // config.patch_size)
 
-    def whole_layer(self, parts: Parts) -> int:
-        return int(max(_vision(parts).fullatt_block_indexes))
+    def whole_layers(self, parts: Parts) -> tuple[int, ...]:
+        return tuple(sorted(int(layer) for layer in _vision(parts).fullatt_block_indexes))
 
 
 class Qwen3VL(Qwen2VL):

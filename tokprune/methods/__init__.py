@@ -13,6 +13,8 @@ from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
 from tokprune.methods.hiprune import HiPrune
+from tokprune.methods.hired import HiRED
+from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
@@ -30,6 +32,7 @@ from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.visionzip import VisionZip
 from tokprune.methods.vispruner import VisPruner
+from tokprune.methods.vscan import VScan
 
 __all__ = [
     "DART",
@@ -48,6 +51,8 @@ __all__ = [
     "FlowCut",
     "Grid",
     "HiPrune",
+    "HiRED",
+    "HoloV",
     "ImageTokens",
     "KeepDecision",
     "Method",
@@ -67,6 +72,7 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "VisPruner",
+    "VScan",
     "VisionZip",
     "available_methods",
     "image_methods",

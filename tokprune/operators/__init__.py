@@ -8,6 +8,7 @@ module, have a longer one.
 from tokprune.operators.anyres import *
 from tokprune.operators.attention import *
 from tokprune.operators.bipartite import *
+from tokprune.operators.budgets import *
 from tokprune.operators.cdpruner import *
 from tokprune.operators.coverage import *
 from tokprune.operators.coverage import coverage as coverage_select
@@ -18,6 +19,8 @@ from tokprune.operators.dpp import *
 from tokprune.operators.energy import *
 from tokprune.operators.flow import *
 from tokprune.operators.hiprune import *
+from tokprune.operators.hired import *
+from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mustdrop import *
@@ -35,4 +38,5 @@ from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual
 from tokprune.operators.visionzip import dominant as visionzip_dominant
 from tokprune.operators.vispruner import *
+from tokprune.operators.vscan import *
 from tokprune.operators.windows import *

@@ -156,6 +156,10 @@ _KNOWN = (
     Benchmark("flickr30k", "Flickr30k captions", {"test": "flickr30k_test"},
               metrics=_captions("flickr")),
     Benchmark("nocaps", "NoCaps", {"val": "nocaps_val"}, metrics=_captions("nocaps")),
+    # grounding: boxes, for which there is no task here
+    *(Benchmark(name, label) for name, label in (
+        ("refcoco", "RefCOCO"), ("refcoco+", "RefCOCO+"), ("refcocog", "RefCOCOg"),
+    )),
     # video: the models that tokprune supports take images
     *(Benchmark(name, label) for name, label in (
         ("videomme", "VideoMME"), ("egoschema", "EgoSchema"), ("mlvu", "MLVU"),
