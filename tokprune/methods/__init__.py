@@ -17,6 +17,7 @@ from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.prumerge import PruMerge
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
@@ -51,6 +52,7 @@ __all__ = [
     "Preset",
     "PromptScorer",
     "PromptSelector",
+    "PruMerge",
     "PyramidDrop",
     "Random",
     "Range",
