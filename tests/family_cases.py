@@ -79,6 +79,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),
+    "apet": ("apet", {"keep": 6, "basis": 2, "decoder_keep": 4, "prune_before": 3}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
     "prumerge": ("prumerge", {"keep": 4, "plus": True, "neighbours": 3}),
     "pool": ("pool", {"window": 3}),

@@ -147,6 +147,18 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome-head": ("pitome", {"keep": 9, "variant": "head"}),
     "pitome-paper": ("pitome", {"keep": 11, "variant": "paper"}),
     "tome": ("tome", {"r": 4}),
+    "apet": ("apet", {"keep": 12, "basis": 3, "decoder_keep": 0.5, "prune_before": 4}),
+    "apet-official": (
+        "apet",
+        {
+            "keep": 0.3,
+            "basis": 4,
+            "parity": "official",
+            "start": "random",
+            "order": "published",
+            "positions": "preserve",
+        },
+    ),
     "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
     "prumerge": ("prumerge", {"keep": 11}),

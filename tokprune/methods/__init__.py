@@ -1,6 +1,7 @@
 """Published recipes, one file each; ``repr`` of a method is its configuration."""
 
 from tokprune.engine.contracts import Attention, ImageTokens, KeepDecision, SequenceView
+from tokprune.methods.apet import ApET
 from tokprune.methods.base import Method, Preset
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.centerclip import CenterCLIP
@@ -32,6 +33,7 @@ __all__ = [
     "DART",
     "EVS",
     "M3",
+    "ApET",
     "AtLeast",
     "Attention",
     "CDPruner",
