@@ -92,7 +92,7 @@ def approximation_error(x: Tensor, basis: Tensor, ridge: float = 1e-5) -> Tensor
         return wide.norm(dim=-1)
     points = take_rows(wide, basis)
     exact = points.to(torch.float32 if x.device.type == "mps" else torch.float64)
-    gram = exact @ exact.mT + ridge * torch.eye(
+    gram = exact @ exact.mT + float(ridge) * torch.eye(
         basis.shape[1], dtype=exact.dtype, device=exact.device
     )
     factor = torch.linalg.cholesky_ex(gram).L

@@ -82,7 +82,7 @@ class ApET(TileMethod):
     basis: Annotated[int, AtLeast(1)] = 10
     start: Literal["norm", "first", "random"] = "norm"
     seed: Seed = 0
-    ridge: Annotated[float, Range(0, low_open=True)] = 1e-5
+    ridge: Annotated[float, Range(0, 1e6, low_open=True)] = 1e-5
     parity: Literal["repaired", "official"] = "repaired"
     order: Order = "spatial"
 
