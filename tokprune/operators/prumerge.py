@@ -13,7 +13,10 @@ from torch.nn.functional import normalize
 from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
 
-__all__ = ["Adaptive", "adaptive", "by_attention", "cls_attention", "merge", "repeated", "spread"]
+__all__ = [
+    "Adaptive", "adaptive", "by_attention", "cls_attention", "merge", "outliers", "repeated",
+    "spread",
+]  # fmt: skip
 
 #: rows of similarities held at once
 _CHUNK = 256
