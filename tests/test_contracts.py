@@ -219,6 +219,9 @@ MISTAKES = {
     "encoder cut after the features": Mistake(
         tower(after_layers=frozenset({5})), ("stage Tower", "after_layers names layer 5", "0 to 4")
     ),
+    "features of another layer": Mistake(
+        tower(after_tower=3), ("stage Tower", "after_tower is 3", "4, the layer that the model")
+    ),
     "word of a prompt stage": Mistake(
         lambda f: Plan(prompt=(Input(list, positions="kept"),)),
         ("prompt stage Input", "positions is 'kept'", "'compact' or 'preserve'"),
@@ -486,7 +489,7 @@ MISTAKES = {
 
 
 def test_no_mistake_is_lost_from_the_table() -> None:
-    assert len(MISTAKES) == 77
+    assert len(MISTAKES) == 78
     assert sum(mistake.values for mistake in MISTAKES.values()) == 21
 
 

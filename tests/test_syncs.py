@@ -23,11 +23,13 @@ ADAPTIVE = {
     "flowcut": "tokens dropped per layer (entropy of the class attention)",
     "hired": "tokens of all crops (rounding='floor')",
     "mustdrop": "windows merged, tokens over the thresholds",
+    "prumerge": "outliers of every tile, with neither keep nor ratio",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
 }
 #: settings of those methods whose numbers are fixed after all
 FIXED_SETTINGS = {"dart-few", "dart-norm", "hired", "mustdrop-fixed"} | {
+FIXED_SETTINGS = {"dart-few", "dart-norm", "mustdrop-fixed", "prumerge", "prumerge-plus"} | {
     case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None
 }
 

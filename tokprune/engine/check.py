@@ -68,7 +68,7 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
         for stage in stages:
             _type(where, f"a stage in Plan.{slot}", stage, kind)
     for stage in plan.encoder:
-        changes = bool(stage.between_layers or stage.after_layers or stage.bias_layers)
+        changes = stage.reduces or bool(stage.bias_layers)
         inside = changes and not (stage.packs and facts.packed)
         tower = facts.need_tower(repr(method), whole=inside)
         own, layers = f"{where}, encoder stage {_name(stage)}", tower.encoder_layers
@@ -79,6 +79,9 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
             feature = tower.feature_layer
             last = layers if feature is None else feature + 1
             _layers(own, stage, name, last, "encoder")
+        if stage.after_tower not in (None, tower.feature_layer):
+            _refuse(own, "after_tower", f"is {stage.after_tower!r}",
+                    f"{tower.feature_layer!r}, the layer that the model reads")  # fmt: skip
         _word(own, "positions", stage.positions, Positions)
         _word(own, "order", stage.order, Order)
     for stage in plan.prompt:

@@ -87,8 +87,10 @@ class TowerPass:
         self.seen: Tensor | None = None
         self.outcomes: list[EncoderOutcome] = []
         self.reduced = False
-        #: output of the feature layer, where a stage reduced it there
+        #: output of the feature layer, where a stage reduced it
         self.features: Tensor | None = None
+        #: the same before that, for stages that wait for the last layer
+        self.waiting: Tensor | None = None
 
     def runs_at(self, kind: str, layer: int) -> list[EncoderRun]:
         return [r for s, r in zip(self.stages, self.runs) if layer in getattr(s, kind)]
@@ -137,14 +139,27 @@ class TowerPass:
         self.seen = hidden
         if self.residual is not None:
             hidden, self.residual = self.residual, None
-        for run in self.runs_at("after_layers", layer):
+        facts = self.tower.facts
+        read, last = layer == facts.feature_layer, layer == facts.encoder_layers - 1
+        late = [r for s, r in zip(self.stages, self.runs) if s.after_tower is not None]
+        for run in (*self.runs_at("after_layers", layer), *(late if read and last else ())):
             reduction = run.after(layer, hidden, self.tokens)
             if reduction is not None:
                 hidden, changed = self._apply(run, "after", layer, hidden, reduction), True
+        if read and late and not last:
+            self.waiting = hidden
+        if read and changed:
+            self.features = hidden
+        if last and self.waiting is not None:
+            # nobody reads what the last layer makes; what is read is reduced behind it
+            for run in late:
+                reduction = run.after(layer, self.waiting, self.tokens)
+                if reduction is not None:
+                    self.waiting = self._apply(run, "after", layer, self.waiting, reduction)
+                    self.features = self.waiting
+            self.waiting = None
         if not changed:
             return None
-        if layer == self.tower.facts.feature_layer:
-            self.features = hidden
         return (hidden, *output[1:]) if whole else hidden
 
     def _apply(
@@ -213,6 +228,8 @@ class EncoderHooks:
                 any(number in getattr(stage, kind) for stage in self.stages)
                 for kind in ("taps", "between_layers", "after_layers")
             )
+            late = {stage.after_tower for stage in self.stages} - {None}
+            after = after or number in late or bool(late and number == len(self.layers) - 1)
             if ragged:
                 mask = self._mask_hook(number)
                 handles.append(layer.self_attn.register_forward_pre_hook(mask, with_kwargs=True))

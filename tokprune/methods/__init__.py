@@ -1,6 +1,7 @@
 """Published recipes, one file each; ``repr`` of a method is its configuration."""
 
 from tokprune.engine.contracts import Attention, ImageTokens, KeepDecision, SequenceView
+from tokprune.methods.apet import ApET
 from tokprune.methods.base import Method, Preset
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.centerclip import CenterCLIP
@@ -21,6 +22,7 @@ from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
 from tokprune.methods.prunesid import PruneSID
+from tokprune.methods.prumerge import PruMerge
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
@@ -39,6 +41,7 @@ __all__ = [
     "EVS",
     "M3",
     "SCOPE",
+    "ApET",
     "AtLeast",
     "Attention",
     "CDPruner",
@@ -63,6 +66,7 @@ __all__ = [
     "PromptScorer",
     "PromptSelector",
     "PruneSID",
+    "PruMerge",
     "PyramidDrop",
     "Random",
     "Range",

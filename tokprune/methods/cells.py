@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens
+from tokprune.engine.contracts import ImageTokens, Selection
 from tokprune.errors import CompositionError
 
 
@@ -48,3 +51,46 @@ def keep_on_grid(image: ImageTokens, stay: Tensor, dropped: int) -> Tensor:
     """
     alive = (image.row < 0).scatter(0, stay, torch.ones_like(stay, dtype=torch.bool))
     return (~alive).to(torch.int8).sort(stable=True).indices[: image.count - dropped]
+
+
+@dataclass(frozen=True, eq=False)
+class MergedTile:
+    """What is left of a tile of n cells."""
+
+    #: [k, D] tokens, and the cell [k] that each stands for (long)
+    features: Tensor
+    cells: Tensor
+    #: [n] long: the token that holds each cell, −1 where none does
+    group: Tensor
+    #: [n] how much of each cell is in it; None: a token is the mean of its cells
+    weight: Tensor | None = None
+
+
+def merged_tiles(
+    image: ImageTokens, places: Sequence[Tensor], tiles: Sequence[MergedTile], in_order: bool
+) -> Selection:
+    """The selection of an image whose tiles were merged each for itself; newline tokens go.
+
+    Args:
+        image: as it was.
+        places: of every tile the rows [n] of the image that stand on its cells.
+        tiles: what is left of them.
+        in_order: tokens enter by the place of their cells, not tile by tile as they are.
+    """
+    index = torch.cat([place[tile.cells] for place, tile in zip(places, tiles)])
+    features = torch.cat([tile.features for tile in tiles])
+    group, start = torch.full((image.count,), -1, device=index.device), 0
+    weighted = any(tile.weight is not None for tile in tiles)
+    weight = torch.ones(image.count, device=index.device) if weighted else None
+    for place, tile in zip(places, tiles):
+        group[place] = torch.where(tile.group < 0, -1, tile.group + start)
+        start += len(tile.cells)
+        if weight is not None and tile.weight is not None:
+            weight[place] = tile.weight
+    if in_order:
+        order = index.argsort(stable=True)
+        index, features = index[order], features[order]
+        moved = torch.empty_like(order)
+        moved = moved.scatter(0, order, torch.arange(len(order), device=order.device))
+        group = torch.where(group < 0, -1, moved[group.clamp(min=0)])
+    return Selection(index, features, group, weight)

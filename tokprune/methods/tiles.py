@@ -18,7 +18,7 @@ Scope = Literal["tile", "image"]
 class TileMethod(Method):
     """All tiles of a batch run through the tower together, so every one keeps the same number."""
 
-    #: the options of which exactly one says how much stays
+    #: the options of which exactly one says how much stays; (): none needs to
     one_of: ClassVar[tuple[str, ...]] = ("keep",)
 
     #: tokens of each tile (count), or fraction of its patches
@@ -30,7 +30,8 @@ class TileMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one(self, self.one_of)
+        if self.one_of:
+            check_one(self, self.one_of)
 
     def tile_budget(self, facts: ModelFacts) -> int:
         """Tokens to keep of each tile: ``keep``, or with ``scope="image"`` a share of it, by the

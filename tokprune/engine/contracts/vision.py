@@ -145,7 +145,8 @@ class EncoderRun:
         return None
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        """After the whole block; ``hidden`` [B, T, D]."""
+        """After the whole block; ``hidden`` [B, T, D]: its output, or that of the feature layer
+        (:attr:`EncoderStage.after_tower`)."""
         return None
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
@@ -159,6 +160,9 @@ class EncoderStage(ABC):
     between_layers: frozenset[int] = frozenset()
     after_layers: frozenset[int] = frozenset()
     bias_layers: frozenset[int] = frozenset()
+    #: the feature layer, of a stage that reduces its output only when the last layer has run:
+    #: :meth:`EncoderRun.after` of the last layer then gets what the model reads
+    after_tower: int | None = None
     #: made for encoders that pack their images: a run sees one frame, and drops rows in ``after``
     packs: bool = False
     #: order in which the surviving tokens enter the prompt
@@ -168,7 +172,7 @@ class EncoderStage(ABC):
 
     @property
     def reduces(self) -> bool:
-        return bool(self.between_layers or self.after_layers)
+        return bool(self.between_layers or self.after_layers or self.after_tower is not None)
 
     @property
     def reduces_videos(self) -> bool:

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parent / "figures"
 QUALITY = ("%", "% of unpruned", "score")
 COST = (
     "ms", "s", "TFLOPs", "GFLOPs", "GB", "MB", "images/s", "GPU hours", "% of unpruned cost",
-    "count",
+    "count", "×",
 )  # fmt: skip
 #: what a budget counts: tokens that enter the language model (and stay), tokens after the last
 #: pruning inside it, the mean over its layers, or tokens that leave a vision encoder
