@@ -209,6 +209,7 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "prunesid-random": (
         "prunesid",
         {"keep": 9, "keep_cls": False, "pca": "random", "order": "spatial"},
+    ),
     "vscan": ("vscan", {"keep": 5, "prune_before": 4}),
     "vscan-shares": (
         "vscan",

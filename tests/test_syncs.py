@@ -28,10 +28,14 @@ ADAPTIVE = {
     "todre": "stage 2 drops per sample or not",
 }
 #: settings of those methods whose numbers are fixed after all
-FIXED_SETTINGS = {"dart-few", "dart-norm", "hired", "mustdrop-fixed"} | {
-FIXED_SETTINGS = {"dart-few", "dart-norm", "mustdrop-fixed", "prumerge", "prumerge-plus"} | {
-    case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None
-}
+FIXED_SETTINGS = {
+    "dart-few",
+    "dart-norm",
+    "hired",
+    "mustdrop-fixed",
+    "prumerge",
+    "prumerge-plus",
+} | {case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None}
 
 pytestmark = pytest.mark.skipif(
     not can_find_host_reads(), reason="transformers 4 itself reads the placeholders"

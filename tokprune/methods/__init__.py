@@ -21,8 +21,8 @@ from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
-from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.prumerge import PruMerge
+from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
@@ -65,8 +65,8 @@ __all__ = [
     "Preset",
     "PromptScorer",
     "PromptSelector",
-    "PruneSID",
     "PruMerge",
+    "PruneSID",
     "PyramidDrop",
     "Random",
     "Range",
@@ -75,8 +75,8 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
-    "VisPruner",
     "VScan",
+    "VisPruner",
     "VisionZip",
     "available_methods",
     "image_methods",
