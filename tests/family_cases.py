@@ -65,6 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "transprune": (
         "transprune", {"keep": 4, "prune_before": (2, 3, 5), "transition_layers": (1, 2, 3, 4)},
     ),
+    "v2drop": ("v2drop", {"keep": 4, "prune_before": (1, 2)}),
     "mustdrop": (
         "mustdrop", {"spatial": False, "key_rate": 0.0, "keep": 4, "prune_before": (2, 4)},
     ),

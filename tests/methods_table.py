@@ -102,6 +102,16 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "sparsevlm",
         {"keep": None, "prune_before": (2, 4), "recycle": 0, "rank_scale": 1.5},
     ),
+    "v2drop": ("v2drop", {"prune_before": (2, 3, 6), "ratios": (0.6, 0.5, 0.0)}),
+    "v2drop-none-left": (
+        "v2drop",
+        {
+            "prune_before": (1, 5),
+            "ratios": (0.4, 0.0),
+            "drop_all": True,
+            "positions": "compact",
+        },
+    ),
     "mustdrop-filter": (
         "mustdrop",
         {"spatial": False, "gamma": 0.03, "alpha": 0.03, "prune_before": (2, 4, 5)},

@@ -48,7 +48,7 @@ def value(paper: str, table: str, label: str, asked: str, benchmark: str, **more
 
 
 def test_every_file_is_of_the_schema() -> None:
-    assert len(papers()) == 18
+    assert len(papers()) >= 18
     assert {path.stem for path in FOLDER.glob("*.json")} == set(papers())
     assert load_ledger() == ROWS
     # a file that loses rows should be noticed; new ones are welcome

@@ -25,6 +25,7 @@ from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
+from tokprune.methods.v2drop import V2Drop
 from tokprune.methods.visionzip import VisionZip
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "V2Drop",
     "VisionZip",
     "available_methods",
     "image_methods",
