@@ -80,6 +80,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flowcut": ("flowcut", {"keep": 12, "decoder_cut": False}),
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),
+    "ficoco": ("ficoco", {"keep": 6, "quantile": 0.8}),
+    "ficoco-decoder": ("ficoco", {"keep": 4, "place": "decoder", "quantile": 0.8}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
     "pool": ("pool", {"window": 3}),
     "m3": ("m3", {"keep": 1, "positions": "preserve"}),
@@ -96,8 +98,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {
-    "centerclip-encoder", "centerclip-projector", "flowcut", "mustdrop", "pitome", "tome", "todre",
-    "visionzip",
+    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "mustdrop", "pitome", "tome",
+    "todre", "visionzip",
 }  # fmt: skip
 #: cases of methods that drop of videos alone
 OF_VIDEOS = {"evs"}

@@ -157,6 +157,12 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome-head": ("pitome", {"keep": 9, "variant": "head"}),
     "pitome-paper": ("pitome", {"keep": 11, "variant": "paper"}),
     "tome": ("tome", {"r": 4}),
+    "ficoco": ("ficoco", {"keep": 14}),
+    "ficoco-decoder": ("ficoco", {"keep": 6, "place": "decoder", "first": 2, "quantile": 0.9}),
+    "ficoco-r": (
+        "ficoco",
+        {"r": 7, "first": 1, "quantile": 0.9, "positions": "preserve"},
+    ),
     "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),
     "pool": ("pool", {"keep": 9}),

@@ -10,6 +10,7 @@ from tokprune.methods.divprune import DivPrune
 from tokprune.methods.evs import EVS
 from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
+from tokprune.methods.ficoco import FiCoCo
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
 from tokprune.methods.m3 import M3
@@ -41,6 +42,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "FasterVLM",
+    "FiCoCo",
     "FlowCut",
     "Grid",
     "ImageTokens",
