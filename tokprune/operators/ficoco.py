@@ -43,28 +43,21 @@ def head_mean(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tenso
     return scaled.transpose(1, 2).flatten(2), key.float().transpose(1, 2).flatten(2)
 
 
-def patch_redundancy(
-    class_row: Tensor, among: Tensor, beta: float, valid: Tensor | None = None
-) -> Tensor:
+def patch_redundancy(class_row: Tensor, among: Tensor, beta: float) -> Tensor:
     """Class attention for a patch, attention among patches against it; each of unit length.
 
     Args:
         class_row: [B, n] what the class token makes of each patch (logits).
         among: [B, n] mean logits of each patch to all patches.
         beta: weight of the first, 0 … 1.
-        valid: [B, n] bool, real patches; None: all.
 
     Returns:
-        [B, n] float32; small is redundant, +∞ where there is no patch.
+        [B, n] float32; small is redundant.
 
     Source: FiCoCo, arXiv 2411.17686, filter stage of FiCoCo-V.
     """
-    terms = [class_row.float(), among.float()]
-    if valid is not None:
-        terms = [x.masked_fill(~valid, 0.0) for x in terms]
-    class_row, among = (normalize(x, dim=-1, eps=1e-12) for x in terms)
-    score = beta * class_row - (1 - beta) * among
-    return score if valid is None else score.masked_fill(~valid, torch.inf)
+    class_row, among = (normalize(x.float(), dim=-1, eps=1e-12) for x in (class_row, among))
+    return beta * class_row - (1 - beta) * among
 
 
 def text_redundancy(among: Tensor, text: Tensor, gamma: float) -> Tensor:

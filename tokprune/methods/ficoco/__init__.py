@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tokprune.engine.contracts import ModelFacts, Order, Plan
 from tokprune.methods.base import Preset, check_fits, resolve_keep
@@ -132,10 +132,6 @@ class FiCoCo(TileMethod):
             assert self.keep is not None
             left = resolve_keep(self.keep, tokens)
         return tuple(tokens - (tokens - left) * step // steps for step in _count(steps))
-
-    @classmethod
-    def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
-        return {}
 
 
 def _count(steps: int) -> range:

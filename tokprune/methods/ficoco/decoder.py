@@ -54,12 +54,6 @@ class _DecoderRun(DecoderRun):
         key = attention.key[:, :, attention.past :]
         self.query, self.key = head_mean(attention.query, key, attention.scaling)
 
-    def dropped(self, layer: int, index: Tensor) -> None:
-        for name in ("query", "key"):
-            if (value := getattr(self, name)) is not None:
-                place = index.to(value.device)[:, :, None].expand(-1, -1, value.shape[2])
-                setattr(self, name, value.gather(1, place))
-
     def before_layer(
         self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
     ) -> KeepDecision | None:

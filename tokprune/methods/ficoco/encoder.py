@@ -17,6 +17,7 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
+from tokprune.methods.tower_rows import behind_class_token
 from tokprune.operators.ficoco import (
     compress,
     head_mean,
@@ -57,10 +58,7 @@ class _EncoderRun(EncoderRun):
 
     def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
         first, method = tokens.first_patch, self.stage.method
-        # tiles may differ where another method has dropped patches; one target has to stay
-        r = min(self.stage.removed[layer], min(tokens.counts) - first - 1)
-        if r < 1:
-            return None
+        r = self.stage.removed[layer]
         assert self.query is not None
         assert self.key is not None
         query, key = self.query[:, first:], self.key[:, first:]
@@ -70,48 +68,29 @@ class _EncoderRun(EncoderRun):
         kept = order[:, r:].sort(dim=1).values
         stays = torch.ones_like(score, dtype=torch.bool)
         stays = stays.scatter(1, merged, torch.zeros_like(merged, dtype=torch.bool))
-        allowed = stays if tokens.patch_valid is None else stays & tokens.patch_valid
         rows = query.gather(1, merged[:, :, None].expand(-1, -1, query.shape[2])) @ key.mT
-        most = most_targets(max(tokens.counts) - first - r, method.quantile)
-        targets, shares = soft_targets(rows, allowed, method.quantile, most)
+        most = most_targets(kept.shape[1], method.quantile)
+        targets, shares = soft_targets(rows, stays, method.quantile, most)
         mixed = compress(hidden[:, first:], merged, targets, shares)
         place = stays.cumsum(1) - 1
         group = place.scatter(1, merged, place.gather(1, targets[:, :, 0]))
-        return self._behind_class_token(hidden, tokens, mixed, kept, group, r)
+        patches = mixed.gather(1, kept[:, :, None].expand(-1, -1, mixed.shape[2]))
+        return behind_class_token(hidden, first, Reduction(kept, patches, group))
 
     def _score(self, query: Tensor, key: Tensor, tokens: TowerTokens) -> Tensor:
         """[B, n] small is redundant; the mean over patches of products is the product of means."""
         assert self.query is not None
-        valid = tokens.patch_valid
-        real = query.new_ones(query.shape[:2]) if valid is None else valid.to(query.dtype)
-        share = (real / real.sum(1, keepdim=True))[:, None]
-        among = (query @ (share @ key).mT)[:, :, 0]
-        asking = self.query[:, :1] if tokens.has_cls else share @ query
+        query_mean, key_mean = query.mean(1, keepdim=True), key.mean(1, keepdim=True)
+        among = (query @ key_mean.mT)[:, :, 0]
+        asking = self.query[:, :1] if tokens.has_cls else query_mean
         row = (asking @ key.mT)[:, 0]
-        score = patch_redundancy(row, among, self.stage.method.beta, valid)
+        score = patch_redundancy(row, among, self.stage.method.beta)
         slots = tokens.slots[:, tokens.first_patch :]
         if self.closed is None:
             cells = self.grid[0] * self.grid[1]
             self.closed = torch.zeros(len(slots), cells, dtype=torch.bool, device=slots.device)
         score, self.closed = penalise(score, slots, self.closed.to(slots.device), self.grid)
         return score
-
-    @staticmethod
-    def _behind_class_token(
-        hidden: Tensor, tokens: TowerTokens, mixed: Tensor, kept: Tensor, group: Tensor, r: int
-    ) -> Reduction:
-        """The reduction of all rows; padding stays at the end."""
-        first = tokens.first_patch
-        patches = mixed.gather(1, kept[:, :, None].expand(-1, -1, mixed.shape[2]))
-        rows, group = kept + first, group + first
-        counts = [count - r for count in tokens.counts]
-        if (valid := tokens.patch_valid) is not None:
-            rows = rows.masked_fill(~valid.gather(1, kept), -1)
-            group = group.masked_fill(~valid, -1)
-        if first:
-            rows, group = (torch.nn.functional.pad(x, (first, 0)) for x in (rows, group))
-        out = torch.cat([hidden[:, :first], patches], dim=1)
-        return Reduction(rows, out, group, counts)
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
         # A merged row on a cell that the packing crops away may hold cells that it shows.
