@@ -65,6 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "transprune": (
         "transprune", {"keep": 4, "prune_before": (2, 3, 5), "transition_layers": (1, 2, 3, 4)},
     ),
+    "v2drop": ("v2drop", {"keep": 4, "prune_before": (1, 2)}),
     "mustdrop": (
         "mustdrop", {"spatial": False, "key_rate": 0.0, "keep": 4, "prune_before": (2, 4)},
     ),
@@ -87,6 +88,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),
     "apet": ("apet", {"keep": 6, "basis": 2, "decoder_keep": 4, "prune_before": 3}),
+    "ficoco": ("ficoco", {"keep": 6, "quantile": 0.8}),
+    "ficoco-decoder": ("ficoco", {"keep": 4, "place": "decoder", "quantile": 0.8}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
     "vscan": ("vscan", {"keep": 3, "prune_before": 3}),
     "prumerge": ("prumerge", {"keep": 4, "plus": True, "neighbours": 3}),
@@ -105,8 +108,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {
-    "centerclip-encoder", "centerclip-projector", "flowcut", "mustdrop", "pitome", "tome", "todre",
-    "visionzip",
+    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "mustdrop", "pitome", "tome",
+    "todre", "visionzip",
 }  # fmt: skip
 #: cases of methods that drop of videos alone
 OF_VIDEOS = {"evs"}

@@ -142,6 +142,16 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "sparsevlm",
         {"keep": None, "prune_before": (2, 4), "recycle": 0, "rank_scale": 1.5},
     ),
+    "v2drop": ("v2drop", {"prune_before": (2, 3, 6), "ratios": (0.6, 0.5, 0.0)}),
+    "v2drop-none-left": (
+        "v2drop",
+        {
+            "prune_before": (1, 5),
+            "ratios": (0.4, 0.0),
+            "drop_all": True,
+            "positions": "compact",
+        },
+    ),
     "mustdrop-filter": (
         "mustdrop",
         {"spatial": False, "gamma": 0.03, "alpha": 0.03, "prune_before": (2, 4, 5)},
@@ -198,6 +208,11 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
             "order": "published",
             "positions": "preserve",
         },
+    "ficoco": ("ficoco", {"keep": 14}),
+    "ficoco-decoder": ("ficoco", {"keep": 6, "place": "decoder", "first": 2, "quantile": 0.9}),
+    "ficoco-r": (
+        "ficoco",
+        {"r": 7, "first": 1, "quantile": 0.9, "positions": "preserve"},
     ),
     "visionzip": ("visionzip", {"dominant": 8, "contextual": 3}),
     "visionzip-spatial": ("visionzip", {"keep": 11, "order": "spatial"}),

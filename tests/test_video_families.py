@@ -58,6 +58,7 @@ REFUSED = {
     if name in ("flowcut", "pitome", "tome", "visionzip")
     or (name == "mustdrop" and options.get("spatial", True))
     or (name == "centerclip" and options.get("place") == "encoder")
+    or (name == "ficoco" and options.get("place") != "decoder")
 }
 VIDEO_PRUNING = {c: own for c, own in {**PRUNING, **EVS}.items() if c not in REFUSED}
 VIDEO_ALL = {c: own for c, own in {**ALL, **EVS}.items() if c not in REFUSED}

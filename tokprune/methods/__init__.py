@@ -11,6 +11,7 @@ from tokprune.methods.divprune import DivPrune
 from tokprune.methods.evs import EVS
 from tokprune.methods.fastervlm import FasterVLM
 from tokprune.methods.fastv import FastV
+from tokprune.methods.ficoco import FiCoCo
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
 from tokprune.methods.hiprune import HiPrune
@@ -32,6 +33,7 @@ from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
+from tokprune.methods.v2drop import V2Drop
 from tokprune.methods.visionzip import VisionZip
 from tokprune.methods.vispruner import VisPruner
 from tokprune.methods.vscan import VScan
@@ -51,6 +53,7 @@ __all__ = [
     "DivPrune",
     "FastV",
     "FasterVLM",
+    "FiCoCo",
     "FlowCut",
     "Grid",
     "HiPrune",
@@ -77,6 +80,7 @@ __all__ = [
     "TransPrune",
     "VScan",
     "VisPruner",
+    "V2Drop",
     "VisionZip",
     "available_methods",
     "image_methods",
