@@ -208,6 +208,7 @@ MERGING: dict[str, tuple[str, dict[str, Any]]] = {
             "order": "published",
             "positions": "preserve",
         },
+    ),
     "ficoco": ("ficoco", {"keep": 14}),
     "ficoco-decoder": ("ficoco", {"keep": 6, "place": "decoder", "first": 2, "quantile": 0.9}),
     "ficoco-r": (
