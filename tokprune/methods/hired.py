@@ -64,6 +64,8 @@ class HiRED(PromptSelector):
     name = "hired"
     needs = "class-token attention of two encoder layers"
     paper = "arXiv 2408.10945"
+    adaptive = "with rounding='floor'"
+    without_class_token = "the mean attention that a patch receives stands in for the class token's"
     presets = (
         Preset("llava-next", 0.2, {"keep": 0.2}, _CODE),
         *(Preset("llava-next", keep, {"keep": keep}, _PAPER) for keep in (0.1, 0.4)),

@@ -52,6 +52,7 @@ class HoloV(PromptSelector):
     name = "holov"
     needs = "features and class-token attention of one encoder layer"
     paper = "arXiv 2510.02912"
+    without_class_token = "the mean attention that a patch receives stands in for the class token's"
     presets = (Preset("llava-1.5", 64, {"keep": 64}, "HoloV, official code: 64 tokens, 16 crops"),)
 
     crops: Annotated[int, AtLeast(1)] | None = None

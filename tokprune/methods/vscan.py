@@ -66,6 +66,8 @@ class VScan(DecoderScorer):
     stages = ("after projector", "decoder prefill")
     needs = "class-token attention of two encoder layers and one attention row of the decoder"
     paper = "arXiv 2505.22654"
+    reads_prompt = "the cut inside the decoder"
+    without_class_token = "the mean attention that a patch receives stands in for the class token's"
     presets = (
         Preset(
             "llava-1.5", 64, {"input_keep": 96, "keep": 32},

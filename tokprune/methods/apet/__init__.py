@@ -62,6 +62,7 @@ class ApET(TileMethod):
     name = "apet"
     stages = ("encoder, before projector", "decoder prefill")
     paper = "arXiv 2602.19870"
+    without_tower_rows = "merges at the language-model input, not at the feature layer"
     presets = (
         Preset("llava-1.5", 192, {"keep": 288, "decoder_keep": 96}, _SCRIPT),
         Preset("llava-1.5", 128, {"keep": 192, "decoder_keep": 64}, _INFERRED),

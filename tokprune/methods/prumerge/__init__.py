@@ -69,6 +69,9 @@ class PruMerge(TileMethod):
     stages = ("encoder, before projector",)
     needs = "class-token query and keys of the last layer"
     paper = "arXiv 2403.15388"
+    adaptive = "with neither keep nor ratio"
+    without_class_token = "the mean attention that a patch receives stands in for the class token's"
+    without_tower_rows = "merges at the language-model input, not at the feature layer"
 
     one_of = ()
     budget_options = frozenset({"keep", "ratio"})

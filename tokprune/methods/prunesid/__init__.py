@@ -61,6 +61,7 @@ class PruneSID(TileChooser):
     name = "prunesid"
     needs: ClassVar[str] = "class-token attention and features of one layer"
     paper = "arXiv 2603.09480"
+    without_class_token = "the size of a patch's loading stands in for the class token's attention"
     presets = (
         *(Preset("llava-1.5", keep, {"keep": keep}, _CODE) for keep in (192, 128, 64)),
         Preset("llava-1.5", 32, {"keep": 32}, _RERUN),
