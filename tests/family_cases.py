@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pitome": ("pitome", {"keep": 20}),
     "tome": ("tome", {"r": 4}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
+    "trim": ("trim", {"keep": 5}),
     "pool": ("pool", {"window": 3}),
     "m3": ("m3", {"keep": 1, "positions": "preserve"}),
     "evs": ("evs", {"keep": 0.4}),

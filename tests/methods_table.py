@@ -214,6 +214,11 @@ MERGING |= {
     ),
 }
 
+MERGING |= {
+    "trim": ("trim", {"keep": 10}),
+    "trim-auto": ("trim", {"sign": -1}),
+}
+
 ALL = {**PRUNING, **MERGING}
 
 #: one case per method (named like it), for suites about the engine rather than about options

@@ -24,10 +24,13 @@ ADAPTIVE = {
     "mustdrop": "windows merged, tokens over the thresholds",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
+    "trim": "outliers of each tile (keep=None)",
 }
 #: settings of those methods whose numbers are fixed after all
 FIXED_SETTINGS = {"dart-few", "dart-norm", "mustdrop-fixed"} | {
-    case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None
+    case
+    for case in ALL
+    if ALL[case][0] in ("sparsevlm", "trim") and ALL[case][1].get("keep") is not None
 }
 
 pytestmark = pytest.mark.skipif(

@@ -25,12 +25,14 @@ from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
+from tokprune.methods.trim import TRIM
 from tokprune.methods.visionzip import VisionZip
 
 __all__ = [
     "DART",
     "EVS",
     "M3",
+    "TRIM",
     "AtLeast",
     "Attention",
     "CDPruner",

@@ -28,6 +28,7 @@ from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *
 from tokprune.operators.topk import *
 from tokprune.operators.transition import *
+from tokprune.operators.trim import *
 from tokprune.operators.visionzip import *
 from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual
