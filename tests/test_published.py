@@ -48,7 +48,7 @@ def value(paper: str, table: str, label: str, asked: str, benchmark: str, **more
 
 
 def test_every_file_is_of_the_schema() -> None:
-    assert len(papers()) == 18
+    assert len(papers()) >= 18
     assert {path.stem for path in FOLDER.glob("*.json")} == set(papers())
     assert load_ledger() == ROWS
     # a file that loses rows should be noticed; new ones are welcome
@@ -187,6 +187,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
          {"metric": "total time"}, 23 * 60 + 40),
         ("vtcbench", "hard group", "DART", "r=2 (25 %)", "vtc_hard", {}, 53.6),
         ("mustdrop", "abstract", "MustDrop", "compression ratio 92.2 %", "efficiency", {}, 88.5),
+        ("trim", "GLaMM, in others' tables", "TRIM", "not stated", "refcoco", {}, 62.6),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip

@@ -156,6 +156,7 @@ _KNOWN = (
     Benchmark("flickr30k", "Flickr30k captions", {"test": "flickr30k_test"},
               metrics=_captions("flickr")),
     Benchmark("nocaps", "NoCaps", {"val": "nocaps_val"}, metrics=_captions("nocaps")),
+    Benchmark("refcoco", "RefCOCO"),
     # video: the models that tokprune supports take images
     *(Benchmark(name, label) for name, label in (
         ("videomme", "VideoMME"), ("egoschema", "EgoSchema"), ("mlvu", "MLVU"),
