@@ -69,7 +69,8 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
             _type(where, f"a stage in Plan.{slot}", stage, kind)
     for stage in plan.encoder:
         changes = bool(stage.between_layers or stage.after_layers or stage.bias_layers)
-        inside = changes and not (stage.packs and facts.packed)
+        fits = facts.packed if stage.reduces else facts.readable
+        inside = changes and not (stage.packs and fits)
         tower = facts.need_tower(repr(method), whole=inside)
         own, layers = f"{where}, encoder stage {_name(stage)}", tower.encoder_layers
         for name in ("taps", "bias_layers"):
@@ -77,7 +78,7 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
         for name in ("between_layers", "after_layers"):
             # rows that go after the features were taken would be counted, and still be there
             feature = tower.feature_layer
-            last = layers if feature is None else feature + 1
+            last = layers if feature is None or not stage.reduces else feature + 1
             _layers(own, stage, name, last, "encoder")
         _word(own, "positions", stage.positions, Positions)
         _word(own, "order", stage.order, Order)

@@ -159,7 +159,8 @@ class EncoderStage(ABC):
     between_layers: frozenset[int] = frozenset()
     after_layers: frozenset[int] = frozenset()
     bias_layers: frozenset[int] = frozenset()
-    #: made for encoders that pack their images: a run sees one frame, and drops rows in ``after``
+    #: made for encoders that pack their images: a run sees one frame, and reads or drops rows in
+    #: ``after``
     packs: bool = False
     #: order in which the surviving tokens enter the prompt
     order: Order = "spatial"
