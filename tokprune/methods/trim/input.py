@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, PromptStage, Selection
-from tokprune.methods.cells import index_of_cells
+from tokprune.methods.cells import rows_of_tiles
 from tokprune.methods.trim.tiles import Alike, Squeezed, squeeze
 from tokprune.operators.cdpruner import text_similarity
 
@@ -61,17 +61,9 @@ class InputStage(PromptStage):
         """Rows [m, n] of the patches of every tile; those with equally many together."""
         if self.videos_only and not image.video:
             return []
-        windows = image.windows()
-        sizes = [(bottom - top) * (right - left) for top, bottom, left, right in windows]
-        if image.count != image.original or sum(sizes) != image.patches:
-            return [image.patch_rows()[None]]  # an earlier method has dropped some
-        grids = image.tile_grids()
-        cells = index_of_cells(image).split([height * width for height, width in grids])
         alike: dict[int, list[Tensor]] = {}
-        for own, grid, (top, bottom, left, right), size in zip(cells, grids, windows, sizes):
-            if size:
-                rows = own.view(grid)[top:bottom, left:right].flatten()
-                alike.setdefault(size, []).append(rows)
+        for rows in rows_of_tiles(image):
+            alike.setdefault(len(rows), []).append(rows)
         return [torch.stack(rows) for rows in alike.values()]
 
     @staticmethod
