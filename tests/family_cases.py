@@ -37,6 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "divprune-published": ("divprune", {"keep": 0.4, "order": "published"}),
     "cdpruner": ("cdpruner", {"keep": 5}),
     "cdpruner-text": ("cdpruner", {"keep": 5, "relevance": "text"}),
+    "mmtok": ("mmtok", {"keep": 5}),
     "centerclip": ("centerclip", {"keep": 4}),
     "centerclip-encoder": ("centerclip", {"keep": 4, "place": "encoder"}),
     "centerclip-projector": ("centerclip", {"keep": 4, "place": "projector"}),

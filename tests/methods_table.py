@@ -127,6 +127,14 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+PRUNING |= {
+    "mmtok": ("mmtok", {"keep": 10}),
+    "mmtok-image": (
+        "mmtok",
+        {"keep": 0.2, "scope": "image", "similarity": "projected", "positions": "preserve"},
+    ),
+}
+
 #: clustering methods that keep medoids
 PRUNING |= {
     "centerclip": ("centerclip", {"keep": 11}),

@@ -13,6 +13,7 @@ from tokprune.methods.fastv import FastV
 from tokprune.methods.flowcut import FlowCut
 from tokprune.methods.grid import Grid
 from tokprune.methods.m3 import M3
+from tokprune.methods.mmtok import MMTok, QuestionWords
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
@@ -46,6 +47,7 @@ __all__ = [
     "Grid",
     "ImageTokens",
     "KeepDecision",
+    "MMTok",
     "Method",
     "MustDrop",
     "PiToMe",
@@ -54,6 +56,7 @@ __all__ = [
     "PromptScorer",
     "PromptSelector",
     "PyramidDrop",
+    "QuestionWords",
     "Random",
     "Range",
     "SequenceView",

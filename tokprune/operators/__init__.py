@@ -19,6 +19,7 @@ from tokprune.operators.energy import *
 from tokprune.operators.flow import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
+from tokprune.operators.mmtok import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.pooling import *
 from tokprune.operators.relevance import *
