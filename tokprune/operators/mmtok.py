@@ -72,11 +72,11 @@ def multimodal_coverage(
     unit, own = _unit(vision), _unit(features)
     mass = real.float() / real.sum(-1, keepdim=True).clamp(min=1)
     cosine = torch.bmm(_unit(text), unit.transpose(1, 2))
-    of_words = (cosine / text_temperature).softmax(-1) * mass[..., None]
+    of_words = (cosine / float(text_temperature)).softmax(-1) * mass[..., None]
 
     def of_tokens(part: slice) -> Tensor:
         cosine = torch.bmm(own[:, part], own.transpose(1, 2))
-        return (cosine / image_temperature).softmax(-1).mul_(alpha / n)
+        return (cosine / float(image_temperature)).softmax(-1).mul_(alpha / n)
 
     parts = [slice(start, start + _CHUNK) for start in range(0, n, _CHUNK)]
     held = [of_tokens(part) for part in parts] if n <= DENSE_LIMIT else None
