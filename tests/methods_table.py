@@ -177,6 +177,14 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+PRUNING |= {
+    "mmtok": ("mmtok", {"keep": 10}),
+    "mmtok-image": (
+        "mmtok",
+        {"keep": 0.2, "scope": "image", "similarity": "projected", "positions": "preserve"},
+    ),
+}
+
 #: clustering methods that keep medoids
 PRUNING |= {
     "centerclip": ("centerclip", {"keep": 11}),
@@ -305,6 +313,11 @@ MERGING |= {
         "centerclip",
         {"keep": 7, "aggregate": "mean", "place": "projector", "positions": "preserve"},
     ),
+}
+
+MERGING |= {
+    "trim": ("trim", {"keep": 10}),
+    "trim-auto": ("trim", {"sign": -1}),
 }
 
 ALL = {**PRUNING, **MERGING}

@@ -190,6 +190,8 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
          {"metric": "total time"}, 23 * 60 + 40),
         ("vtcbench", "hard group", "DART", "r=2 (25 %)", "vtc_hard", {}, 53.6),
         ("mustdrop", "abstract", "MustDrop", "compression ratio 92.2 %", "efficiency", {}, 88.5),
+        ("trim", "GLaMM, in others' tables", "TRIM", "not stated", "refcoco", {}, 62.6),
+        ("mmtok", "LLaVA-1.5-7B, few tokens", "MMTok", "4", "average", {}, 76.7),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip

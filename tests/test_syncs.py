@@ -26,6 +26,7 @@ ADAPTIVE = {
     "prumerge": "outliers of every tile, with neither keep nor ratio",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
+    "trim": "outliers of each tile (keep=None)",
 }
 #: settings of those methods whose numbers are fixed after all
 FIXED_SETTINGS = {
@@ -35,7 +36,11 @@ FIXED_SETTINGS = {
     "mustdrop-fixed",
     "prumerge",
     "prumerge-plus",
-} | {case for case in ALL if ALL[case][0] == "sparsevlm" and ALL[case][1]["keep"] is not None}
+} | {
+    case
+    for case in ALL
+    if ALL[case][0] in ("sparsevlm", "trim") and ALL[case][1].get("keep") is not None
+}
 
 pytestmark = pytest.mark.skipif(
     not can_find_host_reads(), reason="transformers 4 itself reads the placeholders"

@@ -68,8 +68,9 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
         for stage in stages:
             _type(where, f"a stage in Plan.{slot}", stage, kind)
     for stage in plan.encoder:
-        changes = stage.reduces or bool(stage.bias_layers)
-        inside = changes and not (stage.packs and facts.packed)
+        reads = bool(stage.between_layers or stage.after_layers or stage.bias_layers)
+        fits = facts.packed if stage.reduces else facts.readable
+        inside = (stage.reduces or reads) and not (stage.packs and fits)
         tower = facts.need_tower(repr(method), whole=inside)
         own, layers = f"{where}, encoder stage {_name(stage)}", tower.encoder_layers
         for name in ("taps", "bias_layers"):
@@ -77,7 +78,7 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
         for name in ("between_layers", "after_layers"):
             # rows that go after the features were taken would be counted, and still be there
             feature = tower.feature_layer
-            last = layers if feature is None else feature + 1
+            last = layers if feature is None or not stage.reduces else feature + 1
             _layers(own, stage, name, last, "encoder")
         if stage.after_tower not in (None, tower.feature_layer):
             _refuse(own, "after_tower", f"is {stage.after_tower!r}",

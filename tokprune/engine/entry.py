@@ -323,7 +323,8 @@ class TransformersEntry(Entry):
             layouts = None if images.count is None else [images.image(1)] * images.count
         else:
             layouts = images
-        kind = PackedPass if any(s.reduces for s in session.plan.encoder) else ObservedPass
+        packs = any(stage.reduces or stage.packs for stage in session.plan.encoder)
+        kind = PackedPass if packs else ObservedPass
         return kind(
             session.plan.encoder, facts, observed, layouts, pixels.device, session.contracts
         )

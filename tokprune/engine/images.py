@@ -256,10 +256,7 @@ def build_records(
                 if (token_grid := record.layout.token_grid) is not None:
                     mean = token_grid.mean
                     assert mean is not None
-                    if name == "metric":
-                        own = torch.stack([mean(part) for part in own.float().unbind(-1)], -1)
-                    else:
-                        own = mean(own.float())
+                    own = mean(own.float())
                     # a cell is marked where one of its patches is
                     own = own > 0 if name == "tag" else own
                 else:

@@ -71,6 +71,8 @@ class ModelFacts:
     observed: TowerFacts | None = None
     #: stages made for it may drop rows of the observed encoder
     packed: bool = False
+    #: stages made for encoders that pack their images may read the outputs of its blocks
+    readable: bool = False
     no_tower: str = ""
     per_tile: bool = False
 
@@ -161,7 +163,7 @@ class ObservedTower:
     attentions: list[Any]
     packed: bool = False
     raster: bool = True
-    #: blocks and merger of a packed encoder that stages may drop rows of
+    #: blocks and merger of a packed encoder whose rows stages may read, and some of them drop
     blocks: tuple[Any, ...] = ()
     merger: Any = None
 

@@ -126,7 +126,7 @@ class Session:
                 self.handles += install_observers(
                     parts.observed, plan.encoder, lambda: self.state.observed, self.family.tap
                 )
-                if any(stage.reduces for stage in plan.encoder):
+                if any(stage.reduces or stage.packs for stage in plan.encoder):
                     self.handles += install_packed(parts.observed, lambda: self.state.observed)
             for module in parts.rotary:
                 self.handles.append(

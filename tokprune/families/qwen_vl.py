@@ -39,9 +39,10 @@ class Qwen2VL(Family):
             inner, inner.language_model, config.image_token_id, config.video_token_id, inner.visual
         )
         tower, blocks = inner.visual, tuple(inner.visual.blocks)
-        observed = ObservedTower(tower, [block.attn for block in blocks], packed=True, raster=False)
-        if self.drops:
-            observed = replace(observed, blocks=blocks, merger=tower.merger)
+        observed = ObservedTower(
+            tower, [block.attn for block in blocks], packed=True, raster=False, blocks=blocks,
+            merger=tower.merger,
+        )  # fmt: skip
         return replace(parts, observed=observed)
 
     def facts(self, model: nn.Module, parts: Parts) -> ModelFacts:
@@ -51,8 +52,9 @@ class Qwen2VL(Family):
         tower = TowerFacts(depth, last, (0, 0), 0, False, False, merges=merge, whole_layers=whole)
         reason = PACKED.format(m=merge)
         return decoder_facts(
-            self.name, parts, axes=3, observed=tower, packed=self.drops, no_tower=reason
-        )
+            self.name, parts, axes=3, observed=tower, packed=self.drops, readable=True,
+            no_tower=reason,
+        )  # fmt: skip
 
     def whole_layers(self, parts: Parts) -> tuple[int, ...] | None:
         """The encoder layers that see whole frames; None: all."""

@@ -56,11 +56,14 @@ def pooled_video(
 def _pooled(
     values: Tensor, grid: tuple[int, int], small: tuple[int, int], stride: int | None
 ) -> Tensor:
-    """[frames, N] → [frames · cells]."""
-    maps = values.view(-1, 1, *grid)
+    """[frames, N, …] → [frames · cells, …]."""
+    maps = values.flatten(2) if values.dim() > 2 else values[..., None]
+    maps = maps.movedim(2, 1).unflatten(2, grid)  # one channel for each number of a patch
     if stride is not None:
-        return avg_pool2d(maps, stride).flatten()
-    return interpolate(maps, size=small, mode="bilinear").flatten()
+        less = avg_pool2d(maps, stride)
+    else:
+        less = interpolate(maps, size=small, mode="bilinear")
+    return less.flatten(2).movedim(1, 2).reshape(-1, *values.shape[2:])
 
 
 def shrunk_map(
@@ -94,10 +97,10 @@ def _shrunk(
     bounds: Bounds,
     small: tuple[int, int],
 ) -> Tensor:
-    """[tiles, N] → [base cells + map cells]."""
+    """[tiles, N, …] → [base cells + map cells, …]."""
     (height, width), (down, across) = grid, tile_grid
     top, bottom, left, right = bounds
-    stitched = values[1:].view(down, across, height, width).transpose(1, 2)
-    stitched = stitched.reshape(down * height, across * width)[top:bottom, left:right]
-    less = interpolate(stitched[None, None], size=small, mode="bilinear")
-    return torch.cat([values[0], less.flatten()])
+    stitched = values[1:].reshape(down, across, height, width, -1).transpose(1, 2)
+    stitched = stitched.reshape(down * height, across * width, -1)[top:bottom, left:right]
+    less = interpolate(stitched.movedim(2, 0)[None], size=small, mode="bilinear")[0]
+    return torch.cat([values[0], less.flatten(1).movedim(0, 1).reshape(-1, *values.shape[2:])])

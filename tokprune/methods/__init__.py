@@ -18,6 +18,7 @@ from tokprune.methods.hiprune import HiPrune
 from tokprune.methods.hired import HiRED
 from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
+from tokprune.methods.mmtok import MMTok, QuestionWords
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
@@ -33,6 +34,7 @@ from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
 from tokprune.methods.transprune import TransPrune
+from tokprune.methods.trim import TRIM
 from tokprune.methods.v2drop import V2Drop
 from tokprune.methods.visionzip import VisionZip
 from tokprune.methods.vispruner import VisPruner
@@ -43,6 +45,7 @@ __all__ = [
     "EVS",
     "M3",
     "SCOPE",
+    "TRIM",
     "ApET",
     "AtLeast",
     "Attention",
@@ -61,6 +64,7 @@ __all__ = [
     "HoloV",
     "ImageTokens",
     "KeepDecision",
+    "MMTok",
     "Method",
     "MustDrop",
     "PiToMe",
@@ -71,6 +75,7 @@ __all__ = [
     "PruMerge",
     "PruneSID",
     "PyramidDrop",
+    "QuestionWords",
     "Random",
     "Range",
     "SequenceView",

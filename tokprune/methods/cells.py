@@ -31,6 +31,23 @@ def index_of_cells(image: ImageTokens) -> Tensor:
     return index.scatter(0, cell, torch.arange(image.count, device=cell.device))[:-1]
 
 
+def rows_of_tiles(image: ImageTokens) -> list[Tensor]:
+    """Rows [n] of the patches of every tile (or frame) that show the image, in raster order; tiles
+    that show none of it are left out. Where an earlier method has dropped some, all that are left
+    are one entry."""
+    windows = image.windows()
+    sizes = [(bottom - top) * (right - left) for top, bottom, left, right in windows]
+    if image.count != image.original or sum(sizes) != image.patches:
+        return [image.patch_rows()]
+    grids = image.tile_grids()
+    cells = index_of_cells(image).split([height * width for height, width in grids])
+    return [
+        own.view(grid)[top:bottom, left:right].flatten()
+        for own, grid, (top, bottom, left, right), size in zip(cells, grids, windows, sizes)
+        if size
+    ]
+
+
 def check_whole(image: ImageTokens, method: str) -> None:
     """Before a stage that works on whole grids.
 

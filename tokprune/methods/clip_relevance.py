@@ -141,18 +141,33 @@ class ClipRelevance(TowerRelevance):
 
     def score(self, patches: Tensor, tower: TowerInput) -> Tensor:
         projected = self.project(patches)
-        if len(self.embeds) == 1:
-            own = [self.embeds[0].to(projected.device)] * len(projected)
-        else:
-            images = len(tower.tiles_per_image)
-            if len(self.embeds) != images:
-                raise ValueError(
-                    f"questions has {len(self.embeds)} entries for {images} images; it should "
-                    "have one for all, or one per image"
-                )
-            own = [self.embeds[i].to(projected.device) for i in tower.image_of_tile]
-        scores = [-text_similarity(tile, text) for tile, text in zip(projected, own)]
+        texts = self._texts(tower, projected.device)
+        scores = [-text_similarity(tile, text) for tile, text in zip(projected, texts)]
         return torch.stack(scores).to(patches.device)
+
+    def product(self, patches: Tensor, tower: TowerInput) -> Tensor:
+        """Plain product of the projections of every patch and of its question (mean over the parts
+        of a long one), neither normalised: [tiles, T] float32.
+
+        Args:
+            patches: [tiles, T, D] output of the tower's feature layer, class token left out.
+            tower: which image each tile belongs to.
+        """
+        projected = self.project(patches).float()
+        texts = [text.mean(0) for text in self._texts(tower, projected.device)]
+        return (projected @ torch.stack(texts)[:, :, None])[..., 0].to(patches.device)
+
+    def _texts(self, tower: TowerInput, device: torch.device) -> list[Tensor]:
+        """[M, P] projected question of every tile."""
+        if len(self.embeds) == 1:
+            return [self.embeds[0].to(device)] * len(tower.image_of_tile)
+        images = len(tower.tiles_per_image)
+        if len(self.embeds) != images:
+            raise ValueError(
+                f"questions has {len(self.embeds)} entries for {images} images; it should "
+                "have one for all, or one per image"
+            )
+        return [self.embeds[i].to(device) for i in tower.image_of_tile]
 
 
 class _ScoreStage(EncoderStage):

@@ -46,12 +46,14 @@ from tokprune.errors import CompositionError
 from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.tiles import TileMethod, feature_layer
-from tokprune.methods.tower_rows import behind_class_token, stitched_places
-from tokprune.operators.anyres import tile_windows
+from tokprune.methods.tower_rows import (
+    Window,
+    behind_class_token,
+    cells_of,
+    shown_windows,
+    stitched_places,
+)
 from tokprune.operators.visionzip import Score
-
-#: (top, bottom, left, right) of cells on a grid, half open
-Window = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +82,7 @@ class Tiles:
             own = Tiles(self.features[at], self.scores[:, at], self.grid, self.cells[at])
         if window is None:
             return own, None
-        rows, columns = torch.arange(*window[:2]), torch.arange(*window[2:])
-        seen = (rows[:, None] * self.grid[1] + columns).flatten()
-        seen = seen.to(self.cells.device, non_blocking=True)
+        seen = cells_of(window, self.grid[1]).to(self.cells.device, non_blocking=True)
         features, scores = own.features[:, seen], own.scores[:, :, seen]
         return Tiles(features, scores, self.grid, own.cells[:, seen]), seen
 
@@ -269,22 +269,12 @@ class _Dropping(_Looking):
             return None
         windows: list[Window | None] = [None] * len(counts)
         if facts.tiled and self.method.order == "spatial" and patches.shape[1] == facts.patches:
-            windows, self.no_padding = self._windows(), True
+            windows, self.no_padding = shown_windows(tower), True
             counts = [min(n, _size(window, n)) for n, window in zip(counts, windows)]
         tiles = Tiles(patches, self.scores(tokens), facts.grid, cells)
         index = self.method.chosen(tiles, counts, windows)
         ragged = counts if min(counts) < max(counts) else None
         return behind_class_token(hidden, first, Reduction(index, counts=ragged))
-
-    def _windows(self) -> list[Window | None]:
-        """Of every tile the cells that show the image."""
-        tower = self.tower
-        return [
-            None if (window[1], window[3]) == tower.facts.grid and not window[0] + window[2]
-            else window
-            for grid, size in zip(tower.tile_grids, tower.sizes)
-            for window in tile_windows(tower.facts.grid, grid, size)
-        ]  # fmt: skip
 
     def finish(self, tokens: TowerTokens) -> EncoderOutcome:
         unpad = self.method.order == "spatial" and not self.no_padding

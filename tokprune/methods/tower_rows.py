@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokprune.engine.contracts import Reduction, TowerInput
-from tokprune.operators.anyres import raster_position
+from tokprune.operators.anyres import raster_position, tile_windows
+
+#: (top, bottom, left, right) of cells on a grid, half open
+Window = tuple[int, int, int, int]
 
 
 def behind_class_token(hidden: Tensor, first: int, patches: Reduction) -> Reduction:
@@ -48,3 +51,19 @@ def stitched_places(slots: Tensor, tower: TowerInput) -> Iterator[tuple[Tensor, 
         base, crops = slots[start : start + tiles].split([1, tiles - 1])
         start += tiles
         yield base, raster_position(crops, grid, tower.facts.grid[0]) if tiles > 1 else crops
+
+
+def shown_windows(tower: TowerInput) -> list[Window | None]:
+    """Of every tile the cells that show the image and no padding; None: all of them (host)."""
+    height, width = tower.facts.grid
+    return [
+        None if window == (0, height, 0, width) else window
+        for grid, size in zip(tower.tile_grids, tower.sizes)
+        for window in tile_windows((height, width), grid, size)
+    ]
+
+
+def cells_of(window: Window, width: int) -> Tensor:
+    """Cells [n] in a window on a grid of ``width`` columns, in raster order (long, CPU)."""
+    rows, columns = torch.arange(*window[:2]), torch.arange(*window[2:])
+    return (rows[:, None] * width + columns).flatten()

@@ -23,6 +23,7 @@ from tokprune.operators.hired import *
 from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
+from tokprune.operators.mmtok import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.pooling import *
 from tokprune.operators.prunesid import *
@@ -33,6 +34,7 @@ from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *
 from tokprune.operators.topk import *
 from tokprune.operators.transition import *
+from tokprune.operators.trim import *
 from tokprune.operators.visionzip import *
 from tokprune.operators.visionzip import compress as visionzip_compress
 from tokprune.operators.visionzip import contextual as visionzip_contextual

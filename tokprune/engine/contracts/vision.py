@@ -163,7 +163,8 @@ class EncoderStage(ABC):
     #: the feature layer, of a stage that reduces its output only when the last layer has run:
     #: :meth:`EncoderRun.after` of the last layer then gets what the model reads
     after_tower: int | None = None
-    #: made for encoders that pack their images: a run sees one frame, and drops rows in ``after``
+    #: made for encoders that pack their images: a run sees one frame, and reads or drops rows in
+    #: ``after``
     packs: bool = False
     #: order in which the surviving tokens enter the prompt
     order: Order = "spatial"
