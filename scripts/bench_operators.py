@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Time operators against plain transcriptions, and methods against their ideal. CPU, 1 thread.
 
-    python scripts/bench_operators.py [operators|methods|all] [--quick] [--only NAMES] [--json FILE]
+    python scripts/bench_operators.py [operators|methods|growth|all] [--quick] [--only NAMES]
+        [--json FILE]
 
 ``operators``: every operator that a method uses, at the sizes of LLaVA-1.5 (CLIP-L: 16 heads of 64
 over 577 tokens, features of width 1024; decoder: 32 heads of 128 over 640 tokens), against a plain
@@ -20,6 +21,10 @@ with ``--wide`` 1024 instead of 384)
   any scoring: what the method would cost if choosing were free;
 - *bare*: the model's own forward on sequences cut to the method's lengths by slicing: no scores, no
   gathers, no book-keeping (the "ideal" of ``tokprune bench``, which measures any model).
+
+``growth``: operators at 1,024, 4,096 and 16,384 tokens: time, the most bytes alive at once beyond
+the inputs, and the exponent of time between sizes. A size whose call would take more than
+``--longest`` seconds, by the growth up to it, is left out.
 
 Everything is interleaved in one process, in changing order; medians and quartiles over rounds, and
 differences taken inside a round, so that drift of the machine cancels. A difference whose quartiles
@@ -45,11 +50,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune import operators as ops
-from tokprune.bench.clock import CLOCKS, Spread, interleaved, milliseconds
+from tokprune.bench.clock import (
+    CLOCKS,
+    Spread,
+    interleaved,
+    milliseconds,
+    no_garbage_collection,
+    once,
+)
 from tokprune.bench.environment import environment
+from tokprune.bench.growth import exponent
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
+from live_bytes import LiveBytes
+from operator_cases import cases
 from reference import (
     attention,
     clustering,
@@ -601,18 +616,90 @@ def _spread(value: dict[str, float]) -> str:
     return f"{milliseconds(value['median'])} ({low}–{high})"
 
 
+# ------------------------------------------------------------------------------- growth
+
+SIZES, SMALL_SIZES = (1024, 4096, 16384), (64, 144)
+
+
+def measure_growth(
+    names: list[str], sizes: tuple[int, ...], repeats: int, longest: float, clock: str
+) -> list[dict[str, Any]]:
+    """A row per operator: seconds and bytes at each size that was run, and exponents between."""
+    known, rows = cases(torch.device("cpu"), torch.float32), []
+    for name in names:
+        seconds: dict[int, list[float]] = {}
+        held: dict[int, int] = {}
+        for size in sizes:
+            done = sorted(seconds)
+            if done and _expected(seconds, size) > longest:
+                break
+            call = known[name](size)
+            with torch.inference_mode(), LiveBytes() as live:
+                call()
+            held[size] = live.peak
+            with torch.inference_mode(), no_garbage_collection():
+                seconds[size] = [once(call, clock=clock) for _ in range(repeats)]
+        done = sorted(seconds)
+        medians = [Spread.of(seconds[size]).median for size in done]
+        between = [
+            exponent(done[i : i + 2], medians[i : i + 2]) for i in range(len(done) - 1)
+        ]  # fmt: skip
+        rows.append(
+            {
+                "name": name, "sizes": done, "left_out": [s for s in sizes if s not in done],
+                "seconds": [Spread.of(seconds[size]).to_dict() for size in done],
+                "bytes": [held[size] for size in done], "exponents": between,
+            }
+        )  # fmt: skip
+        print(f"  {name}", file=sys.stderr, flush=True)
+    return rows
+
+
+def _expected(seconds: dict[int, list[float]], size: int) -> float:
+    """Of the next size, by the last two; by the square of the size after one."""
+    done = sorted(seconds)
+    medians = [Spread.of(seconds[n]).median for n in done]
+    power = exponent(done[-2:], medians[-2:]) if len(done) > 1 else 2.0
+    return medians[-1] * (size / done[-1]) ** power
+
+
+def growth_table(rows: list[dict[str, Any]], sizes: tuple[int, ...]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title="operators, milliseconds and MB held at once", box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )  # fmt: skip
+    table.add_column("operator", no_wrap=True)
+    for size in sizes:
+        table.add_column(f"{size:,}", justify="right", no_wrap=True)
+    table.add_column("exponents", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [
+            f"{milliseconds(value['median'])} / {held / 1e6:.1f}"
+            for value, held in zip(row["seconds"], row["bytes"])
+        ]
+        cells += ["too long"] * len(row["left_out"])
+        table.add_row(row["name"], *cells, ", ".join(f"{e:.2f}" for e in row["exponents"]))
+    return table
+
+
 # --------------------------------------------------------------------------------- main
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "section", nargs="?", default="all", choices=("operators", "methods", "all")
+        "section", nargs="?", default="all", choices=("operators", "methods", "growth", "all")
     )
     parser.add_argument("--quick", action="store_true", help="small model, few repeats")
     parser.add_argument("--only", help="operators or methods, separated by commas")
     parser.add_argument("--wide", action="store_true", help="methods: in a model as wide as CLIP-L")
-    parser.add_argument("--repeats", type=int, help="rounds (operators: 21, methods: 5)")
+    parser.add_argument("--repeats", type=int, help="rounds (operators: 21, methods: 5, growth: 3)")
+    parser.add_argument(
+        "--longest", type=float, default=20.0, help="growth: seconds of one call (default 20)"
+    )
     parser.add_argument(
         "--clock",
         default="wall",
@@ -627,13 +714,18 @@ def main() -> int:
     from rich.console import Console
 
     wanted = None if options.only is None else [n.strip() for n in options.only.split(",")]
-    operators, methods = list(ENTRIES), labels()
+    known = {
+        "operators": list(ENTRIES),
+        "methods": labels(),
+        "growth": list(cases(torch.device("cpu"), torch.float32)),
+    }
+    if options.section != "all":
+        known = {options.section: known[options.section]}
     if wanted is not None:
-        unknown = [n for n in wanted if n not in operators and n not in methods]
+        unknown = [n for n in wanted if not any(n in names for names in known.values())]
         if unknown:
-            parser.error(f"--only {unknown[0]!r} is neither of {operators} nor of {methods}")
-        operators = [n for n in operators if n in wanted]
-        methods = [n for n in methods if n in wanted]
+            parser.error(f"--only {unknown[0]!r} is none of {known}")
+        known = {part: [n for n in names if n in wanted] for part, names in known.items()}
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     report: dict[str, Any] = {
@@ -647,17 +739,22 @@ def main() -> int:
         f"{env['load_at_start']}; "
         f"torch {env['torch']}, transformers {env['transformers']}"
     )
-    if options.section != "methods" and operators:
+    if operators := known.get("operators"):
         repeats = options.repeats or (5 if options.quick else 21)
         cap = 1.0 if options.quick else 12.0
         report["operators"] = measure_operators(operators, repeats, cap, options.clock)
         console.print(operator_table(report["operators"]))
-    if options.section != "operators" and methods:
+    if methods := known.get("methods"):
         repeats = options.repeats or (2 if options.quick else 5)
         shape = SHAPES["quick" if options.quick else "wide" if options.wide else "small"]
         report["methods"] = measure_methods(methods, repeats, shape, options.clock)
         for part in method_tables(report["methods"]):
             console.print(part)
+    if growing := known.get("growth"):
+        sizes = SMALL_SIZES if options.quick else SIZES
+        repeats = options.repeats or (1 if options.quick else 3)
+        report["growth"] = measure_growth(growing, sizes, repeats, options.longest, options.clock)
+        console.print(growth_table(report["growth"], sizes))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return 0

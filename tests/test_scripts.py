@@ -65,6 +65,20 @@ def test_bench_replays_methods_on_the_same_lengths(bench: Any) -> None:
         assert row["label"] in printed
 
 
+def test_bench_tells_how_time_and_memory_grow(bench: Any) -> None:
+    report, printed = bench
+    (row,) = report["growth"]
+    assert row["name"] == "max_sum"
+    assert row["sizes"] == [64, 144]
+    assert not row["left_out"]
+    assert all(positive(spread) for spread in row["seconds"])
+    # unit rows of 1024 numbers, and all pairs
+    for n, held in zip((64, 144), row["bytes"]):
+        assert 4 * (1024 * n + n * n) <= held < 1e6
+    assert len(row["exponents"]) == 1
+    assert "exponents" in printed
+
+
 def test_bench_names_what_it_does_not_know(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
