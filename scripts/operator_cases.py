@@ -120,7 +120,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "multimodal_coverage": covered,
         "important_and_diverse": on_both(vispruner.important_and_diverse),
         "anchors_and_registers": hiprune,
-        "principal_groups": on_features(lambda x, k: prunesid.principal_groups(x, min(k // 4, 64))),
+        "principal_groups": on_features(lambda x, k: prunesid.principal_groups(x, min(k, 64))),
         "group_order": on_both(
             lambda x, s, k: prunesid.group_order(
                 x, torch.arange(x.shape[1], device=device)[None] % 16, s, s.new_full((1,), 0.1)

@@ -67,8 +67,8 @@ def test_bench_replays_methods_on_the_same_lengths(bench: Any) -> None:
 
 def test_bench_tells_how_time_and_memory_grow(bench: Any) -> None:
     report, printed = bench
-    (row,) = report["growth"]
-    assert row["name"] == "max_sum"
+    row, merged = report["growth"]
+    assert (row["name"], merged["name"]) == ("max_sum", "MergePlan.apply")
     assert row["sizes"] == [64, 144]
     assert not row["left_out"]
     assert all(positive(spread) for spread in row["seconds"])
