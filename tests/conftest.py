@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from methods_table import ALIKE_CASES
 
 from tokprune.engine.check import set_validation
 
@@ -27,7 +28,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+#: suites about methods: everything else is about the engine, or families
+OF_METHODS = (
+    "test_conformance", "test_family_conformance", "test_merging_conformance", "test_syncs",
+    "test_methods_", "test_kit", "test_words", "test_recommend",
+)  # fmt: skip
+
+
+def _alike(item: pytest.Item) -> bool:
+    """A case of a method that is to the engine like another one."""
+    own = getattr(item, "callspec", None)
+    cased = own is not None and str(own.params.get("case")) in ALIKE_CASES
+    return cased and not item.path.name.startswith(OF_METHODS)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _alike(item):
+            item.add_marker(pytest.mark.full)
     if not config.getoption("--full"):
         whole = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=whole)

@@ -322,6 +322,12 @@ MERGING |= {
 
 ALL = {**PRUNING, **MERGING}
 
+#: methods that work by stages of the same kinds as another one here: suites about the engine rather
+#: than about methods take them with --full only (see ``conftest.py``)
+ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "vispruner"}
+#: their cases, and variants of the kind
+ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
+
 #: one case per method (named like it), for suites about the engine rather than about options
 CORE = {case: ALL[case] for case in ALL if case in (ALL[case][0], "mustdrop-filter")}
 CORE_PRUNING = {case: ALL[case] for case in CORE if case in PRUNING}

@@ -9,6 +9,7 @@ drops before the decoder and one that drops inside it on all others.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from family_cases import FAMILIES, HYBRID
 from live_bytes import LiveBytes
+from methods_table import ALIKE
 from wide_models import visual_prompt, wide_model
 
 import tokprune
@@ -67,14 +69,19 @@ def at_a_third(name: str, family: str) -> Method:
     return trial.method
 
 
+def _usual(method: str) -> Collection[str]:
+    """The families that a method runs on without --full."""
+    if method in ("divprune", "pyramiddrop"):
+        return [name for name in FAMILIES if not name.startswith("qwen3.5")]  # slow ones
+    return ("llava-1.5", "qwen2.5-vl") if method in ALIKE else REPRESENTATIVE
+
+
 def cases(kind: str, methods: list[str]) -> list[Any]:
     families = [name for name in FAMILIES if kind == "image" or tiny_family(name).videos]
     return [
         pytest.param(
             method, family, id=f"{method}-{family}",
-            marks=[]
-            if family in REPRESENTATIVE or method in ("divprune", "pyramiddrop")
-            else [pytest.mark.full],
+            marks=[] if family in _usual(method) else [pytest.mark.full],
         )
         for family in families
         for method in methods
