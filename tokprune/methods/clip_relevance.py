@@ -144,13 +144,14 @@ class ClipRelevance(TowerRelevance):
         if len(self.embeds) == 1:
             own = [self.embeds[0].to(projected.device)] * len(projected)
         else:
-            images = len(tower.tiles_per_image)
+            images = tower.call_images or len(tower.tiles_per_image)
             if len(self.embeds) != images:
                 raise ValueError(
                     f"questions has {len(self.embeds)} entries for {images} images; it should "
                     "have one for all, or one per image"
                 )
-            own = [self.embeds[i].to(projected.device) for i in tower.image_of_tile]
+            numbers = [tower.first_image + i for i in tower.image_of_tile]
+            own = [self.embeds[i].to(projected.device) for i in numbers]
         scores = [-text_similarity(tile, text) for tile, text in zip(projected, own)]
         return torch.stack(scores).to(patches.device)
 
