@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokprune
 from tokprune.api import session_of
+from tokprune.cli import app
 from tokprune.engine.contracts import EncoderRun, EncoderStage, Plan
 from tokprune.engine.shared_encoder import SharedEncoder
 from tokprune.errors import CompositionError, UnsupportedModelError, UnsupportedVideoError
@@ -138,6 +139,21 @@ def test_methods(family: str, kind: str, method: str) -> None:
     check(case_of(family, make_method(name, **options), kind), 1 if kind == "stills" else 2)
 
 
+@pytest.mark.parametrize("family", ["llava-1.5", "qwen2.5-vl"])
+def test_gradients(family: str) -> None:
+    case = case_of(family, make_method("divprune", keep=4), "stills")
+    inputs, weight = inputs_of(case), next(bind(case.model).parts.encoder.parameters())
+    found = []
+    for most in (None, 1):
+        case.model.zero_grad()
+        with tokprune.compress(case.model, case.method, encode_at_once=most):
+            case.model(**inputs).logits.float().square().mean().backward()
+        found.append(weight.grad.clone())
+    case.model.zero_grad()
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("family", ["llava-onevision", "qwen3-vl", "internvl"])
 def test_generate(family: str) -> None:
     kind = "mixed" if tiny_family(family).videos else "stills"
@@ -178,6 +194,19 @@ def test_a_copy_encodes_in_pieces_too() -> None:
     other = session_of(copy.deepcopy(model))
     assert other is not None
     assert other.encode_at_once == 3
+
+
+def test_loaded_and_from_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    own = session_of(tokprune.load("mini", "divprune", keep=9, encode_at_once=2))
+    assert own is not None
+    assert own.encode_at_once == 2
+    with pytest.raises(ValueError, match="encode_at_once=2 belongs to a patch"):
+        tokprune.load("mini", encode_at_once=2)
+    with pytest.raises(TypeError, match=r"encode_at_once=2\.5"):
+        tokprune.load("mini", "divprune", keep=9, encode_at_once=2.5)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        app(["run", "--model", "mini", "--prompt", "?", "--encode-at-once", "2"])
+    assert "--encode-at-once needs --method" in capsys.readouterr().err
 
 
 def test_a_shared_encoder_runs_whole() -> None:
