@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from live_bytes import LiveBytes
 from torch import Tensor
 
@@ -159,7 +161,9 @@ def test_generate(family: str) -> None:
     kind = "mixed" if tiny_family(family).videos else "stills"
     case = case_of(family, make_method("divprune", keep=4), kind)
     inputs = inputs_of(case)
-    for options in (GREEDY, {**GREEDY, "num_beams": 2}):
+    # transformers 4 itself does not come to beams of Qwen3-VL with rows without a video
+    beams = [] if transformers.__version__.startswith("4.") else [{**GREEDY, "num_beams": 2}]
+    for options in (GREEDY, *beams):
         told = []
         for most in (None, 2):
             with tokprune.compress(case.model, case.method, encode_at_once=most):
@@ -234,16 +238,18 @@ def encoder_peak(family: str, most: int | None) -> int:
         inputs = tiny.inputs(model, [[4, "video", 6]], frames=32)
     else:
         inputs = tiny.inputs(model, [[4, *["image"] * 32, 6]], [(24, 24)] * 32)
-    name = "get_video_features" if tiny.videos else "get_image_features"
-    family_ = bind(model).family
-    names = (family_.video_pixels, "video_grid_thw", family_.pixels, "image_sizes")
-    names += ("image_grid_thw",)
-    call = {n: inputs[n] for n in names if n in inputs}
+    bound, kind = bind(model), "video" if tiny.videos else "image"
+    encode = getattr(bound.parts.multimodal, f"get_{kind}_features")
+    own = bound.family
+    pixels = own.video_pixels if tiny.videos else own.pixels
+    call = {n: inputs[n] for n in (f"{kind}_grid_thw", "image_sizes") if n in inputs}
+    for setting in ("vision_feature_layer", "vision_feature_select_strategy"):
+        if setting in inspect.signature(encode).parameters:  # transformers 4 asks for some
+            call[setting] = getattr(model.config, setting)
     with torch.no_grad(), tokprune.compress(model, "random", keep=1.0, encode_at_once=most):
-        encode = getattr(bind(model).parts.multimodal, name)
-        first, *rest = call.values()
+        encode = getattr(bound.parts.multimodal, f"get_{kind}_features")
         with LiveBytes() as live:
-            made = encode(first, **dict(zip(list(call)[1:], rest)))
+            made = encode(inputs[pixels], **call)
     del made
     return live.peak
 
