@@ -12,9 +12,10 @@ from torch import nn
 
 from tokprune.engine.check import check_plan
 from tokprune.engine.contracts import ModelFacts, Plan
+from tokprune.engine.family import BoundModel
 from tokprune.engine.session import Session
 from tokprune.errors import AlreadyPatchedError, CompositionError, UnsupportedModelError
-from tokprune.families import bind, unwrap
+from tokprune.families import bind, families_with_pieces, unwrap
 from tokprune.methods.base import Method
 from tokprune.methods.registry import make_method
 from tokprune.trace import Trace
@@ -101,7 +102,12 @@ def compose(*methods: str | Method) -> Method:
 
 
 def patch(
-    model: nn.Module, method: str | Method, *, validate: bool | None = None, **options: Any
+    model: nn.Module,
+    method: str | Method,
+    *,
+    validate: bool | None = None,
+    encode_at_once: int | None = None,
+    **options: Any,
 ) -> Trace:
     """Compress the model's visual tokens from now on, until :func:`unpatch`.
 
@@ -118,13 +124,20 @@ def patch(
             for tests of methods, as it reads from the device (what ``torch.compile`` traces is not
             checked so). None: as
             :func:`tokprune.engine.check.set_validation` says, which is off at first.
+        encode_at_once: how many images, tiles or frames of a video (temporal groups, where the
+            model makes one of two frames) the vision encoder runs at a time; None: all, as the
+            model does. With few, a long video takes less memory, and the same comes out. Tiles that
+            the model stitches to an image stay together. What the encoder's methods return then
+            holds the features alone, without hidden states.
 
     Returns:
         The trace, which shows the newest prefill.
 
     Raises:
         UnsupportedModelError: unknown model class, tower or attention backend; a wrapper that holds
-            several models, or hides from the model where its images stand.
+            several models, or hides from the model where its images stand; ``encode_at_once`` for a
+            model whose encoder cannot run in pieces.
+        CompositionError: ``encode_at_once`` with a method that compares the images of a batch.
         ValueError, TypeError: bad method or option; the model then keeps its earlier state.
         AlreadyPatchedError: called inside a ``compress`` block of the same model, or another
             patched model has the same decoder.
@@ -136,7 +149,7 @@ def patch(
             "the model is inside a tokprune.compress(...) block; leave it first, or combine the "
             "methods with tokprune.compose(...)"
         )
-    return _start(model, method, options, validate, nested=False).trace
+    return _start(model, method, options, validate, encode_at_once, nested=False).trace
 
 
 def _start(
@@ -144,19 +157,48 @@ def _start(
     method: str | Method,
     options: dict[str, Any],
     validate: bool | None,
+    encode_at_once: int | None,
     nested: bool,
 ) -> Session:
     bound = bind(model)
     made = make_method(method, **options).on(bound.facts)
     plan = check_plan(made, made.plan(bound.facts), bound.facts)
     plan = replace(plan, video_unit=made.video_unit)
-    session = Session(bound, plan, Trace(repr(made)), validate)
+    check_pieces(encode_at_once, bound, plan, made.name)
+    session = Session(bound, plan, Trace(repr(made)), validate, encode_at_once)
     session.nested = nested
-    session.copied = lambda copy: _start(copy, made, {}, validate, nested=False)
+    session.copied = lambda copy: _start(copy, made, {}, validate, encode_at_once, nested=False)
     _check_decoder(session)
     unpatch(model)
     _install(session)
     return session
+
+
+def check_pieces(most: Any, bound: BoundModel, plan: Plan, method: str) -> None:
+    """Whether the encoder of a model can run so many images at a time with this plan.
+
+    Raises:
+        TypeError, ValueError: no whole number above 0.
+        UnsupportedModelError: the family cannot cut its calls.
+        CompositionError: a stage looks at all images of a batch together.
+    """
+    if most is None:
+        return
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise TypeError(f"encode_at_once={most!r} should be a whole number, or None")
+    if most < 1:
+        raise ValueError(f"encode_at_once={most} should be at least 1")
+    if not bound.family.has_pieces:
+        raise UnsupportedModelError(
+            f"encode_at_once={most}: the vision encoder of {type(bound.model).__name__} cannot run "
+            f"in pieces; that of these families can: {', '.join(families_with_pieces())}"
+        )
+    if any(stage.across == "call" for stage in plan.encoder):
+        raise CompositionError(
+            f"encode_at_once={most}: {method} as it is set takes of all images of a batch equally "
+            "much inside the vision encoder, and would see some of them at a time; choose the option "
+            "of it that lets every image stand for itself"
+        )
 
 
 def _install(session: Session) -> None:
@@ -207,7 +249,12 @@ def trace_of(model: nn.Module) -> Trace | None:
 
 @contextmanager
 def compress(
-    model: nn.Module, method: str | Method, *, validate: bool | None = None, **options: Any
+    model: nn.Module,
+    method: str | Method,
+    *,
+    validate: bool | None = None,
+    encode_at_once: int | None = None,
+    **options: Any,
 ) -> Iterator[Trace]:
     """Compress visual tokens inside a ``with`` block; hooks go when it ends, however it ends.
 
@@ -226,7 +273,7 @@ def compress(
             "compress inside compress on the same model: the inner method would work on what the "
             "outer one left. Combine them with tokprune.compose(...), or end the outer block"
         )
-    session = _start(model, method, options, validate, nested=True)
+    session = _start(model, method, options, validate, encode_at_once, nested=True)
     try:
         yield session.trace
     finally:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from tokprune.api import patch
+from tokprune.api import check_pieces, patch
 from tokprune.checkpoint import (
     check_config,
     check_no_code,
@@ -54,6 +54,7 @@ def load(
     processor: bool = False,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    encode_at_once: int | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
@@ -79,6 +80,8 @@ def load(
             they are (Qwen-VL, GLM-4V): smaller images are enlarged, larger ones shrunk. They say
             how many visual tokens an image has, of which ``keep`` then leaves some: on Qwen2.5-VL
             28 × 28 pixels are a token.
+        encode_at_once: how many images, tiles or frames the vision encoder runs at a time, as
+            :func:`tokprune.patch` takes it.
         trust_remote_code: whether transformers may run code of the checkpoint's own. Without it
             none is run, and nobody is asked.
         options: fields of the method go to the method; all others (``dtype``, ``device_map``,
@@ -107,6 +110,11 @@ def load(
     if (not processor or package != "transformers") and any(limits.values()):
         given = ", ".join(f"{n}={v!r}" for n, v in limits.items() if v is not None)
         raise ValueError(f"{given}: of transformers' processor, which needs processor=True")
+    if encode_at_once is not None and (package != "transformers" or method is None):
+        raise ValueError(
+            f"encode_at_once={encode_at_once} belongs to a patch of a model of transformers, and "
+            "needs a method (method='random' with keep=1.0 drops nothing)"
+        )
     if package != "transformers":
         loader = _loader(package)
         made, options = _split(method, options, loader.options())
@@ -129,7 +137,8 @@ def load(
     with reading(path, "config.json"):
         skeleton = meta_model(cls, config)
     if made is not None:
-        made.plan(bind(skeleton).facts)
+        bound = bind(skeleton)
+        check_pieces(encode_at_once, bound, made.plan(bound.facts), made.name)
     files = check_weights(path, config, options)
     with reading(path, "weights"):
         check_size(path, files, skeleton)
@@ -145,7 +154,7 @@ def load(
         )
     loaded = (model, info) if told else model
     if made is not None:
-        patch(model, made)
+        patch(model, made, encode_at_once=encode_at_once)
     if not processor:
         return loaded
     # not for the transformers of llava

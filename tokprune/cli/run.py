@@ -61,6 +61,14 @@ def run(
     ] = 2.0,
     min_pixels: MinPixels = None,
     max_pixels: MaxPixels = None,
+    encode_at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images, tiles or frames that the vision encoder runs at a time (all): fewer take "
+            "less memory. Needs --method or --setting.",
+        ),
+    ] = None,
     method: Name = None,
     keep: Keep = None,
     option: Options = None,
@@ -76,8 +84,12 @@ def run(
     """Answer a prompt about images or videos with a compressed model, and show what was
     removed."""
     options = method_options(keep, option)
-    if method is None and setting is None and (options or overlay or compare):
-        used = "--keep/--option" if options else "--overlay" if overlay else "--compare"
+    given = {
+        "--keep/--option": options, "--overlay": overlay, "--compare": compare,
+        "--encode-at-once": encode_at_once,
+    }  # fmt: skip
+    used = next((name for name, value in given.items() if value), None)
+    if method is None and setting is None and used is not None:
         raise BadInput(f"{used} needs --method or --setting; see 'tokprune methods'")
     if overlay is not None:
         if not image and not video:
@@ -92,7 +104,7 @@ def run(
 
     loaded, processor = load_model(
         model, place_of(device), dtype, chosen, min_pixels=min_pixels, max_pixels=max_pixels,
-        trust_remote_code=trust_remote_code,
+        encode_at_once=encode_at_once, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _check_shapes(processor, [*zip(image or [], images)], [*zip(video or [], clips)])
     if clips:
@@ -102,7 +114,7 @@ def run(
     if compare and chosen is not None:
         unpatch(loaded)
         result["answer_unpruned"] = _answer(loaded, processor, inputs, max_new_tokens)
-    trace = None if chosen is None else patch(loaded, chosen)
+    trace = None if chosen is None else patch(loaded, chosen, encode_at_once=encode_at_once)
     result["answer"] = _answer(loaded, processor, inputs, max_new_tokens)
     if overlay is not None and trace is not None:
         from tokprune.trace.overlay import overlay as draw

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ from tokprune.engine.images import Encoding, attach, attached
 from tokprune.engine.model import Tiles
 from tokprune.engine.observed import ObservedPass
 from tokprune.engine.packed import PackedPass
+from tokprune.engine.pieces import Piece, features_of, joined_records
 from tokprune.engine.prompt_layout import (
     PromptLayout,
     layout_from_mask,
@@ -88,8 +89,11 @@ class Entry(ABC):
         """After a forward of the whole model, however it ended."""
         self.session.new_state()
 
-    def tower_pass(self, layouts: list[ImageLayout], pixels: Tensor) -> TowerPass:
-        """A pass of the vision encoder over the tiles of these images."""
+    def tower_pass(
+        self, layouts: list[ImageLayout], pixels: Tensor, first: int = 0, images: int = 0
+    ) -> TowerPass:
+        """A pass of the vision encoder over the tiles of these images, the first of which has the
+        number ``first`` among the ``images`` of the call (0: these)."""
         tower, facts = self.parts.tower, self.session.facts.tower
         assert tower is not None
         assert facts is not None
@@ -104,6 +108,8 @@ class Entry(ABC):
             tile_grids=tuple(layout.tile_grid for layout in layouts),
             sizes=tuple(layout.size for layout in layouts),
             videos=tuple(layout.video for layout in layouts),
+            first_image=first,
+            call_images=images,
         )
         return TowerPass(self.session.plan.encoder, given, self.session.contracts)
 
@@ -219,7 +225,15 @@ class TransformersEntry(Entry):
             call = signature.bind(*args, **kwargs).arguments
             # transformers 4 calls pixels of videos pixel_values here
             given = {**call.pop("kwargs", {}), **call, pixels: call[first]}
-            return features(call[first], given, functools.partial(original, *args, **kwargs))
+
+            def encode(changes: Mapping[str, Any] | None = None) -> Any:
+                if changes is None:
+                    return original(*args, **kwargs)
+                own = {**given, **changes}
+                own[first] = own.pop(pixels)
+                return original(**own)
+
+            return features(call[first], given, encode)
 
         self.parts.multimodal.__dict__[name] = wrapper
 
@@ -230,7 +244,7 @@ class TransformersEntry(Entry):
         images = self._images_of(pixels, call)
         self._check_choices(call)
         try:
-            result, encoding = self._encode(pixels, images, encode)
+            result, encoding = self._encode(pixels, images, call, encode)
         finally:
             state.pixels = None
         layouts = images if isinstance(images, list) else state.image_layouts
@@ -246,7 +260,7 @@ class TransformersEntry(Entry):
         self._check_choices(call)
         state.in_videos = True
         try:
-            result, encoding = self._encode(pixels, videos, encode)
+            result, encoding = self._encode(pixels, videos, call, encode)
         finally:
             state.in_videos = False
         state.video_records = self._parts_of(encoding, videos)
@@ -259,48 +273,123 @@ class TransformersEntry(Entry):
         return [record.split(unit) for record in encoding.records(videos)]
 
     def _encode(
-        self, pixels: Tensor, images: list[ImageLayout] | Tiles, encode: Callable[[], Any]
+        self, pixels: Tensor, images: list[ImageLayout] | Tiles, call: dict[str, Any], encode: Any
     ) -> tuple[Any, Encoding]:
         """What ``encode`` returns, run or remembered, and what is known of these images."""
-        shared, state = shared_encoder(self.parts.multimodal), self.session.state
+        shared = shared_encoder(self.parts.multimodal)
+        if shared is None and (pieces := self._pieces(images, call)):
+            return self._encode_pieces(images, pieces, pixels, encode)
         known = None if shared is None else shared.get(pixels, self.keys)
-        tower: TowerPass | ObservedPass | None = None
-        if self.parts.tower is not None and isinstance(images, list):
-            tower = state.tower = self.tower_pass(images, pixels)
-        elif self.parts.observed is not None and self.session.plan.encoder:
-            tower = state.observed = self._observed_pass(images, pixels)
-        try:
-            if known is None:
-                with without_checkpoints(self._reduced_blocks()):
-                    result = encode()
-                outcomes = []
-                if tower is not None:
-                    tower.finish()
-                    outcomes = tower.outcomes
-                projected = state.projected
-                if projected is None and isinstance(tower, TowerPass):
-                    raise UnsupportedModelError(
-                        f"the projector that {type(self.session.model).__name__} had when it was "
-                        "patched did not run: another module (an adapter?) has taken its place; "
-                        "patch the model again"
-                    )
-                if shared is not None:
-                    shared.put(pixels, self.keys, Encoded(result, projected, outcomes))
-            else:
-                result, projected = known.result, known.projected
-                if tower is not None:
-                    tower.outcomes = known.outcomes
-        except Exception as error:
-            blame(error, pixels, None if tower is None else tower.seen)
-            raise
-        finally:
-            state.tower = state.observed = state.projected = None
+        tower = self._start(images, pixels)
+        if known is None:
+            result, projected = self._run(tower, pixels, encode)
+            if shared is not None:
+                outcomes = [] if tower is None else tower.outcomes
+                shared.put(pixels, self.keys, Encoded(result, projected, outcomes))
+        else:
+            self._end()
+            result, projected = known.result, known.projected
+            if tower is not None:
+                tower.outcomes = known.outcomes
         records = functools.partial(
             self.session.image_records, tower=tower, projected=projected, device=pixels.device
         )
         features = getattr(result, "pooler_output", result)
         if isinstance(images, list):
             records = functools.partial(_same, records(images))
+        return result, Encoding(images, len(features), records)
+
+    def _start(
+        self, images: list[ImageLayout] | Tiles, pixels: Tensor, first: int = 0,
+        whole: list[ImageLayout] | Tiles | None = None,
+    ) -> TowerPass | ObservedPass | None:  # fmt: skip
+        """The pass that the next run of the encoder makes; ``images`` may be a piece of ``whole``,
+        from number ``first`` on."""
+        state, number = self.session.state, 0
+        if isinstance(images, list) and isinstance(whole, list):
+            number = len(whole)
+        if self.parts.tower is not None and isinstance(images, list):
+            state.tower = self.tower_pass(images, pixels, first, number)
+        elif self.parts.observed is not None and self.session.plan.encoder:
+            part_of = whole[first] if number and isinstance(whole, list) else None
+            frames = part_of.tiles if part_of is not None and part_of.video else 0
+            state.observed = self._observed_pass(images, pixels, frames)
+        return state.tower or state.observed
+
+    def _end(self) -> None:
+        state = self.session.state
+        state.tower = state.observed = state.projected = None
+
+    def _run(
+        self, tower: TowerPass | ObservedPass | None, pixels: Tensor, encode: Callable[[], Any]
+    ) -> tuple[Any, Tensor | None]:
+        """What ``encode`` returns, and the projector's output."""
+        try:
+            with without_checkpoints(self._reduced_blocks()):
+                result = encode()
+            if tower is not None:
+                tower.finish()
+            projected = self.session.state.projected
+            if projected is None and isinstance(tower, TowerPass):
+                raise UnsupportedModelError(
+                    f"the projector that {type(self.session.model).__name__} had when it was "
+                    "patched did not run: another module (an adapter?) has taken its place; "
+                    "patch the model again"
+                )
+            return result, projected
+        except Exception as error:
+            blame(error, pixels, None if tower is None else tower.seen)
+            raise
+        finally:
+            self._end()
+
+    def _pieces(self, images: list[ImageLayout] | Tiles, call: dict[str, Any]) -> list[Piece]:
+        """The pieces that the encoder runs one after the other; none where it runs as a whole.
+
+        Raises:
+            UnsupportedVideoError: a stage has to see all frames of a video at once.
+        """
+        most, video = self.session.encode_at_once, self.session.state.in_videos
+        if most is None or call.get("return_dict") is False:
+            return []
+        pieces = self.family.pieces(call, images, most, video)
+        across = [stage.across for stage in self.session.plan.encoder]
+        if any(piece.continues for piece in pieces) and "image" in across:
+            raise UnsupportedVideoError(
+                f"{self.session.trace.method} compares the frames of a video inside the vision "
+                f"encoder, and encode_at_once={most} shows it so many at a time; leave it out, or "
+                "make it as large as the video has frames"
+            )
+        return pieces if len(pieces) > 1 else []
+
+    def _encode_pieces(
+        self, images: list[ImageLayout] | Tiles, pieces: list[Piece], pixels: Tensor, encode: Any
+    ) -> tuple[Any, Encoding]:
+        """The same piece by piece."""
+        session, video = self.session, self.session.state.in_videos
+        name = self.family.video_pixels if video else self.family.pixels
+        results, found, outcomes = [], [], []
+        for piece in pieces:
+            own = piece.changes[name]
+            tower = self._start(piece.images, own, piece.first, images)
+            result, projected = self._run(tower, own, functools.partial(encode, piece.changes))
+            results.append(features_of(result))
+            del result  # and all hidden states of this piece
+            if isinstance(piece.images, list):
+                found.append(session.image_records(piece.images, tower, projected, own.device))
+            elif tower is not None:
+                outcomes.append(tower.outcomes)
+        result = self.family.joined(results, pieces, video)
+        features = getattr(result, "pooler_output", result)
+        if isinstance(images, list):
+            records = functools.partial(_same, joined_records(images, pieces, found))
+        else:
+            whole = self._observed_pass(images, pixels) if outcomes else None
+            if whole is not None:  # stage by stage, as of one run
+                whole.outcomes = [own for stage in zip(*outcomes) for own in stage]
+            records = functools.partial(
+                session.image_records, tower=whole, projected=None, device=pixels.device
+            )
         return result, Encoding(images, len(features), records)
 
     def _reduced_blocks(self) -> Sequence[Any]:
@@ -312,8 +401,11 @@ class TransformersEntry(Entry):
             return tower.layers  # type: ignore[no-any-return]
         return () if observed is None else observed.blocks
 
-    def _observed_pass(self, images: list[ImageLayout] | Tiles, pixels: Tensor) -> ObservedPass:
-        """A pass of an encoder that stages only look at."""
+    def _observed_pass(
+        self, images: list[ImageLayout] | Tiles, pixels: Tensor, frames: int = 0
+    ) -> ObservedPass:
+        """A pass of an encoder that stages only look at; ``frames``: of the video that it sees a
+        part of."""
         session, observed = self.session, self.parts.observed
         facts = session.facts.observed
         assert observed is not None
@@ -326,7 +418,13 @@ class TransformersEntry(Entry):
         packs = any(stage.reduces or stage.packs for stage in session.plan.encoder)
         kind = PackedPass if packs else ObservedPass
         return kind(
-            session.plan.encoder, facts, observed, layouts, pixels.device, session.contracts
+            session.plan.encoder,
+            facts,
+            observed,
+            layouts,
+            pixels.device,
+            session.contracts,
+            frames,
         )
 
     def _images_of(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout] | Tiles:

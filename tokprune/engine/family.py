@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.engine.model import Block, Deep, ImageLayout, ModelFacts, Parts, Tiles
+from tokprune.engine.pieces import Piece, joined
 from tokprune.engine.tap import Call, TapFunction, capture, install_tap
 from tokprune.engine.widths import ModelShape
 
@@ -64,6 +65,29 @@ class Family(ABC):
     def videos(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
         """One layout per video of a call, as for :meth:`images`."""
         raise NotImplementedError
+
+    def pieces(
+        self, call: Mapping[str, Any], images: list[ImageLayout] | Tiles, most: int, video: bool
+    ) -> list[Piece]:
+        """A call of the encoder in pieces of at most ``most`` images, tiles or frames, in order.
+        Host work only. A family without this method cannot encode in pieces.
+
+        Args:
+            call: named arguments of ``get_image_features`` or, for a ``video``,
+                ``get_video_features``.
+            images: what :meth:`images` or :meth:`videos` says of it.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether its encoder can run in pieces."""
+        return type(self).pieces is not Family.pieces
+
+    def joined(self, results: Sequence[Any], pieces: Sequence[Piece], video: bool) -> Any:
+        """What the encoder's method would have returned for the whole call (of an output: its
+        features alone), from what it returned for all pieces."""
+        return joined(results, pieces)
 
     def placeholders(self, parts: Parts, call: Mapping[str, Any]) -> Tensor:
         """[B, L] long: 1 where ``input_ids`` stand for images, 2 for videos, 0 for text."""

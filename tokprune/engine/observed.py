@@ -47,7 +47,9 @@ class ObservedPass:
     def __init__(
         self, stages: tuple[EncoderStage, ...], facts: TowerFacts, tower: ObservedTower,
         layouts: list[ImageLayout] | None, device: torch.device, contracts: Contracts,
+        frames: int = 0,
     ) -> None:  # fmt: skip
+        """``frames``: of the video that the pass sees a part of."""
         self.stages, self.contracts, self.packed = stages, contracts, tower.packed
         self.facts, self.device = facts, device
         self.outcomes: list[EncoderOutcome] = []
@@ -68,8 +70,8 @@ class ObservedPass:
             for rows, (height, width) in zip(layout.segments.full, layout.token_grid.grids):
                 grid = (height * facts.merges, width * facts.merges)
                 own = replace(facts, grid=grid, tokens_per_tile=rows)
-                frames = layout.tiles
-                self._add(TowerInput(own, (0,), device, packed=not tower.raster, frames=frames))
+                whole = frames or layout.tiles
+                self._add(TowerInput(own, (0,), device, packed=not tower.raster, frames=whole))
 
     def _add(self, tower: TowerInput) -> None:
         runs = [self.contracts.run(stage, stage.start(tower)) for stage in self.stages]

@@ -48,9 +48,12 @@ class Session:
     """A method at work on a model, from :meth:`install` to :meth:`remove`."""
 
     def __init__(
-        self, bound: BoundModel, plan: Plan, trace: Recorder, validate: bool | None = None
-    ) -> None:
+        self, bound: BoundModel, plan: Plan, trace: Recorder, validate: bool | None = None,
+        encode_at_once: int | None = None,
+    ) -> None:  # fmt: skip
         self.bound, self.plan = bound, plan
+        #: images, tiles or frames that the vision encoder runs at a time; None: all
+        self.encode_at_once = encode_at_once
         self.contracts = Contracts.of(trace.method, validate)
         #: whoever keeps the record; the api knows its class
         self.trace: Any = trace

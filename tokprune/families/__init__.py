@@ -5,6 +5,7 @@ from tokprune.engine.family import BoundModel, Family
 from tokprune.families.refused import REFUSED
 from tokprune.families.registry import (
     bind,
+    families_with_pieces,
     family_of,
     refuse_models,
     register_family,
@@ -33,5 +34,6 @@ if not LEGACY:
         register_family(_family())
 
 __all__ = [
-    "BoundModel", "Family", "bind", "family_of", "register_family", "supported_models", "unwrap",
+    "BoundModel", "Family", "bind", "families_with_pieces", "family_of", "register_family",
+    "supported_models", "unwrap",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from tokprune.engine.model import (
     Tower,
     TowerFacts,
 )
+from tokprune.engine.pieces import Piece
 from tokprune.errors import UnsupportedModelError
 from tokprune.families.base import (
     decoder_blocks,
@@ -31,6 +32,7 @@ from tokprune.families.base import (
     tower_facts,
 )
 from tokprune.families.grids import image_of, raster_mean, whole_frames
+from tokprune.families.pieces import cut_rows
 
 
 class Gemma3(Family):
@@ -67,6 +69,9 @@ class Gemma3(Family):
         )
         image = image_of(side, side, segments=Segments(rows, rows), mean=mean)
         return [image] * call[self.pixels].shape[0]
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels])
 
 
 def _attentions(parts: Parts) -> list[Any]:
@@ -115,6 +120,20 @@ class Gemma4(Family):
             found.append(_image(parts, w, h, frames, video=True))
         return found
 
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        if not video:
+            return cut_rows(call, images, most, [self.pixels, "image_position_ids"])
+        found, start = [], 0
+        for number, own in enumerate(images):
+            for part in own.parts(most):
+                at = slice(start, start + part.frames)
+                start = at.stop
+                names = (self.video_pixels, "video_position_ids")
+                changes = {name: call[name][at] for name in names}
+                changes["num_frames_per_video"] = torch.tensor([part.frames])
+                found.append(Piece(changes, [part], number, part.first_frame > 0))
+        return found
+
 
 def _grids(places: Any) -> list[list[int]]:
     """Patches (across, down) of every image, by the places (x, y) of its patches [n, most, 2]."""
@@ -158,3 +177,6 @@ class PaliGemma(Family):
     def images(self, parts: Parts, facts: ModelFacts, call: Mapping[str, Any]) -> list[ImageLayout]:
         assert facts.tower is not None
         return [ImageLayout(torch.arange(facts.tower.patches), 1)] * call[self.pixels].shape[0]
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels])

@@ -10,7 +10,9 @@ from torch import nn
 
 from tokprune.engine.family import Family
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import LlavaShaped
+from tokprune.families.pieces import cut_rows
 from tokprune.families.pixtral import LlavaPixtral
 
 
@@ -28,3 +30,6 @@ class Llava(LlavaShaped):
         assert facts.tower is not None
         packed = torch.arange(facts.tower.tokens_per_tile)
         return [ImageLayout(packed, 1)] * call[self.pixels].shape[0]
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels])

@@ -13,7 +13,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import LlavaShaped
+from tokprune.families.pieces import cut_tiles
 
 
 class LlavaNext(LlavaShaped):
@@ -56,3 +58,7 @@ class LlavaNext(LlavaShaped):
             grid = (down, across) if tiles > 1 else (0, 0)
             layouts.append(ImageLayout(packed[0].view(-1), tiles, (size[0], size[1]), grid))
         return layouts
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        runs = [(0, len(images))]
+        return cut_tiles(call, images, most, self.pixels, ["image_sizes"], runs)

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
+from tokprune.families.pieces import cut_frames
 from tokprune.families.resampling import frames_of, pooled_video
 
 
@@ -44,6 +46,11 @@ class LlavaNextVideo(LlavaNext):
         grid = facts.tower.grid
         layout = pooled_video(frames, grid, facts.frame_grid, _stride(parts), newline=False)
         return [layout] * videos
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        if video:
+            return cut_frames(call, images, most, self.video_pixels)
+        return super().pieces(call, images, most, video)
 
 
 def _stride(parts: Parts) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
 )
 
+from tokprune.engine.compat import RELEASE
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts, TowerFacts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import with_videos
 from tokprune.families.llava_next import LlavaNext
+from tokprune.families.pieces import cut_frames, cut_tiles
 from tokprune.families.resampling import frames_of, pooled_video, shrunk_map
 from tokprune.operators.anyres import stitched_bounds
 
@@ -69,6 +73,31 @@ class LlavaOnevision(LlavaNext):
         videos, frames = frames_of(call[self.video_pixels])
         grid = facts.tower.grid
         return [pooled_video(frames, grid, facts.frame_grid, None, newline=True)] * videos
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        if video:
+            return cut_frames(call, images, most, self.video_pixels)
+        name = "batch_num_images"
+        if call.get(name) is None:  # every image is in tiles
+            return super().pieces(call, images, most, video)
+        # the model asks of every image whether it is its prompt's only one, and gets pieces in
+        # which all are, or none
+        tiled = [image.tile_grid != (0, 0) for image in images]
+        edges = [0, *(i for i in range(1, len(tiled)) if tiled[i] != tiled[i - 1]), len(tiled)]
+        found = cut_tiles(call, images, most, self.pixels, ["image_sizes"], [*pairwise(edges)])
+        for piece in found:
+            number = len(piece.changes["image_sizes"])
+            counts = [1] * number if tiled[piece.first] else [max(2, number)]
+            piece.changes[name] = torch.tensor(counts)
+        return found
+
+    def joined(self, results: Sequence[Any], pieces: Sequence[Piece], video: bool) -> Any:
+        if video and RELEASE >= (5, 0):
+            # the model ends every piece with a newline token: that of a video's last one stays
+            for i, result in enumerate(results[:-1]):
+                if pieces[i + 1].continues:
+                    result.pooler_output = result.pooler_output[:, :-1]
+        return super().joined(results, pieces, video)
 
 
 def _tiles(parts: Parts, size: tuple[int, int], facts: TowerFacts) -> ImageLayout:

@@ -12,8 +12,10 @@ from torch import nn
 
 from tokprune.engine.family import Family
 from tokprune.engine.model import ImageLayout, ModelFacts, ObservedTower, Parts, TowerFacts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import decoder_facts, decoder_parts, feature_layer
 from tokprune.families.grids import PACKED, image_of, raster_mean, whole_frames
+from tokprune.families.pieces import cut_rows
 
 
 class Mistral3(Family):
@@ -55,6 +57,9 @@ class Mistral3(Family):
             )
             for h, w in sizes
         ]  # fmt: skip
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels, "image_sizes"])
 
 
 class LlavaPixtral(Mistral3):

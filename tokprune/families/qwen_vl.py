@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tokprune.engine.compat import RELEASE
 from tokprune.engine.family import Family
 from tokprune.engine.model import (
     Deep,
@@ -18,8 +19,10 @@ from tokprune.engine.model import (
     Parts,
     TowerFacts,
 )
+from tokprune.engine.pieces import Piece, joined
 from tokprune.families.base import decoder_facts, decoder_parts
 from tokprune.families.grids import PACKED, SegmentsOf, grid_images, whole_frames, windowed_frames
+from tokprune.families.pieces import cut_grid_frames, cut_grids
 
 
 class Qwen2VL(Family):
@@ -78,6 +81,11 @@ class Qwen2VL(Family):
         segments, window = self.segments(parts), self.window(parts)
         return grid_images(call["video_grid_thw"], merge, segments, True, broken, window)
 
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        if video:
+            return cut_grid_frames(call, images, most, self.video_pixels, "video_grid_thw")
+        return cut_grids(call, images, most, self.pixels, "image_grid_thw")
+
 
 class Qwen25VL(Qwen2VL):
     """``Qwen2_5_VLForConditionalGeneration``: most blocks of its encoder see windows."""
@@ -113,6 +121,15 @@ class Qwen3VL(Qwen2VL):
         kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
         row = torch.where(mask, (mask.flatten().cumsum(0) - 1).view(mask.shape), -1)
         return [Deep(n, values, row.to(values.device)) for n, values in enumerate(layers)]
+
+    def joined(self, results: Sequence[Any], pieces: Sequence[Piece], video: bool) -> Any:
+        if RELEASE < (5, 0):  # features by image, and those of inner layers for all images [n, D]
+            features, deep = zip(*results)
+            return joined(features, pieces), [torch.cat(layer) for layer in zip(*deep)]
+        whole = joined(results, pieces)
+        layers = zip(*(result.deepstack_features for result in results))
+        whole.deepstack_features = [joined(layer, pieces) for layer in layers]
+        return whole
 
 
 class Qwen35(Qwen2VL):

@@ -55,6 +55,12 @@ def supported_models() -> list[str]:
     return sorted(_FAMILIES)
 
 
+def families_with_pieces() -> list[str]:
+    """Names of the families whose vision encoder can run in pieces."""
+    _load_plugins()
+    return sorted({family.name for family in _FAMILIES.values() if family.has_pieces})
+
+
 def why_refused(name: str) -> str | None:
     """Why a checkpoint of this class is none for transformers' own classes; None: it is one, or
     nothing is known."""

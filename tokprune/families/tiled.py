@@ -10,8 +10,10 @@ from typing import Any
 
 from tokprune.engine.family import Family
 from tokprune.engine.model import ModelFacts, ObservedTower, Parts, Segments, Tiles, TowerFacts
+from tokprune.engine.pieces import Piece
 from tokprune.families.base import decoder_facts, decoder_parts, encoder_layers_of, feature_layer
 from tokprune.families.grids import raster_mean
+from tokprune.families.pieces import cut_rows
 
 
 class TiledFamily(Family):
@@ -87,6 +89,9 @@ class InternVL(TiledFamily):
     def merge(self, config: Any) -> int:
         return round(1 / config.downsample_ratio)
 
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels])
+
 
 class SmolVLM(TiledFamily):
     """``SmolVLMForConditionalGeneration`` and ``Idefics3ForConditionalGeneration``."""
@@ -121,3 +126,6 @@ class CohereVision(TiledFamily):
 
     def merge(self, config: Any) -> int:
         return int(config.downsample_factor)
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        return cut_rows(call, images, most, [self.pixels])

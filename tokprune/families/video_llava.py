@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import nn
 from tokprune.engine.compat import RELEASE
 from tokprune.engine.family import Family
 from tokprune.engine.model import ImageLayout, ModelFacts, Parts, Segments, TokenGrid
+from tokprune.engine.pieces import Piece, joined
 from tokprune.families.base import decoder_facts, decoder_parts
 from tokprune.families.grids import image_of
+from tokprune.families.pieces import cut_frames, cut_rows
 from tokprune.families.resampling import frames_of
 
 
@@ -51,6 +53,20 @@ class VideoLlava(Family):
             packed, frames, frames=frames, video=True, token_grid=grids, segments=own
         )
         return [video] * videos
+
+    def pieces(self, call: Mapping[str, Any], images: Any, most: int, video: bool) -> list[Piece]:
+        if video:
+            return cut_frames(call, images, most, self.video_pixels)
+        return cut_rows(call, images, most, [self.pixels])
+
+    def joined(self, results: Sequence[Any], pieces: Sequence[Piece], video: bool) -> Any:
+        if video and RELEASE < (5, 0):  # features, and how many frames each video has
+            features, numbers = zip(*results)
+            ends = [*(not piece.continues for piece in pieces[1:]), True]
+            total = sum(numbers[: ends.index(True) + 1])
+            return joined(features, pieces, axis=0), total
+        # features of videos are [frames, …]
+        return joined(results, pieces, axis=0 if video else 1)
 
 
 def _side(parts: Parts) -> tuple[int, tuple[int, ...]]:

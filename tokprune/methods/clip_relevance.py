@@ -161,13 +161,14 @@ class ClipRelevance(TowerRelevance):
         """[M, P] projected question of every tile."""
         if len(self.embeds) == 1:
             return [self.embeds[0].to(device)] * len(tower.image_of_tile)
-        images = len(tower.tiles_per_image)
+        images = tower.call_images or len(tower.tiles_per_image)
         if len(self.embeds) != images:
             raise ValueError(
                 f"questions has {len(self.embeds)} entries for {images} images; it should "
                 "have one for all, or one per image"
             )
-        return [self.embeds[i].to(device) for i in tower.image_of_tile]
+        numbers = (tower.first_image + i for i in tower.image_of_tile)
+        return [self.embeds[i].to(device) for i in numbers]
 
 
 class _ScoreStage(EncoderStage):

@@ -16,6 +16,7 @@ from tokprune.engine.model import TowerFacts
 
 Positions = Literal["compact", "preserve"]
 Order = Literal["published", "spatial"]
+Across = Literal["tile", "image", "call"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class TowerInput:
     packed: bool = False
     #: frames of the image that a packed encoder's frame belongs to
     frames: int = 1
+    #: where the encoder runs in pieces: number of the first image in the call, and all images of it
+    #: (0: those of this run)
+    first_image: int = 0
+    call_images: int = 0
 
     def by_cell(self, values: Tensor) -> Tensor:
         """Values [B, N] of patches, each replaced by the mean of those that become one token."""
@@ -170,6 +175,10 @@ class EncoderStage(ABC):
     order: Order = "spatial"
     #: positions of the shortened prompt
     positions: Positions = "compact"
+
+    #: what the answer for a tile depends on besides itself: nothing, the other tiles or frames of
+    #: its image, or all that the encoder runs at once; what is needed must not be cut into pieces
+    across: Across = "tile"
 
     @property
     def reduces(self) -> bool:

@@ -64,6 +64,8 @@ class TowerStage(EncoderStage):
         self.taps = frozenset(range(last + 1))
         self.between_layers = frozenset(range(last, -1, -method.period))
         self.order, self.positions = method.order, method.new_positions
+        if method.entropy is None:
+            self.across = "call" if method.count_reduce == "batch" else "image"
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return TowerRun(self, tower, self.patches)
@@ -78,6 +80,7 @@ class PackedStage(TowerStage):
     def __init__(self, method: FlowCut, last: int) -> None:
         super().__init__(method, 0, last)
         self.after_layers, self.between_layers = self.between_layers, frozenset()
+        self.across = "tile"
 
     def start(self, tower: TowerInput) -> EncoderRun:
         area = tower.facts.merges**2

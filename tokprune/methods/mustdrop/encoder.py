@@ -95,6 +95,8 @@ class MergeStage(EncoderStage):
         self.after_layers = frozenset() if merged is None else frozenset({merged})
         self.taps = frozenset() if keys is None else frozenset({keys})
         self.order, self.positions = method.order, method.new_positions
+        if merged is not None and method.retained is None:
+            self.across = "call" if method.share_r == "batch" else "image"
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return MergeRun(self, tower)

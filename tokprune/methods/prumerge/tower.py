@@ -140,6 +140,7 @@ class TowerStage(ObserverStage):
         super().__init__(method, tower)
         self.keep, self.pooled_videos, self.after_tower = keep, pooled_videos, layer
         self.order, self.positions = method.order, method.new_positions
+        self.across = "call" if method.ratio_scope == "call" else "tile"
 
     @property
     def share_key(self) -> None:

@@ -40,6 +40,7 @@ class TowerStage(EncoderStage):
         self.method, self.relevance, self.pooled_videos = method, relevance, pooled_videos
         self.after_layers, self.positions = frozenset({layer}), method.new_positions
         self.order = "published"
+        self.across = "call" if method.outliers == "call" else "tile"
 
     @property
     def reduces_videos(self) -> bool:
