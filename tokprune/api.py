@@ -196,8 +196,8 @@ def check_pieces(most: Any, bound: BoundModel, plan: Plan, method: str) -> None:
     if any(stage.across == "call" for stage in plan.encoder):
         raise CompositionError(
             f"encode_at_once={most}: {method} as it is set takes of all images of a batch equally "
-            "much inside the vision encoder, and would see some of them at a time; choose the option "
-            "of it that lets every image stand for itself"
+            "much inside the vision encoder, and would see some of them at a time; choose the "
+            "option of it that lets every image stand for itself"
         )
 
 
