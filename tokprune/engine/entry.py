@@ -374,11 +374,11 @@ class TransformersEntry(Entry):
             tower = self._start(piece.images, own, piece.first, images)
             result, projected = self._run(tower, own, functools.partial(encode, piece.changes))
             results.append(features_of(result))
-            del result  # and all hidden states of this piece
             if isinstance(piece.images, list):
                 found.append(session.image_records(piece.images, tower, projected, own.device))
             elif tower is not None:
                 outcomes.append(tower.outcomes)
+            del result, tower, projected  # hidden states of this piece, while the next one runs
         result = self.family.joined(results, pieces, video)
         features = getattr(result, "pooler_output", result)
         if isinstance(images, list):
