@@ -22,13 +22,14 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from markers import put
+
 from tokprune.cli.fits import Fit, fits
 from tokprune.cli.known_models import facts_of, family_names
 from tokprune.eval.published import load_paper, papers
 from tokprune.methods import Method, available_methods
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 PAGE = ROOT / "docs" / "methods.md"
 #: where published averages are compared: the model and the tokens that most papers print
 MODEL, TOKENS = "llava-1.5-7b", 64
@@ -179,12 +180,8 @@ def _row(cells: Iterator[str] | list[str] | tuple[str, ...]) -> str:
 def pages() -> dict[Path, str]:
     """The pages as they should be."""
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md lacks the lines {BEGIN} and {END}")
-    return {readme: f"{before}{BEGIN}\n{main_table()}\n{END}{after}", PAGE: page()}
+    text = put(readme.read_text(encoding="utf-8"), "methods", main_table())
+    return {readme: text, PAGE: page()}
 
 
 def main() -> int:

@@ -24,8 +24,7 @@ if str(ROOT / "scripts") not in sys.path:
     sys.path.append(str(ROOT / "scripts"))
 
 from gpu_parts.summary import Row, rows  # noqa: E402
-
-BEGIN, END = "<!-- speed table: begin -->", "<!-- speed table: end -->"
+from markers import put  # noqa: E402
 
 
 def table(data: Mapping[str, Any]) -> str:
@@ -104,18 +103,6 @@ def _bound(points: Mapping[int, Row]) -> str:
     return "–"
 
 
-def put(text: str, made: str) -> str:
-    """``text`` with ``made`` between the markers.
-
-    Raises:
-        ValueError: the markers do not stand there once each, in order.
-    """
-    begin, end = text.find(BEGIN), text.find(END)
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or begin > end:
-        raise ValueError(f"it should hold {BEGIN} and {END} once each, in this order")
-    return f"{text[: begin + len(BEGIN)]}\n{made}\n{text[end:]}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, help="what gpu_check.py wrote")
@@ -132,7 +119,7 @@ def main() -> int:
     if data["rehearsal"] and not given.allow_rehearsal:
         parser.error(f"{given.json} is of a rehearsal on tiny models; it holds no speed")
     try:
-        text = put(given.readme.read_text(encoding="utf-8"), made)
+        text = put(given.readme.read_text(encoding="utf-8"), "speed table", made)
     except (OSError, ValueError) as error:
         parser.error(f"--readme {given.readme}: {error}")
     given.readme.write_text(text, encoding="utf-8")

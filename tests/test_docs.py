@@ -80,3 +80,11 @@ def test_pages_of_methods_are_what_the_methods_say() -> None:
         env={**os.environ, "PYTHONPATH": str(DOCS.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_bench_tables_are_what_was_measured() -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOCS.parent / "scripts" / "bench_tables.py"), "--check"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

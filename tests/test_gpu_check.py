@@ -412,9 +412,8 @@ def test_speed_table_stands_between_its_markers(rehearsal: Any, tmp_path: Path) 
         done = script("speed_table.py", str(path), "--readme", str(readme), "--allow-rehearsal")
         assert done.returncode == 0, done.stderr
     text, before = readme.read_text(), (ROOT / "README.md").read_text()
-    import speed_table
-
-    inside = text.split(speed_table.BEGIN)[1].split(speed_table.END)[0]
+    begin, end = (f"<!-- speed table: {word} -->" for word in ("begin", "end"))
+    inside = text.split(begin)[1].split(end)[0]
     assert inside.startswith("\n**Rehearsal on tiny models")
     assert "total, 2 new" in inside
     assert "| llava-next-7b (" in inside
@@ -424,7 +423,7 @@ def test_speed_table_stands_between_its_markers(rehearsal: Any, tmp_path: Path) 
     assert data["environment"]["device"] in inside
     for n in (0, 1):  # the rest of the page is as it was
         outside = [page.split(mark)[n] for page in (text, before)
-                   for mark in (speed_table.BEGIN if n == 0 else speed_table.END,)]  # fmt: skip
+                   for mark in (begin if n == 0 else end,)]  # fmt: skip
         assert outside[0] == outside[1]
 
 

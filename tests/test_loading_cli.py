@@ -222,7 +222,7 @@ def test_methods_table_and_json(inside: Callable[..., str]) -> None:
     names = [e["name"] for e in entries]
     assert names == sorted(names)
     assert {"random", "fastv"} <= set(names)
-    (fastv,) = json.loads(inside("methods", "FAST*", "--json"))
+    (fastv,) = json.loads(inside("methods", "FASTV*", "--json"))
     assert fastv["options"]["prune_before"] == 2
     assert fastv["presets"][0]["model"] == "llava-1.5"
     table = inside("methods", "*v")
