@@ -43,7 +43,7 @@ def rows() -> list[dict[str, Any]]:
             budget={"printed": "192", "tokens": 192, "kind": "mean", "mean": 192}),
         row("none", "LLaVA", "pope", 85.9, **pope),
         row("visionzip", "VisionZip", "pope", 77.0, **known, **pope),
-        row("fastervlm", "FasterVLM", "gqa", 58.0),
+        row("elsewhere", "Elsewhere", "gqa", 58.0),
         row("todre", "ToDRE", "gqa", 57.0, note="ratios unknown"),
         row("transprune", "TransPrune", "gqa", 61.4, options={"keep": [0.875, 0.625, 0.125]},
             options_from="official"),

@@ -409,7 +409,7 @@ def test_stage_two_reads_text_rows_only(model: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(Attention, "rows", counted)
     with tokprune.compress(model, ToDRE(None)), torch.no_grad():
         model(**make_inputs(model, [[4, "image", 6], [7, "image", 9]]))
-    assert asked == [9]
+    assert sum(asked) == 9
 
 
 # ------------------------------------------------------------------------------- DivPrune

@@ -135,7 +135,7 @@ def test_retention_is_of_the_unpruned_figures_of_each_side(
 @pytest.mark.parametrize(
     ("label", "benchmark", "unit", "reason"),
     [
-        ("FasterVLM", "gqa", "%", "method not in this version"),
+        ("Elsewhere", "gqa", "%", "method not in this version"),
         ("ToDRE", "gqa", "%", "exact setting not known"),
         ("TransPrune", "gqa", "%", "not possible on this model: prune_before=(7, 9, 12) should"),
         ("VisionZip", "mme", "score", "not comparable: mme_perception_score cannot be had"),
