@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer, Newest, brought_back, compressed_layer
-from tokprune.engine.compat import DynamicCache
+from tokprune.engine.compat import LEGACY, DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
 from tokprune.engine.once import Once
@@ -94,7 +94,7 @@ class PrefillCache:
         # in a wider prompt, slots are no columns of the user's: later tokens see all that is there
         moved = sequence.slot is not sequence.column and self.source is None
         newest = None
-        if window is not None:
+        if window is not None and not LEGACY:  # caches of transformers 4.37 hold everything
             # the next token sees one less beside itself; before it, guesses may go again
             newest = Newest(max(1, window - 1) + self.guesses, self.guesses, self.once)
         layer.expect(column, view.queries if moved else column, self.original, newest)
