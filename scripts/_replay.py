@@ -136,7 +136,9 @@ class _ReplayEncoder(EncoderStage):
         self.number, self.recorder = number, recorder
         own = [(place, layer) for n, place, layer in recorder.rows if n == number]
         self.between_layers = frozenset(layer for place, layer in own if place == "between")
-        self.after_layers = frozenset(layer for place, layer in own if place == "after")
+        self.after_tower = inner.after_tower
+        if inner.after_tower is None:
+            self.after_layers = frozenset(layer for place, layer in own if place == "after")
         self.order, self.positions = inner.order, inner.positions
 
     def start(self, tower: TowerInput) -> EncoderRun:
