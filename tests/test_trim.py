@@ -15,7 +15,8 @@ from torch import Tensor
 import tokprune
 from tokprune.methods import TRIM, ClipRelevance
 from tokprune.operators.anyres import tile_windows
-from tokprune.operators.trim import keep_and_mean, outliers
+from tokprune.operators.outliers import outliers
+from tokprune.operators.trim import keep_and_mean
 from tokprune.testing import Case, tiny_family
 
 

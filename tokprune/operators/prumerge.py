@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokprune.operators.outliers import outliers
 from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
 
 __all__ = [
-    "Adaptive", "adaptive", "by_attention", "cls_attention", "merge", "outliers", "repeated",
+    "Adaptive", "adaptive", "by_attention", "cls_attention", "merge", "repeated",
     "spread",
 ]  # fmt: skip
 
@@ -39,30 +40,6 @@ def cls_attention(query: Tensor, key: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------- which patches
-
-
-def outliers(attn: Tensor, factor: float = 1.5) -> Tensor:
-    """How many entries of each row lie above Q3 + factor · (Q3 − Q1), strictly.
-
-    Args:
-        attn: [B, n] of any float dtype; the arithmetic is float32, quartiles are interpolated.
-        factor: of the range between the quartiles.
-
-    Returns:
-        LongTensor [B].
-
-    Source: LLaVA-PruMerge, arXiv 2403.15388, outlier detection.
-    """
-    ordered = attn.float().sort(-1).values
-    first, third = (_quantile(ordered, share) for share in (0.25, 0.75))
-    return (attn.float() > (third + factor * (third - first))[:, None]).sum(-1)
-
-
-def _quantile(ordered: Tensor, share: float) -> Tensor:
-    place = (ordered.shape[-1] - 1) * share
-    low = int(place)
-    high = min(low + 1, ordered.shape[-1] - 1)
-    return torch.lerp(ordered[:, low], ordered[:, high], place - low)
 
 
 def by_attention(attn: Tensor) -> Tensor:
@@ -159,7 +136,7 @@ def adaptive(
     Source: LLaVA-PruMerge, arXiv 2403.15388, official code.
     """
     tiles, n = attn.shape
-    found = outliers(attn.reshape(1, -1)).expand(tiles) if shared else outliers(attn)
+    found = outliers(attn.reshape(1, -1) if shared else attn).sum(-1).expand(tiles)
     size = tiles * n if shared else n
     # as the official code computes them: in floating point, rounded down
     share = [max(count, 1) / size for count in range(size + 1)]

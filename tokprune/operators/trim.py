@@ -11,7 +11,7 @@ from tokprune.operators.checks import check_points
 from tokprune.operators.rows import take_rows
 from tokprune.operators.topk import rank
 
-__all__ = ["WithMean", "keep_and_mean", "outliers"]
+__all__ = ["WithMean", "keep_and_mean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,21 +67,3 @@ def keep_and_mean(x: Tensor, score: Tensor, k: int) -> WithMean:
         mean = take_rows(x, others).mean(1, keepdim=True, dtype=torch.float32)
         out = torch.cat([out, mean.to(x.dtype)], dim=1)
     return WithMean(out, kept, others)
-
-
-def outliers(values: Tensor) -> Tensor:
-    """Values above the upper fence of their box plot: above Q3 + 1.5 · (Q3 − Q1).
-
-    Args:
-        values: [*, n] of any float dtype; quartiles in float32, with linear interpolation.
-
-    Returns:
-        [*, n] bool.
-
-    Source: TRIM, arXiv 2409.10994: the number of them, among the probabilities of all tokens, is
-    how many it keeps.
-    """
-    values = values.float()
-    at = torch.tensor([0.25, 0.75]).to(values.device, non_blocking=True)
-    low, high = values.quantile(at, dim=-1, keepdim=True)
-    return values > high + 1.5 * (high - low)

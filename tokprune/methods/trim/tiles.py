@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokprune.operators.trim import keep_and_mean, outliers
+from tokprune.operators.outliers import outliers
+from tokprune.operators.trim import keep_and_mean
 
 if TYPE_CHECKING:
     from tokprune.methods.trim import TRIM
