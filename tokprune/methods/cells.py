@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens, Selection
+from tokprune.engine.contracts import ImageTokens, Positions, PromptStage, Selection
 from tokprune.errors import CompositionError
 
 
@@ -111,3 +112,52 @@ def merged_tiles(
         moved = moved.scatter(0, order, torch.arange(len(order), device=order.device))
         group = torch.where(group < 0, -1, moved[group.clamp(min=0)])
     return Selection(index, features, group, weight)
+
+
+class CellMerger(PromptStage):
+    """Merges the tokens of every tile or frame, each for itself.
+
+    Args:
+        method: who merges, for errors.
+        videos_only: stills are left as they are.
+        in_order: see :func:`merged_tiles`.
+    """
+
+    def __init__(
+        self, method: str, positions: Positions, videos_only: bool, in_order: bool
+    ) -> None:
+        self.name, self.positions = method, positions
+        self.videos_only, self.in_order = videos_only, in_order
+
+    @abstractmethod
+    def budget(self, cells: int, tiles: int) -> int | None:
+        """Tokens to leave of each of ``tiles`` tiles of so many cells; None: the tiles decide."""
+
+    @abstractmethod
+    def merge(self, image: ImageTokens, place: Tensor, keep: int | None) -> list[MergedTile]:
+        """What is left of tiles of equally many cells, ``place`` [b, n] in the image's tokens."""
+
+    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
+        return [self._one(image) for image in images]
+
+    def _one(self, image: ImageTokens) -> Selection | None:
+        if self.videos_only and not image.video:
+            return None
+        sizes = [height * width for height, width in image.tile_grids()]
+        budgets = [self.budget(size, len(sizes)) for size in sizes]
+        if budgets == sizes:
+            return None
+        check_whole(image, self.name)
+        places = index_of_cells(image).split(sizes)
+        found: dict[int, MergedTile] = {}
+        for size in set(sizes):
+            members = [tile for tile, own in enumerate(sizes) if own == size]
+            place, keep = torch.stack([places[tile] for tile in members]), budgets[members[0]]
+            if keep == size:
+                cells = torch.arange(size, device=place.device)
+                made = [MergedTile(image.features[own], cells, cells) for own in place]
+            else:
+                made = self.merge(image, place, keep)
+            found.update(zip(members, made, strict=True))
+        tiles = [found[tile] for tile in range(len(sizes))]
+        return merged_tiles(image, places, tiles, self.in_order)

@@ -42,7 +42,6 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.engine.model import ModelFacts, TowerFacts
-from tokprune.errors import CompositionError
 from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.tiles import TileMethod, feature_layer
@@ -50,6 +49,7 @@ from tokprune.methods.tower_rows import (
     Window,
     behind_class_token,
     cells_of,
+    check_equal_rows,
     shown_windows,
     stitched_places,
 )
@@ -257,11 +257,7 @@ class _Dropping(_Looking):
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
         facts, tower = self.tower.facts, self.tower
-        if tokens.valid is not None:
-            raise CompositionError(
-                f"{self.method.name} needs tiles of equally many patches, and an earlier method "
-                "has left some tiles fewer than others; leave one of them out"
-            )
+        check_equal_rows(tokens, self.method.name)
         first = tokens.first_patch
         patches, cells = hidden[:, first:], tokens.slots[:, first:]
         counts = self.method.counts(patches.shape[1], tower.tiles_per_image)

@@ -8,11 +8,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tokprune.engine.contracts import Reduction, TowerInput
+from tokprune.engine.contracts import Reduction, TowerInput, TowerTokens
+from tokprune.errors import CompositionError
 from tokprune.operators.anyres import raster_position, tile_windows
 
 #: (top, bottom, left, right) of cells on a grid, half open
 Window = tuple[int, int, int, int]
+
+
+def check_equal_rows(tokens: TowerTokens, method: str) -> None:
+    """Before a stage that works on tiles of equally many patches.
+
+    Raises:
+        CompositionError: an earlier method has left some tiles fewer than others.
+    """
+    if tokens.valid is not None:
+        raise CompositionError(
+            f"{method} needs tiles of equally many patches, and an earlier method has left some "
+            "tiles fewer than others; leave one of them out"
+        )
 
 
 def behind_class_token(hidden: Tensor, first: int, patches: Reduction) -> Reduction:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import (
@@ -13,15 +11,12 @@ from tokprune.engine.contracts import (
     EncoderRun,
     EncoderStage,
     ImageTokens,
-    PromptStage,
     Reduction,
-    Selection,
     TowerInput,
     TowerTokens,
 )
-from tokprune.errors import CompositionError
-from tokprune.methods.cells import MergedTile, check_whole, index_of_cells, merged_tiles
-from tokprune.methods.tower_rows import behind_class_token
+from tokprune.methods.cells import CellMerger, MergedTile
+from tokprune.methods.tower_rows import behind_class_token, check_equal_rows
 
 if TYPE_CHECKING:
     from tokprune.methods.apet import ApET
@@ -51,11 +46,7 @@ class _TowerRun(EncoderRun):
         self.method, self.keep = method, keep
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        if tokens.valid is not None:
-            raise CompositionError(
-                f"{self.method.name} needs tiles of equally many patches, and an earlier method "
-                "has left some tiles fewer than others; leave one of them out"
-            )
+        check_equal_rows(tokens, self.method.name)
         first = tokens.first_patch
         patches = hidden[:, first:]
         if self.keep >= patches.shape[1]:
@@ -67,35 +58,19 @@ class _TowerRun(EncoderRun):
         return EncoderOutcome(unpad=False)
 
 
-class CellStage(PromptStage):
+class CellStage(CellMerger):
     """Merges the tokens of every tile or frame."""
 
     def __init__(self, method: ApET, videos_only: bool = False) -> None:
-        self.method, self.positions, self.videos_only = method, method.new_positions, videos_only
+        super().__init__(
+            method.name, method.new_positions, videos_only, in_order=method.order == "spatial"
+        )
+        self.method = method
 
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        return [self._one(image) for image in images]
+    def budget(self, cells: int, tiles: int) -> int:
+        return self.method.budget(cells, tiles)
 
-    def _one(self, image: ImageTokens) -> Selection | None:
-        if self.videos_only and not image.video:
-            return None
-        sizes = [height * width for height, width in image.tile_grids()]
-        budgets = [self.method.budget(size, len(sizes)) for size in sizes]
-        if budgets == sizes:
-            return None
-        check_whole(image, self.method.name)
-        places = index_of_cells(image).split(sizes)
-        found: dict[int, MergedTile] = {}
-        for size in set(sizes):
-            members = [tile for tile, own in enumerate(sizes) if own == size]
-            features = image.features[torch.stack([places[tile] for tile in members])]
-            keep = budgets[members[0]]
-            for i, tile in enumerate(members):
-                cells = torch.arange(size, device=features.device)
-                found[tile] = MergedTile(features[i], cells, cells)
-            if keep < size:
-                new = self.method.compress(features, keep, "qwen")
-                for i, tile in enumerate(members):
-                    found[tile] = MergedTile(new.out[i], new.index[i], new.group[i])
-        tiles = [found[tile] for tile in range(len(sizes))]
-        return merged_tiles(image, places, tiles, in_order=self.method.order == "spatial")
+    def merge(self, image: ImageTokens, place: Tensor, keep: int | None) -> list[MergedTile]:
+        assert keep is not None
+        new = self.method.compress(image.features[place], keep, "qwen")
+        return [MergedTile(*own) for own in zip(new.out, new.index, new.group)]

@@ -18,9 +18,8 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.engine.model import TowerFacts
-from tokprune.errors import CompositionError
 from tokprune.methods.tiles import feature_layer
-from tokprune.methods.tower_rows import stitched_places
+from tokprune.methods.tower_rows import check_equal_rows, stitched_places
 
 if TYPE_CHECKING:
     from tokprune.methods.prunesid import PruneSID
@@ -60,11 +59,7 @@ class GroupRun(EncoderRun):
         self.seen = self.stage.method.look(attention, tokens), tokens
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        if tokens.valid is not None:
-            raise CompositionError(
-                f"{self.stage.method.name} needs tiles of equally many patches, and an earlier "
-                "method has left some tiles fewer than others; leave one of them out"
-            )
+        check_equal_rows(tokens, self.stage.method.name)
         first, method, total = tokens.first_patch, self.stage.method, self.stage.count
         features = hidden[:, first:]
         own_cls = method.keep_cls and tokens.has_cls

@@ -16,12 +16,12 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.errors import CompositionError
 from tokprune.methods.clip_relevance import ClipRelevance
 from tokprune.methods.tower_rows import (
     Window,
     behind_class_token,
     cells_of,
+    check_equal_rows,
     shown_windows,
     stitched_places,
 )
@@ -61,11 +61,7 @@ class _Run(EncoderRun):
         self.no_padding = False
 
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
-        if tokens.valid is not None:
-            raise CompositionError(
-                f"{self.stage.method.name} needs tiles of equally many patches, and an earlier "
-                "method has left some tiles fewer than others; leave one of them out"
-            )
+        check_equal_rows(tokens, self.stage.method.name)
         first = tokens.first_patch
         patches = hidden[:, first:]
         similarity = self.stage.relevance.product(patches, self.tower)
