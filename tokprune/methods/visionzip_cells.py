@@ -20,7 +20,7 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.methods.cells import check_whole, index_of_cells
+from tokprune.methods.cells import MergedTile, check_whole, index_of_cells, merged_tiles
 from tokprune.operators.visionzip import Score, compress
 
 if TYPE_CHECKING:
@@ -80,20 +80,9 @@ class CellStage(PromptStage):
             image.features[place], image.metric[place], image.score[place], dominant, contextual,
             class_token=False,
         )  # fmt: skip
-        tile = torch.arange(image.tiles, device=place.device)[:, None]
-        index = place.gather(1, new.rows).flatten()
-        inside = torch.where(new.group < 0, -1, new.group + tile * new.rows.shape[1])
-        off = torch.full((image.count,), -1, device=place.device)
-        group = off.scatter(0, place.flatten(), inside.flatten())
-        weight = torch.ones(image.count, device=place.device)
-        weight = weight.scatter(0, place.flatten(), self._weights(new.group, new.rows).flatten())
-        features = new.out.flatten(0, 1)
-        if self.method.order == "spatial":
-            order = index.argsort()
-            index, features = index[order], features[order]
-            moved = torch.empty_like(order).scatter(0, order, torch.arange(len(order)).to(order))
-            group = torch.where(group < 0, -1, moved[group.clamp(min=0)])
-        return Selection(index, features, group, weight)
+        weights = self._weights(new.group, new.rows)
+        tiles = [MergedTile(*own) for own in zip(new.out, new.rows, new.group, weights)]
+        return merged_tiles(image, list(place), tiles, in_order=self.method.order == "spatial")
 
     @staticmethod
     def _weights(group: Tensor, rows: Tensor) -> Tensor:
