@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from tokprune.engine.check import check_plan
-from tokprune.engine.contracts import ModelFacts, Plan
+from tokprune.engine.contracts import ModelFacts, Plan, Rectify
 from tokprune.engine.family import BoundModel
 from tokprune.engine.session import Session
 from tokprune.errors import AlreadyPatchedError, CompositionError, UnsupportedModelError
@@ -83,7 +83,8 @@ def compose(*methods: str | Method) -> Method:
     Whether the stages fit is decided per model, when it is patched.
 
     Raises:
-        CompositionError: fewer than two methods, or different ``video_unit`` (here), or two
+        CompositionError: fewer than two methods, or different ``video_unit`` or ``rectify`` (here;
+            one that rectifies does so for all), or two
             methods at the same stage (when patched; the message says why).
     """
     parts: list[Method] = []
@@ -98,7 +99,14 @@ def compose(*methods: str | Method) -> Method:
             f"methods with different video_unit ({', '.join(map(repr, units))}) see a video in "
             "different parts; give all of them the same"
         )
-    return Composed(methods=tuple(parts), video_unit=units[0])
+    lifts = list(dict.fromkeys(part.rectify for part in parts if part.rectify is not None))
+    if len(lifts) > 1:
+        raise CompositionError(
+            f"methods with different rectify ({', '.join(map(repr, lifts))}) share one decoder; "
+            "give one of them, or all the same"
+        )
+    rectify = lifts[0] if lifts else None
+    return Composed(methods=tuple(parts), video_unit=units[0], rectify=rectify)
 
 
 def patch(
@@ -163,7 +171,7 @@ def _start(
     bound = bind(model)
     made = make_method(method, **options).on(bound.facts)
     plan = check_plan(made, made.plan(bound.facts), bound.facts)
-    plan = replace(plan, video_unit=made.video_unit)
+    plan = replace(plan, video_unit=made.video_unit, rectify=Rectify.of(made.rectify))
     check_pieces(encode_at_once, bound, plan, made.name)
     session = Session(bound, plan, Trace(repr(made)), validate, encode_at_once)
     session.nested = nested

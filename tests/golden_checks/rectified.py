@@ -115,7 +115,9 @@ def check_e2e_llama(case: Case) -> None:
     size = torch.ones(2, len(prompt))
     visual = slice(len(sys), len(sys) + len(order))
     size[1, visual] = got.size[order].float()
-    size[0, visual] = len(case["features"]) / len(order) if p["uniform_first_layer"] else size[1, visual]
+    size[0, visual] = (
+        len(case["features"]) / len(order) if p["uniform_first_layer"] else size[1, visual]
+    )
     case.close(size[0], "size_layer0")
     case.close(size[1], "size_layer1")
     table = _tables(position, p["rope_dim"], p["rope_base"])

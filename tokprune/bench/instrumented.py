@@ -51,7 +51,8 @@ class Instrumented(Method):
     observer: Observer
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "video_unit", self.inner.video_unit)
+        for name in ("video_unit", "rectify"):
+            object.__setattr__(self, name, getattr(self.inner, name))
 
     def on(self, facts: ModelFacts) -> Instrumented:
         return replace(self, inner=self.inner.on(facts))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokprune.engine.compat import LEGACY, DynamicCache, DynamicLayer, StaticCache
 from tokprune.errors import UnsupportedModelError
@@ -31,9 +32,9 @@ class Newest:
     once: Callable[..., Any]
 
     def of(self, columns: Tensor) -> Tensor:
-        """The columns [B, entries] of them."""
+        """What ``columns`` [.., n] says of all tokens, of them alone: [.., entries]."""
         made: Tensor = self.once(
-            "newest", lambda: columns[:, -self.entries :], columns, self.entries
+            "newest", lambda: columns[..., -self.entries :], columns, self.entries
         )
         return made
 
@@ -47,14 +48,22 @@ class CompressedLayer(DynamicLayer):
     a token's original position to get its position in this layer. ``places`` [B, n] and
     ``place_shift`` [B]: the same for where sliding windows count the tokens (None: at their
     slots). ``padded``, ``gaps``: whether ``columns`` holds −1, and positions gaps (known on the
-    host).
+    host). Where attention is rectified: ``log_sizes`` [B, n], log of how many tokens each entry
+    stands for (None: 1 each); ``rotary`` [B, axes, n], their rotary positions, ``rotary_shift``
+    [B], by how much those of later entries are below their columns, and ``rectified`` [B] bool,
+    the rows whose attention also gets a term of distances.
     """
 
     keys: Any
     values: Any
     dtype: Any  # of layers before transformers 5.24
     #: what has a row for each of the batch, besides keys and values
-    _per_row: tuple[str, ...] = ("columns", "slots", "shift", "places", "place_shift")
+    _per_row: tuple[str, ...] = (
+        "columns", "slots", "places", "log_sizes", "rotary", "shift", "place_shift", "rotary_shift",
+        "rectified",
+    )  # fmt: skip
+    #: what of it has an entry in its last dimension for each of the prefills'
+    _per_entry: tuple[str, ...] = ("columns", "slots", "places", "log_sizes", "rotary")
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +75,10 @@ class CompressedLayer(DynamicLayer):
         self.shift: Tensor | None = None
         self.places: Tensor | None = None
         self.place_shift: Tensor | None = None
+        self.log_sizes: Tensor | None = None
+        self.rotary: Tensor | None = None
+        self.rotary_shift: Tensor | None = None
+        self.rectified: Tensor | None = None
         self.padded = self.gaps = False
         #: newest entries of the prefill that are the newest tokens of all rows
         self.behind = 0
@@ -151,7 +164,7 @@ class CompressedLayer(DynamicLayer):
         self.keys = self.keys[..., -newest.entries :, :].clone()
         self.values = self.values[..., -newest.entries :, :].clone()
         together = self.slots is self.columns
-        for name in ("columns", "slots", "places"):
+        for name in self._per_entry:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, newest.of(value))
         if together:
@@ -184,6 +197,22 @@ class CompressedLayer(DynamicLayer):
             return self.all_slots()
         return self._with_later(self.places, self._later(self.places), self.place_shift)
 
+    def all_log_sizes(self) -> Tensor | None:
+        """Log of how many tokens every cached entry stands for, [B, entries]; None: 1 each."""
+        return None if self.log_sizes is None else self.log_sizes_behind(0)
+
+    def log_sizes_behind(self, tokens: int) -> Tensor:
+        """The same with those of so many more tokens behind them."""
+        assert self.log_sizes is not None
+        return pad(self.log_sizes, (0, self.entries + tokens - self.log_sizes.shape[1]))
+
+    def all_rotary(self) -> Tensor | None:
+        """Rotary positions of every cached entry, [B, axes, entries]; None: not known."""
+        if self.rotary is None or self.rotary_shift is None:
+            return None
+        later = self._later(self.columns).to(self.rotary.device) - self.rotary_shift[:, None]
+        return torch.cat([self.rotary, later[:, None].expand(-1, self.rotary.shape[1], -1)], dim=2)
+
     def _later(self, columns: Tensor | None) -> Tensor:
         """The columns of entries after the prefill's, which are as many as ``columns``."""
         assert columns is not None
@@ -211,6 +240,7 @@ class CompressedLayer(DynamicLayer):
             padded: whether any entry is padding.
         """
         columns, slots, places = self.all_columns(), self.all_slots(), self.all_places()
+        sizes, rotary = self.all_log_sizes(), self.all_rotary()
         before = self.entries
         # what was offloaded arrives there out of turn: taken back first
         away = self.keys.device != columns.device
@@ -226,6 +256,10 @@ class CompressedLayer(DynamicLayer):
         self.slots = self.columns
         if moved:
             self.slots = slots.gather(1, place).masked_fill(index < 0, -1)
+        if sizes is not None:
+            self.log_sizes = sizes.gather(1, place)
+        if rotary is not None:
+            self.rotary = rotary.gather(2, place[:, None].expand(-1, rotary.shape[1], -1))
         self.missing += before - index.shape[1]
         self.padded, self.behind = padded, 0
         real = (self.columns >= 0).sum(1)
@@ -233,6 +267,8 @@ class CompressedLayer(DynamicLayer):
             self.places = places.gather(1, place)
         if next_position is not None:
             self.shift = self.place_shift = next_position.to(real.device) - real
+            if self.rotary is not None:
+                self.rotary_shift = self.seen - real
         self.gaps = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -278,9 +314,9 @@ class CompressedLayer(DynamicLayer):
         if (cut := remove - later) > 0:
             self.behind -= cut
             together = self.slots is self.columns
-            for name in ("columns", "slots", "places"):
+            for name in self._per_entry:
                 if (value := getattr(self, name)) is not None:
-                    setattr(self, name, value[:, : value.shape[1] - cut])
+                    setattr(self, name, value[..., : value.shape[-1] - cut])
             if together:
                 self.slots = self.columns
         self._take_off(remove)

@@ -120,6 +120,7 @@ def shortened(
         lengths=lengths,
         shift=shift,
         tag=None if sequence.tag is None else sequence.tag.gather(1, place) & ~gone,
+        size=None if sequence.size is None else sequence.size.gather(1, place),
         padded=min(lengths) < longest,
         place=where,
         place_shift=behind_here,

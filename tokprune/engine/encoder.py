@@ -15,11 +15,13 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
+    Rectify,
     Reduction,
     TowerInput,
     TowerTokens,
 )
 from tokprune.engine.masks import check_backend, encoder_mask
+from tokprune.engine.stands_for import in_tower
 from tokprune.engine.tap import Call, install_tap, tapped_backend
 
 
@@ -42,8 +44,12 @@ def initial_tokens(tower: TowerInput) -> TowerTokens:
     )
 
 
-def reduce_tokens(tokens: TowerTokens, reduction: Reduction) -> TowerTokens:
-    """Book-keeping of a reduction: which slot each new row stands for, where each patch went."""
+def reduce_tokens(
+    tokens: TowerTokens, reduction: Reduction, hidden: Tensor | None = None,
+    rectify: Rectify | None = None,
+) -> TowerTokens:  # fmt: skip
+    """Book-keeping of a reduction: which slot each new row stands for, where each patch went; and
+    where attention is rectified, how many each stands for, by ``hidden`` [B, T, D]."""
     rows = reduction.rows
     padded = reduction.counts is not None
     slots = gather_rows(tokens.slots, rows)
@@ -62,12 +68,16 @@ def reduce_tokens(tokens: TowerTokens, reduction: Reduction) -> TowerTokens:
         slots = slots.masked_fill(rows < 0, -1)
         valid = rows >= 0
     counts = reduction.counts or [rows.shape[1]] * rows.shape[0]
+    size = None
+    if rectify is not None and hidden is not None:
+        size = in_tower(rectify, tokens, group, rows, hidden)
     return TowerTokens(
         has_cls=tokens.has_cls,
         slots=slots,
         group=torch.where(tokens.group < 0, -1, moved),
         counts=counts,
         valid=valid,
+        size=size,
     )
 
 
@@ -75,9 +85,11 @@ class TowerPass:
     """One forward of the vision encoder: the runs of all encoder stages, and the tokens alive."""
 
     def __init__(
-        self, stages: tuple[EncoderStage, ...], tower: TowerInput, contracts: Contracts = UNNAMED
-    ) -> None:
+        self, stages: tuple[EncoderStage, ...], tower: TowerInput, contracts: Contracts = UNNAMED,
+        rectify: Rectify | None = None,
+    ) -> None:  # fmt: skip
         self.tower, self.stages, self.contracts = tower, stages, contracts
+        self.rectify = rectify
         self.runs = [contracts.run(stage, stage.start(tower)) for stage in stages]
         self.tokens = initial_tokens(tower)
         #: tokens after each layer, for the trace: (layer, tokens)
@@ -166,7 +178,7 @@ class TowerPass:
         self, run: EncoderRun, hook: str, layer: int, hidden: Tensor, reduction: Reduction
     ) -> Tensor:
         self.contracts.reduction(run, hook, layer, reduction, hidden, self.tokens)
-        self.tokens = reduce_tokens(self.tokens, reduction)
+        self.tokens = reduce_tokens(self.tokens, reduction, hidden, self.rectify)
         self.history.append((layer, self.tokens))
         self.reduced = True
         return gather_rows(hidden, reduction.rows) if reduction.hidden is None else reduction.hidden

@@ -111,7 +111,8 @@ class Entry(ABC):
             first_image=first,
             call_images=images,
         )
-        return TowerPass(self.session.plan.encoder, given, self.session.contracts)
+        plan = self.session.plan
+        return TowerPass(plan.encoder, given, self.session.contracts, plan.rectify)
 
     @staticmethod
     def check_mask(mask: Tensor | None) -> None:
@@ -425,6 +426,7 @@ class TransformersEntry(Entry):
             pixels.device,
             session.contracts,
             frames,
+            session.plan.rectify,
         )
 
     def _images_of(self, pixels: Tensor, call: dict[str, Any]) -> list[ImageLayout] | Tiles:

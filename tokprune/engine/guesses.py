@@ -21,7 +21,7 @@ from tokprune.engine.contracts import (
 )
 from tokprune.engine.drops import survivors
 
-_PER_TOKEN = ("column", "slot", "segment", "after", "tag", "place")
+_PER_TOKEN = ("column", "slot", "segment", "after", "tag", "place", "size")
 
 
 class Guesses:
@@ -110,9 +110,15 @@ class Guesses:
         return Attention(
             self.cut(whole.query, 2), self.cut(whole.key, 2), self.cut(whole.value, 2),
             whole.scaling, causal=whole.causal, mask=mask, past=whole.past, window=whole.window,
-            softcap=whole.softcap,
+            softcap=whole.softcap, bias=self._bias(whole.bias),
             rotary=None if rotary is None else lambda: tuple(self.cut(t) for t in rotary()),  # type: ignore[arg-type,return-value]
         )  # fmt: skip
+
+    def _bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None:
+            return None
+        bias = self.cut(bias, bias.dim() - 1)
+        return self.cut(bias, 2) if bias.dim() == 4 else bias
 
     def scoring(self, layer: ScoringLayer, hidden: Tensor) -> ScoringLayer:
         """The layer ahead of ``hidden`` [B, L, D], for what stages see of it."""

@@ -41,6 +41,8 @@ class ImageRecord:
     tag: Tensor | None = None
     metric: Tensor | None = None
     group: Tensor | None = None
+    #: tokens that each survivor stands for, where attention is rectified
+    stands_for: Tensor | None = None
     raw: Tensor | None = None
     newline: Tensor | None = None
     #: rows alive in the tower after each reducing layer: (layer, slots [tiles, T])
@@ -127,6 +129,7 @@ class ImageRecord:
             score=score,
             tag=tag,
             metric=metric,
+            stands_for=self.stands_for,
             raw=self.raw if self.features is None else None,
             newline_feature=self.newline,
             size=self.layout.size,
@@ -316,6 +319,11 @@ def _fill_reduced(
             own = value[tiles].to(device)
             own = torch.cat([torch.zeros_like(own[:, :offset]), own], dim=1)
             setattr(record, name, own.flatten()[order])
+    if tokens.size is not None:
+        own = tokens.size[tiles].to(device)[:, drop_cls:] / facts.merges**2
+        if offset:
+            own[:, 0] = 1.0
+        record.stands_for = own.flatten()[order]
     # which survivor holds each original patch
     number_of = torch.full((number * rows + 1,), -1, device=device)
     number_of[order] = torch.arange(total, device=device)

@@ -17,6 +17,7 @@ from tokprune.engine.contracts import (
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
+    Rectify,
     TowerFacts,
     TowerInput,
     TowerTokens,
@@ -47,9 +48,10 @@ class ObservedPass:
     def __init__(
         self, stages: tuple[EncoderStage, ...], facts: TowerFacts, tower: ObservedTower,
         layouts: list[ImageLayout] | None, device: torch.device, contracts: Contracts,
-        frames: int = 0,
+        frames: int = 0, rectify: Rectify | None = None,
     ) -> None:  # fmt: skip
         """``frames``: of the video that the pass sees a part of."""
+        self.rectify = rectify
         self.stages, self.contracts, self.packed = stages, contracts, tower.packed
         self.facts, self.device = facts, device
         self.outcomes: list[EncoderOutcome] = []

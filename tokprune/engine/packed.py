@@ -46,7 +46,7 @@ class PackedPass(ObservedPass):
                     self.contracts.reduction(
                         run, "after", layer, reduction, part[None], group.tokens
                     )
-                    group.tokens = reduce_tokens(group.tokens, reduction)
+                    group.tokens = reduce_tokens(group.tokens, reduction, part[None], self.rectify)
                     part, changed = part[reduction.rows[0]], True
             parts.append(part)
         if not changed:
@@ -101,6 +101,11 @@ class PackedPass(ObservedPass):
                 cells.append(torch.arange(start, start + len(part), device=part.device))
                 start += rows // area
             record.features, record.cell = torch.cat(parts[frames]), torch.cat(cells)
+            sizes = [group.tokens.size for group in self.groups[frames]]
+            if all(size is not None for size in sizes):
+                # a token is made of the next patches, in order
+                means = [size[0].view(-1, area).mean(1) for size in sizes if size is not None]
+                record.stands_for = torch.cat(means).to(record.features.device)
             record.history = [
                 (layer, pad_sequence(slots[frames], batch_first=True, padding_value=-1))
                 for layer, slots in self.history

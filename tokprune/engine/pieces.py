@@ -98,7 +98,7 @@ def _of_video(layout: ImageLayout, parts: list[ImageRecord]) -> ImageRecord:
             "encode_at_once out, or make it as large as the video has frames"
         )
     own = replace(parts[0], layout=layout)
-    for name in ("features", "score", "tag", "metric", "raw"):
+    for name in ("features", "score", "tag", "metric", "stands_for", "raw"):
         values = [getattr(part, name) for part in parts]
         if all(value is not None for value in values):
             setattr(own, name, torch.cat(values))

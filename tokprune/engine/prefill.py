@@ -15,6 +15,7 @@ from tokprune.engine.contracts import (
     DecoderRun,
     DecoderStage,
     KeepDecision,
+    Rectify,
     SequenceView,
 )
 from tokprune.engine.drops import Drop, shortened
@@ -23,8 +24,10 @@ from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block, Deep
 from tokprune.engine.positions import shifted
 from tokprune.engine.prefill_cache import PrefillCache
+from tokprune.engine.rectify import Rectifier
 from tokprune.engine.scoring_layer import LayerAhead
 from tokprune.engine.shorten import InputDrop, merge_deep
+from tokprune.engine.stands_for import in_decoder
 from tokprune.engine.static_cache import freeze
 from tokprune.engine.tap import Call
 from tokprune.errors import UnsupportedModelError
@@ -46,7 +49,10 @@ class PrefillPass:
         input_drop: InputDrop | None = None,
         deep: list[Deep] | None = None,
         guesses: int = 0,
+        rectify: Rectify | None = None,
     ) -> None:
+        #: what rectified attention adds
+        self.rectifier = None if rectify is None else Rectifier(rectify, calls, native)
         #: the attention call of a layer that has not run
         self.ahead = ahead
         self.calls, self.stages, self.native = calls, stages, native
@@ -122,15 +128,32 @@ class PrefillPass:
         if sequence is self.native and not isinstance(self.cache.layer(number), CompressedLayer):
             return *_with_hidden(args, kwargs, hidden), sequence.position
         view, past_shift = self.cache.view(number, sequence)
-        if announce:
-            self.cache.announce(number, sequence, view, block.window)
         position = shifted(sequence.position, past_shift)
+        rectifier = self.rectifier
+        made = None if rectifier is None else rectifier.table(kwargs, block)
         kwargs["attention_mask"] = self.calls.mask(
             kwargs.get("attention_mask"), view, block, hidden
         )
         self._place(block, view, position, past_shift, kwargs)
+        keys = None
+        if rectifier is not None:
+            held = self.cache.layer(number) if self.cache.past else None
+            shift = lambda: self._behind(past_shift)  # noqa: E731
+            keys = rectifier.prefill(
+                number, block, held, sequence, view, position, made, shift, kwargs, hidden
+            )
+        if announce:
+            self.cache.announce(number, sequence, view, block.window, keys)
         rest = tuple(self._per_token(x) for x in args[1:])
         return *_with_hidden((hidden, *rest) if args else args, kwargs, hidden), position
+
+    def _behind(self, past_shift: Tensor | None) -> Tensor:
+        """By how much the positions of later tokens are below their columns, [B]."""
+        behind = self.total - self.cache.native_next
+        for shift in (self.sequence.shift, past_shift):
+            if shift is not None:
+                behind = behind + shift.to(behind.device)
+        return behind
 
     def _place(
         self, block: Block, view: View, position: Tensor, past_shift: Tensor | None,
@@ -188,6 +211,8 @@ class PrefillPass:
         if shorter is None:
             return hidden
         before, (self.sequence, index) = self.sequence, shorter
+        if self.rectifier is not None:
+            self.sequence.size = in_decoder(self.rectifier.rectify, hidden, before, keep, index)
         self.drops.append(Drop(number, before.segment, index, keep.group))
         hidden = hidden if keep.hidden is None else self.guesses.hidden(keep.hidden, hidden)
         place = self.guesses.cut(index.clamp(min=0))
@@ -237,7 +262,7 @@ class PrefillPass:
         return Attention(
             call.query, call.key, call.value, call.scaling, causal=True, mask=call.mask,
             past=call.key.shape[2] - call.query.shape[2], window=call.window, softcap=call.softcap,
-            rotary=rotary,
+            rotary=rotary, bias=call.bias,
         )  # fmt: skip
 
     def transition(

@@ -12,6 +12,7 @@ from tokprune.engine.compat import LEGACY, DynamicCache
 from tokprune.engine.contracts import CachePolicy, SequenceView
 from tokprune.engine.layer_calls import View
 from tokprune.engine.once import Once
+from tokprune.engine.rectify import Keys
 from tokprune.engine.static_cache import CompressedStaticLayer
 
 
@@ -78,9 +79,11 @@ class PrefillCache:
         return self.once("view", make, sequence, slots, places, entries), shift
 
     def announce(
-        self, number: int, sequence: SequenceView, view: View, window: int | None = None
-    ) -> None:
-        """Tell a layer, whose attention sees ``window`` tokens (None: all), what it is to cache."""
+        self, number: int, sequence: SequenceView, view: View, window: int | None = None,
+        keys: Keys | None = None,
+    ) -> None:  # fmt: skip
+        """Tell a layer, whose attention sees ``window`` tokens (None: all), what it is to cache;
+        ``keys``: what rectified attention is to know of it."""
         if self.cache is None:
             return
         layer = compressed_layer(self.cache, number)
@@ -102,6 +105,8 @@ class PrefillCache:
         layer.place_shift = self._shift(sequence.place_shift, layer.place_shift)
         layer.places = None if view.places is None else view.places[1]
         layer.padded, layer.gaps = view.padded, view.gaps
+        if keys is not None:
+            keys.tell(layer)
 
     @property
     def original(self) -> int:

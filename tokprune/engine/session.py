@@ -33,6 +33,7 @@ from tokprune.engine.prefill import PrefillPass
 from tokprune.engine.prefill_cache import PrefillCache
 from tokprune.engine.prompt_layout import PromptLayout
 from tokprune.engine.recorder import PrefillRecord, Recorder
+from tokprune.engine.rectify import check_rectify
 from tokprune.engine.shorten import native_sequence, select_visual
 from tokprune.engine.state import CurrentState, ForwardState
 from tokprune.engine.step import StepPass
@@ -176,6 +177,8 @@ class Session:
         self.layers.append(own)
         hooks = own.install()
         tapped = any(number in stage.taps for stage in stages)
+        if self.plan.rectify is not None and block.has_attention:
+            hooks.append(self.family.tap(block.attention, self._rectified, self._rectifies))
         if tapped or any(number in stage.ahead for stage in stages):
             function = self._tap(number)
             wanted = self._in_prefill if tapped else _never
@@ -201,6 +204,20 @@ class Session:
         if not self.plan.encoder:
             return []
         return [*(tower.layers if tower else ()), *(observed.blocks if observed else ())]
+
+    def _rectifies(self) -> bool:
+        """Whether the layer that runs was handed a term of rectified attention."""
+        active = self.state.active
+        return active is not None and active.rectifier is not None and active.rectifier.biased
+
+    @staticmethod
+    def _rectified(call: Call) -> None:
+        """After an attention that should be rectified."""
+        if call.bias is None:
+            raise UnsupportedModelError(
+                "rectify: this decoder's layers do not hand their attention what they are given; "
+                "leave rectify out"
+            )
 
     def _in_prefill(self) -> bool:
         return self.state.prefill is not None
@@ -259,7 +276,7 @@ class Session:
         if state.layout is None:
             layers = getattr(cache, "layers", ())
             if any(isinstance(layer, CompressedLayer) for layer in layers):
-                state.calls, state.step = calls, StepPass(calls, cache)
+                state.calls, state.step = calls, StepPass(calls, cache, self.plan.rectify)
                 hand_over(module, kwargs, self._current)
                 return args, kwargs
             return None
@@ -279,9 +296,11 @@ class Session:
         native = native_sequence(layout, embeds.device, state.layout.segment.shape[1])
         if (records := state.records) is not None:
             chosen = select_visual(
-                embeds, layout, records, self.plan.prompt, self.compact, self.contracts
-            )
+                embeds, layout, records, self.plan.prompt, self.compact, self.contracts,
+                self.plan.rectify,
+            )  # fmt: skip
             kwargs["inputs_embeds"], drop, native.tag = chosen.embeds, chosen.drop, chosen.tag
+            native.size = chosen.size
             state.entered, state.selections = chosen.images, chosen.answers
         first = 0 if drop is not None else min(
             (n for stage in self.plan.decoder for n in stage.prune_before),
@@ -294,12 +313,15 @@ class Session:
         state.prefill = PrefillPass(
             calls, self.plan.decoder, native, held, self.contracts,
             self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,
+            self.plan.rectify,
         )  # fmt: skip
         hand_over(module, kwargs, self._current)
         return args, kwargs
 
     def _check_backend(self) -> None:
-        backend = check_backend(backend_of(self.parts.language_model), "language model")
+        decoder = self.parts.language_model
+        backend = check_backend(backend_of(decoder), "language model")
+        check_rectify(self.plan.rectify, backend, decoder.config, self.family.legacy)
         if backend.startswith("flash") and self.family.drops_blocks_under_flash:
             raise UnsupportedModelError(
                 f"attn_implementation={backend!r} hides from the tokens of an image in "

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.check import Contracts
-from tokprune.engine.contracts import ImageTokens, PromptStage, Selection, SequenceView
+from tokprune.engine.contracts import (
+    ImageTokens,
+    PromptStage,
+    Rectify,
+    Selection,
+    SequenceView,
+)
 from tokprune.engine.images import ImageRecord
 from tokprune.engine.model import Deep
 from tokprune.engine.prompt_layout import PromptLayout
+from tokprune.engine.stands_for import at_input
 from tokprune.errors import ContractError
 
 
@@ -48,12 +55,13 @@ class InputDrop:
 @dataclass
 class PromptSelection:
     """The embedded prompt [B, L, D], as it was where nothing has moved; what goes of it (None:
-    nothing); marks [B, L] or None; what enters the decoder of every image, and the answers, both
-    without features."""
+    nothing); marks, and tokens that each stands for, [B, L] or None; what enters the decoder of
+    every image, and the answers, both without features."""
 
     embeds: Tensor
     drop: InputDrop | None
     tag: Tensor | None
+    size: Tensor | None
     images: list[ImageTokens]
     answers: list[Selection | None]
 
@@ -91,6 +99,7 @@ def _select(
     last_of_prompt: list[bool],
     stages: Sequence[PromptStage],
     contracts: Contracts,
+    rectify: Rectify | None,
 ) -> tuple[list[ImageTokens], list[Selection | None]]:
     """Run the prompt stages one after the other on all images of a batch."""
     last: list[Selection | None] = [None] * len(images)
@@ -101,7 +110,9 @@ def _select(
             if answer is not None:
                 if last_of_prompt[i] and answer.features is None:
                     answer = _with_last(answer, images[i])
-                images[i] = _reduced(images[i], answer)
+                whole, images[i] = images[i], _reduced(images[i], answer)
+                if rectify is not None:
+                    images[i].stands_for = at_input(rectify, whole, answer)
                 last[i] = answer
     return images, last
 
@@ -133,6 +144,7 @@ def _reduced(image: ImageTokens, selection: Selection) -> ImageTokens:
         score=None if image.score is None else image.score[index],
         tag=None if image.tag is None else image.tag[index],
         metric=None if image.metric is None else image.metric[index],
+        stands_for=None,
         raw=None,
     )
 
@@ -162,6 +174,7 @@ def select_visual(
     stages: Sequence[PromptStage],
     compact: bool,
     contracts: Contracts,
+    rectify: Rectify | None = None,
 ) -> PromptSelection:
     """Apply encoder results and prompt stages to an embedded prompt ``embeds`` [B, L, D] that holds
     the model's own packed features."""
@@ -182,13 +195,16 @@ def select_visual(
             ends.append(silent and s + 1 == len(row))
     originals = [image.column for image in images]
     numbers = [number for row in layout.image_of for number in row]
-    images, answers = _select(images, ends, stages, contracts)
+    images, answers = _select(images, ends, stages, contracts, rectify)
 
     column = torch.arange(length, device=device).repeat(batch, 1)
     mask = torch.ones(batch, length, dtype=torch.bool, device=device)
     tag = None
     if any(image.tag is not None for image in images):
         tag = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    size = None
+    if any(image.stands_for is not None for image in images):
+        size = torch.ones(batch, length, device=device)
     moved: list[tuple[Tensor, Tensor]] = []
     merged: list[Merged] = []
     changed, ordered = False, True
@@ -218,8 +234,10 @@ def select_visual(
                 )
         if tag is not None and image.tag is not None:
             tag[b, slots] = image.tag
+        if size is not None and image.stands_for is not None:
+            size[b, slots] = image.stands_for
     if not changed:
-        return PromptSelection(embeds, None, tag, *_numbers(images, answers))
+        return PromptSelection(embeds, None, tag, None, *_numbers(images, answers))
     if moved:
         flat = embeds.flatten(0, 1).clone()
         flat[torch.cat([at for at, _ in moved])] = torch.cat([x for _, x in moved]).to(flat.dtype)
@@ -228,7 +246,7 @@ def select_visual(
     for (b, _), image in zip(places, images):
         counts[b].append(image.count)
     drop = InputDrop(mask, column, counts, compact, ordered, merged)
-    return PromptSelection(embeds, drop, tag, *_numbers(images, answers))
+    return PromptSelection(embeds, drop, tag, size, *_numbers(images, answers))
 
 
 def _numbers(

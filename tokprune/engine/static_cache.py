@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokprune.engine.cache import CompressedLayer
 from tokprune.engine.compat import LEGACY, StaticCache, StaticLayer, StaticSlidingWindowLayer
@@ -27,11 +28,11 @@ class CompressedStaticLayer(CompressedLayer):
     ``room``: tokens of a conversation, before any compression, that the user's cache is for.
     ``window``: tokens that it would hold at most (None: all).
     ``filled``: entries in the buffer, on the device; None while a prompt goes through.
-    ``buffer_slots``, ``buffer_places`` [B, room − missing]: as ``slots`` and ``places``, of every
-    place of the buffer.
+    ``buffer_slots``, ``buffer_places``, ``buffer_log_sizes`` [B, room − missing]: as ``slots``,
+    ``places`` and ``log_sizes``, of every place of the buffer.
     """
 
-    _per_row = (*CompressedLayer._per_row, "buffer_slots", "buffer_places")
+    _per_row = (*CompressedLayer._per_row, "buffer_slots", "buffer_places", "buffer_log_sizes")
 
     room: int
     window: int | None
@@ -43,6 +44,7 @@ class CompressedStaticLayer(CompressedLayer):
         self.filled: Tensor | None = None
         self.buffer_slots: Tensor | None = None
         self.buffer_places: Tensor | None = None
+        self.buffer_log_sizes: Tensor | None = None
         #: as ``filled``, −1 = not known on the host
         self._entries = 0
         #: layers of a cache that share a shift have one number
@@ -81,7 +83,7 @@ class CompressedStaticLayer(CompressedLayer):
         if self.filled is not None:
             entries = self.entries
             self.keys, self.values = self.keys[:, :, :entries], self.values[:, :, :entries]
-            self.filled = self.buffer_slots = self.buffer_places = None
+            self.filled = self.buffer_slots = self.buffer_places = self.buffer_log_sizes = None
 
     def slide(self) -> None:
         """Forget what a layer that grows has forgotten by itself: tokens out of its window."""
@@ -114,6 +116,14 @@ class CompressedStaticLayer(CompressedLayer):
         self.buffer_slots = self._with_later(self.slots, later)
         if self.places is not None:
             self.buffer_places = self._with_later(self.places, later, self.place_shift)
+        if self.log_sizes is not None:
+            more = self.buffer_slots.shape[1] - self.log_sizes.shape[1]
+            self.buffer_log_sizes = pad(self.log_sizes, (0, more))
+
+    def log_sizes_behind(self, tokens: int) -> Tensor:
+        if self.buffer_log_sizes is None:
+            return super().log_sizes_behind(tokens)
+        return self.buffer_log_sizes
 
     @property
     def entries(self) -> int:

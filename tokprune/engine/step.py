@@ -9,18 +9,23 @@ from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer
 from tokprune.engine.compat import DynamicCache
+from tokprune.engine.contracts import Rectify
 from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block
 from tokprune.engine.once import Once
 from tokprune.engine.positions import shifted
+from tokprune.engine.rectify import Rectifier
 from tokprune.engine.static_cache import CompressedStaticLayer
 
 
 class StepPass:
     """Masks and positions of each layer for the tokens that it really holds."""
 
-    def __init__(self, calls: LayerCalls, cache: DynamicCache) -> None:
+    def __init__(
+        self, calls: LayerCalls, cache: DynamicCache, rectify: Rectify | None = None
+    ) -> None:
         self.calls, self.cache = calls, cache
+        self.rectifier = None if rectify is None else Rectifier(rectify, calls)
         #: tokens of the conversation up to the end of this forward, before any compression
         self.total = 0
         self.once = Once()
@@ -33,7 +38,8 @@ class StepPass:
             return args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
         self.total = layer.seen + hidden.shape[1]
-        mask = kwargs.get("attention_mask")
+        mask, rectifier = kwargs.get("attention_mask"), self.rectifier
+        made = None if rectifier is None else rectifier.table(kwargs, block)
         if mask is not None or layer.padded or isinstance(layer, CompressedStaticLayer):
             view = self._view(layer, hidden)
             kwargs["attention_mask"] = self.calls.mask(mask, view, block, hidden)
@@ -41,6 +47,9 @@ class StepPass:
             self.calls.mask(None, self._view(layer, hidden), block, hidden)  # refuses gaps
         if layer.shift is not None:
             self._shift(layer.shift, block, hidden, kwargs)
+        if rectifier is not None:
+            own = self._view(layer, hidden) if rectifier.in_steps(layer) else None
+            rectifier.step(layer, own, made, kwargs, hidden)
         layer.expect_step(hidden.shape[1])
         return args, kwargs
 

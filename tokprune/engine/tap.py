@@ -22,16 +22,21 @@ from torch import Tensor, nn
 
 from tokprune.engine.compat import AttentionInterface
 from tokprune.errors import UnsupportedModelError
+from tokprune.operators.rectified import extended
 
 NAME = "tokprune_tap"
 _ATTRIBUTE = "_tokprune_tap"
+#: the argument by which a layer's attention is rectified: what each key's logits get [B, m]
+#: float32, or the mask [B, 1, n, m], where that holds it already
+BIAS = "tokprune_bias"
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
     """A call of an attention backend: ``query`` [B, H, Lq, d], ``key``, ``value`` [B, Hkv, Lk, d],
     ``mask`` in the backend's form; ``window``: tokens, where the backend slides them itself;
-    ``rotary``: cos and sin [B, Lq, d] where no argument of the layer holds them."""
+    ``rotary``: cos and sin [B, Lq, d] where no argument of the layer holds them; ``bias``: what
+    rectified attention adds (see ``BIAS``)."""
 
     query: Tensor
     key: Tensor
@@ -41,6 +46,7 @@ class Call:
     window: int | None = None
     softcap: float | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
 
 
 TapFunction = Callable[[Call], None]
@@ -153,25 +159,57 @@ def _tapped_attention(
     step = torch.compiler.is_compiling() and query.shape[2] == 1
     captured = not step and getattr(_capturing, "module", None) is module
     wanting = [] if step else [tap for tap in taps if tap.wanted()]
-    call = None
+    call, bias = None, kwargs.pop(BIAS, None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if captured or wanting:
         call = Call(
-            query, key, value, attention_mask,
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
-            kwargs.get("sliding_window"), kwargs.get("softcap"),
+            query, key, value, attention_mask, scale, kwargs.get("sliding_window"),
+            kwargs.get("softcap"), bias=bias,
         )  # fmt: skip
         if captured:
             raise _Captured(call)
-    result = _backend(module, config._attn_implementation)(
-        _UnderOwnConfig(module, config), query, key, value, attention_mask,
-        scaling=scaling, **kwargs,
-    )  # fmt: skip
+    backend = config._attn_implementation
+    run = functools.partial(_backend(module, backend), _UnderOwnConfig(module, config), **kwargs)
+    if bias is None or bias.dim() == 4:  # the mask holds it
+        result = run(query, key, value, attention_mask, scaling=scaling)
+    else:
+        result = _rectified(run, backend, query, key, value, attention_mask, bias, scale, kwargs)
     if call is not None:
         # scores need no gradient; and what is recomputed for one (checkpointing) reads nothing
         with torch.no_grad():
             for tap in wanting:
                 tap.function(call)
     return result
+
+
+def _rectified(
+    run: Callable[..., Any], backend: str, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, bias: Tensor, scale: float, kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
+    """A backend with ``bias`` [B, Lk] added to the logits: by channels, which all kernels take; or,
+    for single queries, by the mask, as then the cached keys need not be copied."""
+    bias = bias.to(key.device)
+    bounded = backend == "eager" and kwargs.get("softcap") is not None
+    if not backend.startswith("flash") and (query.shape[2] == 1 or bounded):
+        return run(query, key, value, _with_bias(mask, bias, query, key), scaling=scale)
+    own = extended(query, key, value, bias, scale)
+    output, *others = run(own.query, own.key, own.value, mask, scaling=scale)
+    return output[..., : value.shape[-1]], *others
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A mask [B, 1, Lq, Lk] in the form that is added, with ``bias`` [B, Lk]."""
+    own = bias[:, None, None]
+    if mask is None and query.shape[2] > 1:
+        n, m = query.shape[2], key.shape[2]
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    least = torch.finfo(query.dtype).min
+    if mask is None:
+        return own.to(query.dtype)
+    mask = mask[..., : key.shape[2]]  # of transformers 4, wider at times
+    if mask.dtype == torch.bool:
+        return own.to(query.dtype).masked_fill(~mask, least)
+    return (mask.float() + own).clamp(min=least).to(query.dtype)
 
 
 def install_tap(module: Any, function: TapFunction, wanted: Callable[[], bool]) -> Tap:

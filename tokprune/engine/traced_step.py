@@ -19,6 +19,7 @@ from tokprune.engine import masks
 from tokprune.engine.cache import cache_in
 from tokprune.engine.positions import RotaryCall, made_by, shifted
 from tokprune.engine.static_cache import CompressedStaticLayer, is_static
+from tokprune.engine.tap import BIAS
 
 
 def is_step(cache: Any, tokens: int) -> bool:
@@ -91,6 +92,8 @@ class TracedStep:
             layer.expect_traced_step()
             mask = self._mask(layer, kwargs.get("attention_mask"), window, hidden)
             kwargs = {**kwargs, "attention_mask": mask}
+            if layer.buffer_log_sizes is not None:
+                kwargs[BIAS] = layer.buffer_log_sizes
             if layer.shift is not None:
                 self._move(layer, layer.shift, kwargs)
             return args, kwargs

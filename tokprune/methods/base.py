@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from tokprune.engine.contracts import Plan, Positions
+from tokprune.engine.contracts import Plan, Positions, Rectify
 from tokprune.engine.model import ModelFacts, VideoUnit
 from tokprune.methods.options import Budget, Renamed, check_options, check_video_unit
 
@@ -54,6 +54,9 @@ class Method(ABC):
             frames, the last one of those left over; "frame", each frame as if it were an image.
             Still images do not care, and methods that work tile by tile (``pool``, ``m3``) treat
             every frame alike anyway.
+        rectify: attention that makes up for what is gone: None (default), "size", "distance",
+            "size+distance", or a mapping with the options of
+            :class:`~tokprune.engine.contracts.Rectify`.
     """
 
     #: the word for ``compress`` and the command line, lower case
@@ -93,6 +96,7 @@ class Method(ABC):
     renamed: ClassVar[tuple[Renamed, ...]] = ()
 
     video_unit: Annotated[VideoUnit, check_video_unit] = field(default="video", kw_only=True)
+    rectify: Rectify | None = field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,6 +104,7 @@ class Method(ABC):
             cls.__repr__ = _configuration  # type: ignore[assignment,method-assign]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rectify", Rectify.of(self.rectify))
         check_options(self)
 
     @abstractmethod
@@ -166,13 +171,14 @@ class Method(ABC):
 
 
 def _configuration(method: Method) -> str:
-    """Class and options; ``video_unit`` where it is not the default: images never show it."""
+    """Class and options; those that every method has where they are not the default."""
+    everywhere = [f.name for f in dataclasses.fields(Method)]
     shown = [f for f in dataclasses.fields(method) if f.repr]
-    shown.sort(key=lambda f: f.name == "video_unit")
+    shown.sort(key=lambda f: f.name in everywhere)
     options = ", ".join(
         f"{f.name}={getattr(method, f.name)!r}"
         for f in shown
-        if f.name != "video_unit" or method.video_unit != f.default
+        if f.name not in everywhere or getattr(method, f.name) != f.default
     )
     return f"{type(method).__qualname__}({options})"
 

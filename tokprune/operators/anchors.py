@@ -43,13 +43,14 @@ class Clusters(NamedTuple):
 
 
 @torch.no_grad()
-def nearest(x: Tensor, kept: Tensor, allowed: Tensor | None = None) -> Tensor:
+def nearest(x: Tensor, kept: Tensor, segment: Tensor | None = None) -> Tensor:
     """The kept token that every token resembles most, by cosine similarity.
 
     Args:
         x: [*, n, d] of any float dtype; the arithmetic is float32, some rows of the map at a time.
-        kept: [*, k] long, their rows; a kept token is its own nearest.
-        allowed: [*, n, k] or broadcastable bool: which kept ones a token may join; None: all.
+        kept: [*, k] long, rows of those kept, −1 for none; a kept token is its own nearest.
+        segment: [*, n] long, the part that each token belongs to: it joins one of its own; None:
+            any.
 
     Returns:
         [*, n] long in 0 … k−1, the first of equals; −1 for a token that may join none.
@@ -66,20 +67,22 @@ def nearest(x: Tensor, kept: Tensor, allowed: Tensor | None = None) -> Tensor:
             f"kept has shape {tuple(kept.shape)}; with x {tuple(x.shape)} it should be "
             f"{(*x.shape[:-2], 'k')}, k at least 1"
         )
-    unit = normalize(x.float(), dim=-1)
-    own = take_rows(unit, kept).transpose(-1, -2)
+    unit, place, none = normalize(x.float(), dim=-1), kept.clamp(min=0), (kept < 0)[..., None, :]
+    own = take_rows(unit, place).transpose(-1, -2)
     parts = []
     for start in range(0, x.shape[-2], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        similar = unit[..., rows, :] @ own
-        if allowed is None:
-            parts.append(similar.argmax(-1))
-            continue
-        may = allowed[..., rows, :] if allowed.shape[-2] > 1 else allowed
-        best = similar.masked_fill(~may, -torch.inf).max(-1)
+        similar = (unit[..., rows, :] @ own).masked_fill_(none, -torch.inf)
+        if segment is not None:
+            apart = segment[..., rows, None] != segment.gather(-1, place)[..., None, :]
+            similar = similar.masked_fill_(apart, -torch.inf)
+        best = similar.max(-1)
         parts.append(best.indices.masked_fill(best.values == -torch.inf, -1))
+    # a spare entry for the rows of none
+    found = torch.cat([*parts, parts[0][..., :1]], -1)
     number = torch.arange(kept.shape[-1], device=x.device).expand_as(kept)
-    return torch.cat(parts, -1).scatter(-1, kept, number)
+    found = found.scatter(-1, torch.where(kept < 0, x.shape[-2], kept), number)
+    return found[..., :-1]
 
 
 @torch.no_grad()

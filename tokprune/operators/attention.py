@@ -13,7 +13,7 @@ __all__ = ["attention_rows", "mean_rows", "received_attention"]
 
 def attention_rows(
     q_rows: Tensor, k: Tensor, scaling: float | None = None, allowed: Tensor | None = None,
-    softcap: float | None = None,
+    softcap: float | None = None, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Softmax attention of some query rows over all allowed keys, in float32.
 
@@ -25,6 +25,7 @@ def attention_rows(
         scaling: factor of the logits; None means 1/√d.
         allowed: [..., R, L] or [..., 1, L] bool, True where a row may look; None means everywhere.
         softcap: bound c of the logits, c · tanh(x / c) (Gemma 2); None means none.
+        bias: [..., R, L] or [..., 1, L], added to the logits of all heads; None means none.
 
     Returns:
         [..., H, R, L] float32; a row sums to 1, a row with no allowed key is all 0.
@@ -43,6 +44,8 @@ def attention_rows(
     logits = logits.reshape(*lead, heads, rows, k.shape[-2])
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.float().unsqueeze(-3)
     if allowed is None:
         return logits.softmax(-1)
     if allowed.dtype != torch.bool:

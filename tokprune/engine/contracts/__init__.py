@@ -27,6 +27,7 @@ from tokprune.engine.contracts.decoder import (
     SequenceView,
 )
 from tokprune.engine.contracts.prompt import ImageTokens, PromptStage, Selection
+from tokprune.engine.contracts.rectify import Rectify
 from tokprune.engine.contracts.vision import (
     EncoderOutcome,
     EncoderRun,
@@ -54,6 +55,7 @@ __all__ = [
     "Plan",
     "Positions",
     "PromptStage",
+    "Rectify",
     "Reduction",
     "ScoringLayer",
     "Selection",
@@ -69,9 +71,11 @@ __all__ = [
 class Plan:
     """The stages of one method (or of a composition) on one model. ``video_unit``: what of a
     video the prompt and decoder stages see as one image
-    (:attr:`tokprune.methods.base.Method.video_unit`)."""
+    (:attr:`tokprune.methods.base.Method.video_unit`). ``rectify``: what the decoder's attention
+    makes up for."""
 
     encoder: tuple[EncoderStage, ...] = ()
     prompt: tuple[PromptStage, ...] = ()
     decoder: tuple[DecoderStage, ...] = ()
     video_unit: VideoUnit = "video"
+    rectify: Rectify | None = None

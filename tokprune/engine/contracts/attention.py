@@ -43,7 +43,8 @@ class Attention:
 
     ``query`` [B, H, Lq, d] and ``key``, ``value`` [B, Hkv, Lk, d] as the backend gets them
     (after rotary, heads not repeated); ``mask`` as :func:`visible_rows` takes it; ``valid``
-    [B, Lk] marks real rows of a vision encoder (None: all).
+    [B, Lk] marks real rows of a vision encoder (None: all). ``bias``: what is added to the logits
+    where attention is rectified, [B, Lk] of each key, or the mask itself, which then holds it.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class Attention:
         window: int | None = None,
         softcap: float | None = None,
         rotary: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.scaling, self.causal, self.mask, self.past = scaling, causal, mask, past
         #: gives cos and sin [B, Lq, d] of the decoder's rotary embedding at the queries' positions
         self.rotary = rotary
         self.window, self.softcap = window, softcap
+        self.bias = bias
 
     @property
     def valid(self) -> Tensor | None:
@@ -90,8 +93,14 @@ class Attention:
         rows_of_mask = self.mask is not None and self.mask.dim() == 4
         place = index if rows_of_mask else index + keys - length
         allowed = visible_rows(place, keys, self.mask, self.window, self.causal)
+        bias = self.bias
+        if bias is not None and bias.dim() == 4:
+            own = bias[:, 0, :, :keys].expand(b, -1, -1)
+            bias = own.gather(1, index[:, :, None].expand(-1, -1, keys))
+        elif bias is not None:
+            bias = bias[:, None]
         rows = attention_rows(
-            self.query.gather(2, gather), self.key, self.scaling, allowed, self.softcap
+            self.query.gather(2, gather), self.key, self.scaling, allowed, self.softcap, bias
         )
         return rows[..., self.past :]
 

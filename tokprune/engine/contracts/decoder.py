@@ -49,6 +49,9 @@ class SequenceView:
     place_shift: Tensor | None = None
     #: whether a row has gaps in its positions (host)
     gaps: bool = False
+    #: [B, L] float32, tokens of the prompt that each visual token stands for (1 for text), where
+    #: attention is rectified and something was dropped or merged; else None
+    size: Tensor | None = None
     #: columns of the prompt that it comes from, and whether it has more of its own (host)
     width: int = 0
     wider: bool = False

@@ -41,6 +41,9 @@ class ImageTokens:
     score: Tensor | None = None
     tag: Tensor | None = None
     metric: Tensor | None = None
+    #: [n] float32, tokens that each stands for, where attention is rectified and some were dropped
+    #: or merged before; else None
+    stands_for: Tensor | None = None
     raw: Tensor | None = None
     newline_feature: Tensor | None = None
     #: (height, width) of the image in pixels, where the family knows it (host)

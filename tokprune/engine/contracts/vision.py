@@ -78,6 +78,8 @@ class TowerTokens:
     group: Tensor
     counts: list[int]
     valid: Tensor | None = None
+    #: [B, T] float32, patches that each row stands for, where attention is rectified; else None
+    size: Tensor | None = None
 
     @property
     def rows(self) -> int:

@@ -63,6 +63,8 @@ def json_options(method: Method) -> dict[str, Any]:
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
     if options["video_unit"] == "video":  # the default, and no matter for images
         del options["video_unit"]
+    if options["rectify"] is None:
+        del options["rectify"]
     return options
 
 
