@@ -35,6 +35,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grid": ("grid", {"keep": 5}),
     "divprune": ("divprune", {"keep": 4}),
     "divprune-published": ("divprune", {"keep": 0.4, "order": "published"}),
+    "divprune-rectified": ("divprune", {"keep": 4, "rectify": "size"}),
+    "divprune-anchors": (
+        "divprune", {"keep": 6, "anchors": 0.5, "positions": "preserve", "rectify": "size"},
+    ),
+    "vispruner-anchors": ("vispruner", {"keep": 5, "anchors": {"share": 0.3, "place": "last"}}),
     "cdpruner": ("cdpruner", {"keep": 5}),
     "cdpruner-text": ("cdpruner", {"keep": 5, "relevance": "text"}),
     "mmtok": ("mmtok", {"keep": 5}),
@@ -43,6 +48,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "centerclip-projector": ("centerclip", {"keep": 4, "place": "projector"}),
     "fastv": ("fastv", {"keep": 4, "prune_before": 2}),
     "fastv-compact": ("fastv", {"keep": 4, "prune_before": 1, "positions": "compact"}),
+    "fastv-rectified": ("fastv", {"keep": 4, "prune_before": 2, "rectify": "size+distance"}),
     "fastv-text": ("fastv", {"keep": 0.3, "prune_before": 3, "rows": "text"}),
     "pyramiddrop": ("pyramiddrop", {"keep": 3, "prune_before": (1, 3)}),
     "pyramiddrop-preserve": (

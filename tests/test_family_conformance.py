@@ -151,10 +151,12 @@ def _refusal(cell: Cell, facts: ModelFacts) -> str | None:
         return "place='encoder' clusters still images"
     if cell.shape == "video" and pools and any(s.reduces_videos for s in _plan(cell).encoder):
         return "drops or merges tokens inside the vision tower"
-    if cell.family not in RANKED and _plan(cell).decoder:
+    if cell.family not in RANKED and ("rectify" in options or _plan(cell).decoder):
         return "computes its attention by itself"
     if not TYPED and cell.method == "sparsevlm-plus" and cell.family in SEVERAL_TABLES:
         return "reads rotary tables"
+    if "distance" in str(options.get("rectify")) and cell.backend == FLASH:
+        return "adds a term of queries and keys"
     if method == "tome" and cell.backend == FLASH:
         return "proportional attention needs an additive bias"
     return None

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from golden_checks.case import Case
-from golden_checks.models import fill
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from golden_checks.case import Case
+from golden_checks.models import fill
 from tokprune.operators.anchors import Clusters, clusters_around, distinctive_anchors
 from tokprune.operators.diversity import divprune
 from tokprune.operators.rectified import distance_bias, extended, recycled_weight

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -39,6 +39,7 @@ from tokprune.engine.contracts import (
     SequenceView,
 )
 from tokprune.engine.model import ModelFacts
+from tokprune.methods.anchors import Anchors
 from tokprune.methods.base import Method, check_fits, check_layers_fit, resolve_keep
 from tokprune.methods.options import Budget, BudgetSchedule, PruneBefore
 from tokprune.methods.schedule import check_steps, steps_of, tokens_after
@@ -58,6 +59,8 @@ class PromptSelector(Method):
     Args:
         keep: visual tokens per image (count), or fraction of its candidates.
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
+        anchors: the share of the budget that goes to tokens which others are merged into, or a
+            mapping with the options of :class:`~tokprune.methods.anchors.Anchors`; None: none.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("after projector",)
@@ -65,6 +68,11 @@ class PromptSelector(Method):
 
     keep: Budget
     positions: Positions | None = None
+    anchors: Anchors | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchors", Anchors.of(self.anchors))
+        super().__post_init__()
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
@@ -117,11 +125,20 @@ class SelectorStage(PromptStage):
             tokens = image.count if method.newlines else image.patches
             if method.count(tokens) < tokens:
                 alike.setdefault(tokens, []).append(i)
+        anchors = method.anchors
         for tokens, members in alike.items():
-            chosen = method.select_alike([images[i] for i in members], method.count(tokens))
+            budget = keep = method.count(tokens)
+            if anchors is not None:
+                keep = anchors.chosen(budget)
+            chosen: Iterable[Tensor] = [torch.empty(0, dtype=torch.long)] * len(members)
+            if keep:
+                chosen = method.select_alike([images[i] for i in members], keep)
             for i, index in zip(members, chosen, strict=True):
                 index = index.to(images[i].features.device, non_blocking=True)
-                if method.prompt_order:
+                if anchors is not None:
+                    left = budget - index.shape[0]
+                    answers[i] = anchors.merged(images[i], index, left, method.newlines)
+                elif method.prompt_order:
                     answers[i] = Selection(index.sort().values, in_order=True)
                 else:
                     answers[i] = Selection(index)

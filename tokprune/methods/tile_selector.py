@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,7 @@ from tokprune.engine.contracts import (
     TowerTokens,
 )
 from tokprune.engine.model import ModelFacts, TowerFacts
+from tokprune.methods.anchors import Anchors
 from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.tiles import TileMethod, feature_layer
@@ -102,6 +103,9 @@ class TileChooser(TileMethod):
         positions: "compact" renumbers the shortened prompt, "preserve" keeps the original ids.
         scope: what ``keep`` counts on tiled models: "tile", or "image", whose tiles then share it
             equally.
+        anchors: the share of an image's budget that goes to tokens which others are merged into, or
+            a mapping with the options of :class:`~tokprune.methods.anchors.Anchors`; None: none.
+            The choice is then made at the language-model input, and sees the tokens there.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("encoder, feature layer",)
@@ -110,6 +114,11 @@ class TileChooser(TileMethod):
     )
 
     order: Order = "spatial"
+    anchors: Anchors | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchors", Anchors.of(self.anchors))
+        super().__post_init__()
 
     def layers(self, tower: TowerFacts) -> tuple[int, ...]:
         """The encoder layers looked at (0-based), ascending."""
@@ -135,7 +144,7 @@ class TileChooser(TileMethod):
     def plan(self, facts: ModelFacts) -> Plan:
         tower = facts.need_tower(self.name, whole=False)
         assert self.keep is not None
-        if facts.tower is None:
+        if facts.tower is None or self.anchors is not None:
             check_fits(self.keep, facts)
             return Plan(encoder=(_Observer(self, tower),), prompt=(AtInput(self),))
         whole = self.tile_budget(facts) == tower.patches
@@ -297,7 +306,7 @@ def _size(window: Window | None, n: int) -> int:
 
 
 class AtInput(PromptStage):
-    """Drops tokens of models that merge patches behind their tower."""
+    """Drops tokens of models that merge patches behind their tower, and merges them to anchors."""
 
     def __init__(self, method: TileChooser, videos_only: bool = False) -> None:
         self.method, self.positions, self.videos_only = method, method.new_positions, videos_only
@@ -308,25 +317,46 @@ class AtInput(PromptStage):
     def _one(self, image: ImageTokens) -> Selection | None:
         if self.videos_only and not image.video:
             return None
-        grids = image.tile_grids()
+        anchors, grids = self.method.anchors, image.tile_grids()
         sizes = [height * width for height, width in grids]
         counts = [self.method.counts(size, [len(grids)])[0] for size in sizes]
         if counts == sizes:
             return None
         check_whole(image, self.method.name)
-        places = index_of_cells(image).split(sizes)
+        windows: list[Window | None] = [None] * len(grids)
+        if sum(sizes) > image.patches:  # the model crops its tiles
+            windows = list(image.windows())
+            counts = [min(n, _size(window, n)) for n, window in zip(counts, windows)]
+        budget = sum(counts)
+        if budget == image.patches:
+            return None
+        if anchors is not None:
+            counts = [anchors.chosen(count) for count in counts]
+        stay = self._chosen(image, grids, counts, windows)
+        if anchors is not None:
+            return anchors.merged(image, stay, budget - stay.shape[0], newlines=False)
+        return Selection(stay.sort().values, in_order=True)
+
+    def _chosen(
+        self, image: ImageTokens, grids: Sequence[tuple[int, int]], counts: Sequence[int],
+        windows: Sequence[Window | None],
+    ) -> Tensor:  # fmt: skip
+        """Tokens that stay [k], so many of every tile, of those that its window shows."""
+        places = index_of_cells(image).split([height * width for height, width in grids])
         alike: dict[tuple[int, int], list[int]] = {}
         for tile, grid in enumerate(grids):
-            alike.setdefault(grid, []).append(tile)
-        stay = []
+            if counts[tile]:
+                alike.setdefault(grid, []).append(tile)
+        stay = [places[0][:0]]
         for grid, members in alike.items():
             place = torch.stack([places[tile] for tile in members])
             cells = torch.arange(place.shape[1], device=place.device).expand_as(place)
             scores = torch.empty(0, *place.shape, device=place.device)  # nothing was looked at
+            at = place.clamp(min=0)
             if image.metric is not None:
-                scores = image.metric[place].permute(2, 0, 1)
-            tiles = Tiles(image.features[place], scores, grid, cells)
+                scores = image.metric[at].permute(2, 0, 1)
+            tiles = Tiles(image.features[at], scores, grid, cells)
             own = [counts[tile] for tile in members]
-            index = self.method.chosen(tiles, own, [None] * len(own))
-            stay.append(place.gather(1, index).flatten())
-        return Selection(torch.cat(stay).sort().values, in_order=True)
+            index = self.method.chosen(tiles, own, [windows[tile] for tile in members])
+            stay += [place[row, index[row, :count]] for row, count in enumerate(own)]
+        return torch.cat(stay)

@@ -23,9 +23,11 @@ import transformers
 from torch import Tensor
 
 from tokprune.engine.cache import cache_argument, cache_in
+from tokprune.engine.contracts import Rectify
 from tokprune.engine.model import Block
 from tokprune.engine.positions import RotaryCall, made_by
 from tokprune.families import bind
+from tokprune.testing.rectified import Terms
 from tokprune.testing.report import Fault
 from tokprune.trace import LayerTrace, PrefillTrace
 
@@ -124,6 +126,7 @@ def generated_oracle(
     trace: PrefillTrace,
     continuation: Tensor,
     seen: Entering | None = None,
+    rectify: Rectify | None = None,
 ) -> Tensor:
     """What a compressed ``generate`` must give: logits [B, 1 + steps, V].
 
@@ -131,20 +134,23 @@ def generated_oracle(
         model: the same model, not patched.
         trace: of the compressed prefill.
         seen: what entered its layers, where tokens were moved or merged.
+        rectify: what its attention was to make up for, by the sizes that the trace tells.
 
     Raises:
         Fault: the trace cannot be right.
     """
-    run = _Oracle(model, inputs, trace, seen)
+    run = _Oracle(model, inputs, trace, seen, rectify)
     with run.hooked():
         return forced_logits(model, inputs, continuation, **plain_cache(model))
 
 
 class _Oracle:
     def __init__(
-        self, model: Any, inputs: dict[str, Tensor], trace: PrefillTrace, seen: Entering | None
-    ) -> None:
+        self, model: Any, inputs: dict[str, Tensor], trace: PrefillTrace, seen: Entering | None,
+        rectify: Rectify | None,
+    ) -> None:  # fmt: skip
         self.parts = bind(model).parts
+        self.terms = None if rectify is None else Terms(rectify, trace, self.parts)
         self.trace, self.seen = trace, seen
         self.length = inputs["input_ids"].shape[1]
         self.real = inputs["attention_mask"] != 0
@@ -199,6 +205,8 @@ class _Oracle:
                 seen = self._mask(own, view, layer, block, prefill)
                 kwargs["attention_mask"] = _in_form(seen, kwargs.get("attention_mask"), hidden)
             self._positions(kwargs, ids, layer, view, prefill)
+            if self.terms is not None and block.has_attention:
+                self.terms.add(number, view.columns, block, kwargs, seen, prefill, hidden.dtype)
             if args:
                 return (hidden, *args[1:]), kwargs
             kwargs["hidden_states"] = hidden

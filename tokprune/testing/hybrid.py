@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.engine.contracts import Rectify
 from tokprune.engine.positions import RotaryCall
 from tokprune.families import bind
 from tokprune.testing.generated import Entering, _Oracle, _View, forced_logits
@@ -31,6 +32,7 @@ def layer_by_layer(
     trace: PrefillTrace,
     continuation: Tensor,
     seen: Entering | None = None,
+    rectify: Rectify | None = None,
 ) -> Tensor:
     """What a compressed ``generate`` must give on such a model: logits [B, 1 + steps, V]; arguments
     as those of :func:`~tokprune.testing.generated.generated_oracle`."""
@@ -53,7 +55,7 @@ def layer_by_layer(
     steps = len(hidden) - 1
     states = torch.cat(hidden, dim=1)
     ids = torch.cat([c.ids.expand(*c.ids.shape[:-2], batch, -1) for c in calls], dim=-1)
-    checks = _Oracle(model, inputs, trace, seen)
+    checks = _Oracle(model, inputs, trace, seen, rectify)
     checks.native = ids[..., :length]
     views = [_View.of(layer, checks.segment, seen is not None) for layer in trace.layers]
     rows = []
@@ -80,7 +82,14 @@ def layer_by_layer(
                 seen_[prompt:, :prompt] &= torch.isin(view.columns[b], view.kept[b])
                 blocked = torch.finfo(x.dtype).min
                 mask = torch.zeros(1, 1, *seen_.shape).masked_fill(~seen_, blocked)
-                if parts.language_model.config._attn_implementation == "sdpa":
+                if (terms := checks.terms) is not None:
+                    mask[..., :prompt] += torch.tensor(terms.sizes(number, b)).log()
+                    if terms.rectify.distance and terms.changed(number, b):
+                        far = terms.distances(table, table)
+                        if not terms.rectify.distance_in_decode:
+                            far[:, prompt:] = 0
+                        mask += far
+                elif parts.language_model.config._attn_implementation == "sdpa":
                     mask = seen_[None, None]
             out = block.module(x, position_embeddings=table, attention_mask=mask)
             x = out[0] if isinstance(out, tuple) else out

@@ -37,7 +37,8 @@ class LayerTrace:
     prunes the cache, 0 without a cache). ``entries`` [B, n]: conversation column of everything
     that a compressed layer holds after the prefill, earlier turns included, −1 = padding; None for
     an ordinary cache layer or without a cache. ``next_position`` [B]: rotary position that the next
-    token gets in this layer.
+    token gets in this layer. ``size``: tokens that each stands for, where attention is rectified
+    (:class:`~tokprune.engine.contracts.Rectify`); None: 1 each.
     """
 
     column: Tensor
@@ -49,6 +50,7 @@ class LayerTrace:
     cached: list[int]
     entries: Tensor | None = None
     next_position: Tensor | None = None
+    size: Tensor | None = None
 
 
 @dataclass
@@ -240,7 +242,7 @@ class Trace:
         layers = [
             LayerTrace(
                 cache.users(v.column), v.slot, prefill.positions[n], v.segment, v.counts, v.lengths,
-                cache.lengths(n, v), cache.columns(n), cache.next_position(n, v, following),
+                cache.lengths(n, v), cache.columns(n), cache.next_position(n, v, following), v.size,
             )
             for n, v in enumerate(prefill.sequences)
         ]  # fmt: skip

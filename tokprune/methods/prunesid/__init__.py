@@ -104,7 +104,7 @@ class PruneSID(TileChooser):
 
     def plan(self, facts: ModelFacts) -> Plan:
         assert self.keep is not None
-        if facts.tower is None:
+        if facts.tower is None or self.anchors is not None:
             check_fits(self.keep, facts)
             return Plan(prompt=(AtInput(self),))
         tower = facts.need_tower(self.name)

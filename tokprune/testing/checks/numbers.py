@@ -84,7 +84,8 @@ def equals_oracle(
     handles = mask_tower(oracle, prefill)
     try:
         reference = layer_by_layer if is_hybrid(oracle) else generated_oracle
-        want = reference(oracle, inputs, prefill, continuation, seen if merged else None)
+        entering, rectify = seen if merged else None, case.method.rectify
+        want = reference(oracle, inputs, prefill, continuation, entering, rectify)
     finally:
         for handle in handles:
             handle.remove()
