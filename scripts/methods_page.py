@@ -26,8 +26,10 @@ from markers import put
 
 from tokprune.cli.fits import Fit, fits
 from tokprune.cli.known_models import facts_of, family_names
+from tokprune.engine.contracts import Rectify
 from tokprune.eval.published import load_paper, papers
 from tokprune.methods import Method, available_methods
+from tokprune.methods.anchors import Anchors
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
@@ -106,6 +108,10 @@ def main_table() -> str:
     return "\n".join([*lines, "", note])
 
 
+#: options that many methods have, and the tables of options that they take
+LIFTS = {"rectify": Rectify, "anchors": Anchors}
+
+
 def page() -> str:
     parts = [
         "# Methods",
@@ -114,28 +120,17 @@ def page() -> str:
         "Every method also has the option `video_unit`: what of a video is compressed as one "
         '(`"video"`, a number of frames, or `"frame"`).',
     ]
+    for name, kind in LIFTS.items():
+        parts += ["", f"## The option `{name}`", "", *_described(kind)]
     for name, cls in available_methods().items():
         parts += ["", f"## {name}", "", *section(name, cls)]
     return "\n".join(parts) + "\n"
 
 
 def section(name: str, cls: type[Method]) -> Iterator[str]:
-    text = inspect.cleandoc(cls.__doc__ or "")
-    body, _, source = text.partition("\n\nSource: ")
-    before, _, options = body.partition("\n\nArgs:\n")
-    options, _, behind = options.partition("\n\n")
     yield f"**{cls.__name__}** · {', '.join(cls.stages)} · written from: {cls.source}"
     yield ""
-    yield _markdown(before)
-    if options:
-        yield ""
-        yield from _options(options, cls)
-    if behind:
-        yield ""
-        yield _markdown(inspect.cleandoc(behind))
-    if source:
-        yield ""
-        yield f"Source: {_markdown(' '.join(source.split()))}"
+    yield from _described(cls)
     if cls.presets:
         yield ""
         yield "| published on | budget | options | where |"
@@ -153,7 +148,25 @@ def section(name: str, cls: type[Method]) -> Iterator[str]:
         yield f"{word} on {', '.join(own)}: {_markdown(why)}."
 
 
-def _options(text: str, cls: type[Method]) -> Iterator[str]:
+def _described(cls: type) -> Iterator[str]:
+    """What a docstring says: text, a table of the options, and the source."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    body, _, source = text.partition("\n\nSource: ")
+    before, _, options = body.partition("\n\nArgs:\n")
+    options, _, behind = options.partition("\n\n")
+    yield _markdown(before)
+    if options:
+        yield ""
+        yield from _options(options, cls)
+    if behind:
+        yield ""
+        yield _markdown(inspect.cleandoc(behind))
+    if source:
+        yield ""
+        yield f"Source: {_markdown(' '.join(source.split()))}"
+
+
+def _options(text: str, cls: type) -> Iterator[str]:
     defaults = {
         field.name: "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
         for field in dataclasses.fields(cls)

@@ -19,7 +19,7 @@ Prepare = Callable[[int], Callable[[], Any]]
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     """What is timed: a function of n that prepares inputs and returns the call to time."""
     from tokprune import operators as ops
-    from tokprune.operators import apet, coverage, mmtok, prumerge, prunesid, vispruner
+    from tokprune.operators import anchors, apet, coverage, mmtok, prumerge, prunesid, vispruner
     from tokprune.operators.diversity import divprune, k_center, max_sum
     from tokprune.operators.dpp import dpp_map
     from tokprune.operators.ficoco import soft_targets
@@ -55,6 +55,11 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
             return lambda: call(x, score, few(n))
 
         return prepare
+
+    def joined(n: int) -> Callable[[], Any]:
+        x = features(n)[None]
+        kept = torch.arange(0, n, SHARE, device=device)[None]
+        return lambda: anchors.nearest(x, kept)
 
     def matching(n: int) -> Callable[[], Any]:
         x = features(n, 64)[None]
@@ -116,6 +121,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "max_sum": on_features(lambda x, k: max_sum(x, k, first)),
         "dpp_map": on_features(dpp_map),
         "centred_geometry": on_features(lambda x, k: centred_geometry(x)),
+        "distinctive_anchors": on_features(anchors.distinctive_anchors),
+        "nearest": joined,
         "coverage": on_both(lambda x, s, k: coverage.coverage(x, k, s)),
         "multimodal_coverage": covered,
         "important_and_diverse": on_both(vispruner.important_and_diverse),

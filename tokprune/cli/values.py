@@ -29,13 +29,13 @@ class Dtype(str, Enum):
 
 
 def parse_list(option: str, text: str | None) -> list[str] | None:
-    """Parts of ``a,b,c``; commas in brackets, as in ``name:option=(1, 2)``, separate nothing. None
-    where the option is not used."""
+    """Parts of ``a,b,c``; commas in brackets of any kind, as in ``name:option=(1, 2)``, separate
+    nothing. None where the option is not used."""
     if text is None:
         return None
     parts, depth, start = [], 0, 0
     for at, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
+        depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
             parts.append(text[start:at].strip())
             start = at + 1

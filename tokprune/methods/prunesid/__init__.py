@@ -14,7 +14,8 @@ from tokprune.methods.base import Preset, check_fits
 from tokprune.methods.options import Seed
 from tokprune.methods.prunesid.tower import GroupStage
 from tokprune.methods.registry import register_method
-from tokprune.methods.tile_selector import AtInput, TileChooser, Tiles
+from tokprune.methods.tile_selector import TileChooser, Tiles
+from tokprune.methods.tile_stages import AtInput
 from tokprune.operators.prunesid import group_choice, principal_groups
 
 _CODE = "ZhengyaoFang/PruneSID; its randomised components cannot be repeated exactly"
