@@ -15,7 +15,14 @@ from tiny import BUILDERS, PATCHES, llava, make_inputs
 from torch import Tensor
 
 import tokprune
-from tokprune.engine.contracts import Attention, ImageTokens, ModelFacts, Plan, SequenceView
+from tokprune.engine.contracts import (
+    Attention,
+    ImageTokens,
+    ModelFacts,
+    Plan,
+    Rectify,
+    SequenceView,
+)
 from tokprune.methods import (
     DecoderScorer,
     FastV,
@@ -90,6 +97,7 @@ GOOD: dict[str, list[Any]] = {
     "text": ["any", 3],
     "several": [None, (1,), "no check knows this"],
     "video_unit": ["frame", "video", 3],
+    "rectify": [None, Rectify(distance=True)],
 }
 
 NAN = float("nan")

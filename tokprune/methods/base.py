@@ -171,14 +171,14 @@ class Method(ABC):
 
 
 def _configuration(method: Method) -> str:
-    """Class and options; those that every method has where they are not the default."""
-    everywhere = [f.name for f in dataclasses.fields(Method)]
+    """Class and options; those that are given by name alone, which many methods share, where they
+    are not the default."""
     shown = [f for f in dataclasses.fields(method) if f.repr]
-    shown.sort(key=lambda f: f.name in everywhere)
+    shown.sort(key=lambda f: f.kw_only)
     options = ", ".join(
         f"{f.name}={getattr(method, f.name)!r}"
         for f in shown
-        if f.name not in everywhere or getattr(method, f.name) != f.default
+        if not f.kw_only or getattr(method, f.name) != f.default
     )
     return f"{type(method).__qualname__}({options})"
 

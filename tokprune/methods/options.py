@@ -64,7 +64,7 @@ def check_range(value: Any, name: str, low: float, high: float, low_open: bool =
     """``low ≤ value ≤ high`` (``low_open``: strictly above), or a ValueError naming the option."""
     if not (is_number(value) and low <= value <= high) or (low_open and value == low):
         bracket = "(" if low_open else "["
-        raise ValueError(f"{name}={value!r} should be in {bracket}{low}, {high}]")
+        raise ValueError(f"{name}={value!r} should be in {bracket}{low:g}, {high:g}]")
 
 
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:

@@ -12,8 +12,6 @@ from tokprune.methods import Method, available_methods, make_method
 from tokprune.testing.case import Case
 from tokprune.testing.report import Fault
 
-_EVERYWHERE = {field.name for field in dataclasses.fields(Method)}
-
 #: the models that presets are published for, as they are
 _CLIP = TowerFacts(
     encoder_layers=24, feature_layer=22, grid=(24, 24), tokens_per_tile=576, has_cls=True,
@@ -102,8 +100,9 @@ def comes_back(method: Method) -> str:
             f"its own options make another method: {again!r} of {method!r}; __post_init__ should "
             "not change an option, or change it to what it takes itself"
         )
+    shared = {f.name for f in dataclasses.fields(cls) if f.kw_only}
     for name, value in options.items():
-        if name not in _EVERYWHERE and f"{name}={value!r}" not in repr(method):
+        if name not in shared and f"{name}={value!r}" not in repr(method):
             raise Fault(f"repr {method!r} does not show {name}={value!r}: it is the configuration")
     try:
         hash(method)
