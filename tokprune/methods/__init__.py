@@ -23,6 +23,7 @@ from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.priortr import PriorTR
 from tokprune.methods.prumerge import PruMerge
 from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.pyramiddrop import PyramidDrop
@@ -70,6 +71,7 @@ __all__ = [
     "PiToMe",
     "Pool",
     "Preset",
+    "PriorTR",
     "PromptScorer",
     "PromptSelector",
     "PruMerge",

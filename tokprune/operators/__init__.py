@@ -27,6 +27,7 @@ from tokprune.operators.mmtok import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
+from tokprune.operators.priortr import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *
