@@ -6,6 +6,7 @@ from tokprune.methods.base import Method, Preset
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.centerclip import CenterCLIP
 from tokprune.methods.clip_relevance import ClipRelevance
+from tokprune.methods.clse import CLSE
 from tokprune.methods.dart import DART
 from tokprune.methods.divprune import DivPrune
 from tokprune.methods.evs import EVS
@@ -42,6 +43,7 @@ from tokprune.methods.vispruner import VisPruner
 from tokprune.methods.vscan import VScan
 
 __all__ = [
+    "CLSE",
     "DART",
     "EVS",
     "M3",

@@ -42,7 +42,8 @@ class PriorTR(CacheCuttingScorer):
     image. Where fewer than two tokens of text follow that image, nothing behind the null row asks:
     the prompt keeps all its tokens, with a warning. A null row that has seen the question, because
     it stands before the image, tells nothing either; a prompt that looks like it (at most 8 tokens
-    of text after its last image, and more before) brings a warning as well.
+    of text after its last image, and more before) brings a warning as well. Where a decoder sees
+    its prompt both ways (PaliGemma), every row has seen the question.
 
     Args:
         keep: visual tokens per image after the cut (count), or fraction.

@@ -10,6 +10,7 @@ from tokprune.operators.attention import *
 from tokprune.operators.bipartite import *
 from tokprune.operators.budgets import *
 from tokprune.operators.cdpruner import *
+from tokprune.operators.clse import *
 from tokprune.operators.coverage import *
 from tokprune.operators.coverage import coverage as coverage_select
 from tokprune.operators.dart import *
