@@ -1,5 +1,5 @@
-"""CLSE: detail by a plain transform, the first cut against the model's own hidden states on the grids
-of its tiles, budgets, and what it refuses."""
+"""CLSE: detail by a plain transform, the first cut against the model's own hidden states on the
+grids of its tiles, budgets, and what it refuses."""
 
 from __future__ import annotations
 
