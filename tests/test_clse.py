@@ -22,6 +22,7 @@ from tokprune.operators import clse
 from tokprune.operators.clse import evolution, spectral
 from tokprune.testing import Case, tiny_family
 from tokprune.testing.families import BUILT_IN
+from tokprune.testing.grid_prompts import TYPED
 from tokprune.testing.oracle import compressed_logits, continuation_tokens
 
 SIZES = [(14, 40), (40, 14), (30, 22), (10, 72)]
@@ -156,7 +157,11 @@ def test_later_cuts_rank_by_attention_alone() -> None:
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("family", BUILT_IN)
+#: StableLM of transformers 4 computes its attention by itself
+RANKED = [family for family in BUILT_IN if TYPED or family != "llava-1.5/stablelm"]
+
+
+@pytest.mark.parametrize("family", RANKED)
 def test_every_token_on_a_grid_has_a_cell(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And every cell of the grids a token, of its own; so for videos."""
     tiny = tiny_family(family)
