@@ -20,12 +20,14 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     """What is timed: a function of n that prepares inputs and returns the call to time."""
     from tokprune import operators as ops
     from tokprune.operators import anchors, apet, coverage, mmtok, prumerge, prunesid, vispruner
+    from tokprune.operators.clse import evolution, spectral
     from tokprune.operators.diversity import divprune, k_center, max_sum
     from tokprune.operators.dpp import dpp_map
     from tokprune.operators.ficoco import soft_targets
     from tokprune.operators.geometry import centred_geometry
     from tokprune.operators.hiprune import anchors_and_registers
     from tokprune.operators.holov import select_by_crops
+    from tokprune.operators.priortr import prior_corrected
     from tokprune.operators.trim import keep_and_mean
     from tokprune.operators.v2drop import variation
     from tokprune.operators.vscan import grid_windows, merge_into, two_scans
@@ -110,6 +112,20 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         before, after = features(n)[None], features(n, seed=5)[None]
         return lambda: variation(before, after)
 
+    def detail(n: int) -> Callable[[], Any]:
+        side = math.isqrt(n)
+        x = features(side * (n // side))[None]
+        return lambda: spectral(x, (n // side, side))
+
+    def evolved(n: int) -> Callable[[], Any]:
+        before, after = scores(n), scores(n, 2)
+        return lambda: evolution(before, after)
+
+    def corrected(n: int) -> Callable[[], Any]:
+        question, prior = scores(n), scores(n, 2)
+        segment = torch.zeros(1, n, dtype=torch.long, device=device)
+        return lambda: prior_corrected(question, prior, segment)
+
     def softly(n: int) -> Callable[[], Any]:
         correlation = features(n // 14, n)[None].float()
         return lambda: soft_targets(correlation, None, 0.998, max(1, n // 500))
@@ -140,6 +156,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "apet.compress": on_features(lambda x, k: apet.compress(x, k)),
         "keep_and_mean": on_both(lambda x, s, k: keep_and_mean(x, s, k)),
         "variation": changed,
+        "spectral": detail,
+        "evolution": evolved,
+        "prior_corrected": corrected,
         "soft_targets": softly,
         "bipartite_soft_matching": matching,
         "MergePlan.apply": merged,

@@ -73,6 +73,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "transprune", {"keep": 4, "prune_before": (2, 3, 5), "transition_layers": (1, 2, 3, 4)},
     ),
     "v2drop": ("v2drop", {"keep": 4, "prune_before": (1, 2)}),
+    "priortr": ("priortr", {"keep": 4, "prune_before": 2}),
+    "priortr-caches": (
+        "priortr",
+        {"keep": 4, "prune_before": 3, "cut_earlier_caches": True, "positions": "compact"},
+    ),
+    "clse": ("clse", {"keep": 4, "prune_before": (1, 3)}),
+    "clse-caches": ("clse", {"keep": 4, "prune_before": (2, 3), "cut_earlier_caches": True}),
     "mustdrop": (
         "mustdrop", {"spatial": False, "key_rate": 0.0, "keep": 4, "prune_before": (2, 4)},
     ),
@@ -113,6 +120,8 @@ HYBRID: dict[str, dict[str, Any]] = {
     "sparsevlm": {"prune_before": (4,)},
     "transprune": {"prune_before": (3,), "transition_layers": (1, 2)},
     "mustdrop": {"prune_before": (4,)},
+    "priortr": {"prune_before": 4},
+    "clse": {"prune_before": (4,)},
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {

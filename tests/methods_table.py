@@ -185,6 +185,40 @@ PRUNING |= {
     ),
 }
 
+PRUNING |= {
+    "priortr": ("priortr", {"keep": 7, "prune_before": 3}),
+    "priortr-caches": (
+        "priortr",
+        {
+            "keep": 0.2,
+            "prune_before": (2, 4),
+            "queries": "but_last",
+            "heads": "max",
+            "cut_earlier_caches": True,
+            "positions": "compact",
+        },
+    ),
+    "priortr-threshold": (
+        "priortr",
+        {"keep": 0.6, "queries": "last", "score_threshold": 0.0, "cut_earlier_caches": True},
+    ),
+    "clse": ("clse", {"keep": (20, 0.3, 5), "prune_before": (1, 3, 6)}),
+    "clse-caches": (
+        "clse",
+        {
+            "keep": 4,
+            "prune_before": (1, 2, 5),
+            "first_cut": "clse",
+            "cutoff": 0.4,
+            "cut_earlier_caches": True,
+        },
+    ),
+    "clse-attention": (
+        "clse",
+        {"keep": 0.15, "prune_before": (2, 5), "first_cut": "attn", "positions": "compact"},
+    ),
+}
+
 #: clustering methods that keep medoids
 PRUNING |= {
     "centerclip": ("centerclip", {"keep": 11}),
@@ -324,7 +358,7 @@ ALL = {**PRUNING, **MERGING}
 
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
-ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "vispruner"}
+ALIKE = {"apet", "hired", "hiprune", "holov", "priortr", "prunesid", "scope", "vispruner"}
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
 

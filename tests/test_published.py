@@ -56,7 +56,7 @@ def test_every_file_is_of_the_schema() -> None:
              "flowcut": 106, "divprune": 91, "visionzip": 62, "sparsevlm": 83, "fastv": 45,
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
              "vtcbench": 16, "unattributed": 143, "vispruner": 118,
-             "scope": 117, "hiprune": 35, "prunesid": 67}  # fmt: skip
+             "scope": 117, "hiprune": 35, "prunesid": 67, "clse": 96, "priortr": 36}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -105,6 +105,9 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
         ("llava-1.5-7b", "sparsevlm", "with recycling", "96"): ("sparsevlm", "llava-1.5", 96),
         ("llava-1.5-7b", "dart", "DART", "64"): ("dart", "llava-1.5", 64),
         ("llava-next-7b", "dart", "DART", "320"): ("dart", "llava-next", 320),
+        ("llava-1.5-7b", "clse", "CLSE", "64"): ("clse", "llava-1.5", 64),
+        ("qwen2-vl-7b", "clse", "CLSE", "−77.8 %"): ("clse", "qwen2-vl", 0.223),
+        ("llava-1.5-7b", "priortr", "PriorTR", "128"): ("priortr", "llava-1.5", 128),
     }  # fmt: skip
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
@@ -192,6 +195,9 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("mustdrop", "abstract", "MustDrop", "compression ratio 92.2 %", "efficiency", {}, 88.5),
         ("trim", "GLaMM, in others' tables", "TRIM", "not stated", "refcoco", {}, 62.6),
         ("mmtok", "LLaVA-1.5-7B, few tokens", "MMTok", "4", "average", {}, 76.7),
+        ("clse", "LLaVA-1.5-7B", "CLSE", "128", "ocrbench", {}, 284),
+        ("clse", "Qwen2-VL-7B", "CLSE", "−88.9 %", "mme", {}, 2008),
+        ("priortr", "LLaVA-1.5-7B, average of 12", "PriorTR", "64", "average", {}, 94.5),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip

@@ -23,6 +23,7 @@ ADAPTIVE = {
     "flowcut": "tokens dropped per layer (entropy of the class attention)",
     "hired": "tokens of all crops (rounding='floor')",
     "mustdrop": "windows merged, tokens over the thresholds",
+    "priortr": "tokens above score_threshold",
     "prumerge": "outliers of every tile, with neither keep nor ratio",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
@@ -34,6 +35,8 @@ FIXED_SETTINGS = {
     "dart-norm",
     "hired",
     "mustdrop-fixed",
+    "priortr",
+    "priortr-caches",
     "prumerge",
     "prumerge-plus",
 } | {

@@ -6,6 +6,7 @@ from tokprune.methods.base import Method, Preset
 from tokprune.methods.cdpruner import CDPruner
 from tokprune.methods.centerclip import CenterCLIP
 from tokprune.methods.clip_relevance import ClipRelevance
+from tokprune.methods.clse import CLSE
 from tokprune.methods.dart import DART
 from tokprune.methods.divprune import DivPrune
 from tokprune.methods.evs import EVS
@@ -23,6 +24,7 @@ from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
+from tokprune.methods.priortr import PriorTR
 from tokprune.methods.prumerge import PruMerge
 from tokprune.methods.prunesid import PruneSID
 from tokprune.methods.pyramiddrop import PyramidDrop
@@ -41,6 +43,7 @@ from tokprune.methods.vispruner import VisPruner
 from tokprune.methods.vscan import VScan
 
 __all__ = [
+    "CLSE",
     "DART",
     "EVS",
     "M3",
@@ -70,6 +73,7 @@ __all__ = [
     "PiToMe",
     "Pool",
     "Preset",
+    "PriorTR",
     "PromptScorer",
     "PromptSelector",
     "PruMerge",

@@ -8,8 +8,8 @@ Papers name decoder layers of LLaVA-1.5-7B, which has 32. The rule, for every me
   relative depth: layer l of 32 becomes l · depth / 32, rounded, moved up where two would coincide
   and down where the last would not leave the layers behind it that the method needs; where there
   is no room for all steps, TransPrune takes a single one and the others their last ones;
-- K = 2 of FastV and DART means the first layers, not a depth: it stays in decoders of at least 8
-  layers, and is 1 in shorter ones, where two layers would be more than a quarter of the model;
+- K = 2 of FastV and DART, and 3 of PriorTR, means the first layers, not a depth: it stays where
+  these are at most a quarter of the model, and becomes a quarter, at least 1, in shorter ones;
 - FlowCut's layer 1 stays while at least as many layers follow as precede it, and moves to the
   middle otherwise;
 - ToDRE's check after ⌊7L/8⌋ of L layers is a relative depth by definition.
@@ -28,9 +28,10 @@ LEAST_DEPTH = 24
 _FIRST = 2
 
 
-def first_layers(decoder_layers: int) -> dict[str, Any]:
-    """``prune_before`` of a method whose published K = 2 means the first layers, not a depth."""
-    return {"prune_before": 1} if decoder_layers < 4 * _FIRST else {}
+def first_layers(decoder_layers: int, published: int = _FIRST) -> dict[str, Any]:
+    """``prune_before`` of a method whose published K means the first layers, not a depth."""
+    quarter = max(1, decoder_layers // 4)
+    return {"prune_before": quarter} if quarter < published else {}
 
 
 def last_steps(

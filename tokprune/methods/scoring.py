@@ -224,13 +224,13 @@ class ScorerRun(DecoderRun):
         self.score: Tensor | None = None
 
     def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
-        if self._counts(layer + 1, sequence) != sequence.counts:
+        if self.counts(layer + 1, sequence) != sequence.counts:
             self.score = self.method.score(attention, sequence)
 
     def before_layer(
         self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
     ) -> KeepDecision | None:
-        counts = self._counts(layer, sequence)
+        counts = self.counts(layer, sequence)
         if counts == sequence.counts:
             return None
         if self.method.attention_of == "next layer":
@@ -240,6 +240,7 @@ class ScorerRun(DecoderRun):
             self.score, counts, sequence, self.method.new_positions, self.method.ranked_together
         )
 
-    def _counts(self, layer: int, sequence: SequenceView) -> list[list[int]]:
+    def counts(self, layer: int, sequence: SequenceView) -> list[list[int]]:
+        """Tokens of every image that stay before a layer; host."""
         step = self.method.steps.index(layer)
         return sequence.counts_after(lambda tokens: self.method.count(step, tokens))

@@ -10,6 +10,7 @@ from tokprune.operators.attention import *
 from tokprune.operators.bipartite import *
 from tokprune.operators.budgets import *
 from tokprune.operators.cdpruner import *
+from tokprune.operators.clse import *
 from tokprune.operators.coverage import *
 from tokprune.operators.coverage import coverage as coverage_select
 from tokprune.operators.dart import *
@@ -27,6 +28,7 @@ from tokprune.operators.mmtok import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
+from tokprune.operators.priortr import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *

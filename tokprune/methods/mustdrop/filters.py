@@ -19,6 +19,7 @@ from tokprune.engine.contracts import (
     ScoringLayer,
     SequenceView,
 )
+from tokprune.methods.earlier_caches import keep_last_survivors
 from tokprune.operators.mustdrop import filter_score, text_attention
 from tokprune.operators.topk import rank
 
@@ -125,20 +126,12 @@ class FilterRun(DecoderRun):
 
     def after_prefill(self, sequences: Sequence[SequenceView]) -> CachePolicy | None:
         """Layers between the first filter and the last keep what is alive at the end."""
-        steps, final = self.method.steps, sequences[-1]
+        steps = self.method.steps
         counted = self.method.counts_cache
         end = max((layer for layer, _ in self.drops), default=0)
         if counted and self.method.new_positions == "preserve":
             end = max(steps)  # the number of entries is another position even without a drop
         if not end:
             return None
-        policy = CachePolicy(continue_positions=not counted)
-        by_layer = dict(self.drops)
-        arange = torch.arange(final.column.shape[1], device=final.column.device)
-        place = arange.expand(final.column.shape)
-        for layer in range(end - 1, min(steps) - 2, -1):
-            if (index := by_layer.get(layer + 1)) is not None:
-                place = index.gather(1, place.to(index.device))
-            policy.index[layer] = place.masked_fill(~final.valid.to(place.device), -1)
-            policy.lengths[layer] = final.lengths
-        return policy
+        layers = range(min(steps) - 1, end)
+        return keep_last_survivors(layers, self.drops, sequences, not counted)
