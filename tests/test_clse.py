@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import cmath
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,10 +13,9 @@ from tiny import VIDEO_BUILDERS, llava, llava_next, make_inputs
 from torch import Tensor
 
 import tokprune
-from tokprune.engine.contracts import ImageTokens
 from tokprune.errors import CompositionError
 from tokprune.methods import CLSE
-from tokprune.methods.clse_stage import CLSERun, WholeGrids
+from tokprune.methods.clse_stage import CLSERun
 from tokprune.operators import clse
 from tokprune.operators.clse import evolution, spectral
 from tokprune.testing import Case, tiny_family
@@ -181,7 +179,7 @@ def test_every_token_on_a_grid_has_a_cell(family: str, monkeypatch: pytest.Monke
         with case.compress() as trace, torch.no_grad():
             model(**case.inputs())
         images, cells = trace.last.images, 0
-        for own in runs.pop().images:
+        for own in runs.pop().grids or []:
             for number, column in zip(own.numbers, own.column):
                 entered = images[number].entered
                 assert column.sort().values.tolist() == entered.column[entered.row >= 0].tolist()
@@ -205,24 +203,27 @@ def test_frames_share_their_statistics(family: str) -> None:
     assert left[0].column.tolist() != left[1].column.tolist()
 
 
-def test_forwards_in_other_threads_do_not_mix() -> None:
-    """Each starts the run of the images that it has seen, once."""
-    stage = WholeGrids(CLSE(5))
-    stage.select([image(3)])
-    with ThreadPoolExecutor(1) as other:
-        other.submit(stage.select, [image(2), image(2)]).result()
-        assert [own.numbers for own in other.submit(stage.take).result()] == [[0, 1]]
-    (own,) = stage.take()
-    assert (own.numbers, own.runs) == ([0], (((3, 3), 0, 9),))
-    assert stage.take() == []
-
-
-def image(side: int) -> ImageTokens:
-    cell = torch.arange(side * side)
-    return ImageTokens(
-        torch.zeros(side * side, 2), torch.zeros_like(cell), cell // side, cell % side, cell + 4,
-        torch.zeros(side * side, dtype=torch.bool), side * side, 1, (side, side), side * side,
-    )  # fmt: skip
+def test_embeddings_alone_say_nothing_of_grids() -> None:
+    model = llava()
+    inputs = make_inputs(model, [[4, "image", 6]])
+    visual = inputs["input_ids"] == model.config.image_token_id
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"].clamp(max=90))
+    options: dict[str, Any] = {"keep": 5, "prune_before": (1, 2)}
+    with (
+        tokprune.visual_positions(visual),
+        tokprune.compress(model, CLSE(**options)),
+        pytest.raises(ValueError, match="pass input_ids and pixel_values instead, or first_cut="),
+    ):
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    with (
+        tokprune.visual_positions(visual),
+        tokprune.compress(model, CLSE(**options, first_cut="attn")) as trace,
+        torch.no_grad(),
+    ):
+        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    assert trace.last is not None
+    assert trace.last.layers[-1].counts == [[5]]
 
 
 def test_caches_of_all_layers_hold_the_last_budget() -> None:
@@ -243,15 +244,14 @@ def test_behind_other_methods() -> None:
     inputs = make_inputs(model, [[4, "image", 6]])
     options: dict[str, Any] = {"keep": 5, "prune_before": (1, 2)}
     divprune = tokprune.methods.DivPrune(9)
-    with pytest.raises(CompositionError, match="DivPrune and CLSE both select after the projector"):
-        tokprune.patch(model, tokprune.compose(divprune, CLSE(**options)))
     pitome = tokprune.methods.PiToMe(12)
-    words = r"compares whole images, and 12 of the 36 tokens .* first_cut='attn' it ranks"
-    with (
-        tokprune.compress(model, tokprune.compose(pitome, CLSE(**options))),
-        pytest.raises(CompositionError, match=words),
-    ):
-        model(**inputs)
+    for before, left in ((divprune, 9), (pitome, 12)):
+        words = f"compares whole images, and {left} of the 36 tokens .* first_cut='attn' it ranks"
+        with (
+            tokprune.compress(model, tokprune.compose(before, CLSE(**options))),
+            pytest.raises(CompositionError, match=words),
+        ):
+            model(**inputs)
     for before in (divprune, pitome):
         method = tokprune.compose(before, CLSE(**options, first_cut="attn"))
         with tokprune.compress(model, method) as trace, torch.no_grad():

@@ -315,6 +315,9 @@ class Session:
             self.family.attention_ahead, drop, self.family.deep(kwargs, first), layout.guesses,
             self.plan.rectify,
         )  # fmt: skip
+        if state.entered is not None:
+            for run in state.prefill.runs:
+                run.images(state.entered)
         hand_over(module, kwargs, self._current)
         return args, kwargs
 

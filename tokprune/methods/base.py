@@ -174,7 +174,7 @@ def _configuration(method: Method) -> str:
     """Class and options; those that are given by name alone, which many methods share, where they
     are not the default."""
     shown = [f for f in dataclasses.fields(method) if f.repr]
-    shown.sort(key=lambda f: f.kw_only)
+    shown.sort(key=lambda f: bool(f.kw_only))
     options = ", ".join(
         f"{f.name}={getattr(method, f.name)!r}"
         for f in shown

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.engine.contracts import Attention, ModelFacts, Plan, SequenceView
 from tokprune.methods.base import Preset, resolve_keep
-from tokprune.methods.clse_stage import CLSEStage, WholeGrids
+from tokprune.methods.clse_stage import CLSEStage
 from tokprune.methods.depth import last_steps
 from tokprune.methods.earlier_caches import CacheCuttingScorer
 from tokprune.methods.options import PruneBefore, Range
@@ -95,8 +95,7 @@ class CLSE(CacheCuttingScorer):
         if self.first_cut == "attn":
             return super().plan(facts)
         super().plan(facts)  # refuses what does not fit
-        grids = WholeGrids(self)
-        return Plan(prompt=(grids,), decoder=(CLSEStage(self, facts, grids),))
+        return Plan(decoder=(CLSEStage(self, facts),))
 
     def count(self, step: int, tokens: int) -> int:
         if isinstance(self.keep, Sequence) or len(self.steps) != len(_PUBLISHED) or not tokens:

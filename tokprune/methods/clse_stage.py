@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,9 +14,7 @@ from tokprune.engine.contracts import (
     ImageTokens,
     KeepDecision,
     ModelFacts,
-    PromptStage,
     ScoringLayer,
-    Selection,
     SequenceView,
 )
 from tokprune.errors import CompositionError
@@ -41,34 +38,25 @@ class AlikeImages:
     column: Tensor
 
 
-class WholeGrids(PromptStage):
-    """Looks where the tokens of the images stand, and leaves all of them. What it has seen waits
-    for the decoder run of the same forward, which starts next in the same thread."""
+def whole_grids(images: Sequence[ImageTokens]) -> list[AlikeImages]:
+    """Where the tokens of the images stand.
 
-    def __init__(self, method: CLSE) -> None:
-        self.positions = method.new_positions
-        self._thread = threading.local()
-
-    def select(self, images: Sequence[ImageTokens]) -> list[Selection | None]:
-        alike: dict[tuple[tuple[Window, ...], int], list[int]] = {}
-        for number, image in enumerate(images):
-            if image.count != image.original:
-                raise CompositionError(
-                    f"CLSE's first cut compares whole images, and {image.count} of the "
-                    f"{image.original} tokens of one have come from another method; with "
-                    "first_cut='attn' it ranks by attention alone, and works on any"
-                )
-            alike.setdefault((tuple(image.windows()), image.count), []).append(number)
-        self._thread.seen = [
-            _alike(numbers, [images[n] for n in numbers], windows)
-            for (windows, _), numbers in alike.items()
-        ]
-        return [None] * len(images)
-
-    def take(self) -> list[AlikeImages]:
-        """What was seen, once."""
-        seen: list[AlikeImages] = self._thread.__dict__.pop("seen", [])
-        return seen
+    Raises:
+        CompositionError: another method has dropped or merged some of them.
+    """
+    alike: dict[tuple[tuple[Window, ...], int], list[int]] = {}
+    for number, image in enumerate(images):
+        if image.count != image.original:
+            raise CompositionError(
+                f"CLSE's first cut compares whole images, and {image.count} of the "
+                f"{image.original} tokens of one have come from another method; with "
+                "first_cut='attn' it ranks by attention alone, and works on any"
+            )
+        alike.setdefault((tuple(image.windows()), image.count), []).append(number)
+    return [
+        _alike(numbers, [images[n] for n in numbers], windows)
+        for (windows, _), numbers in alike.items()
+    ]
 
 
 def _alike(
@@ -99,26 +87,30 @@ def _alike(
 class CLSEStage(CacheCuttingStage):
     method: CLSE
 
-    def __init__(self, method: CLSE, facts: ModelFacts, grids: WholeGrids) -> None:
+    def __init__(self, method: CLSE, facts: ModelFacts) -> None:
         super().__init__(method, facts)
-        self.grids, first = grids, method.steps[0]
+        first = method.steps[0]
         # what enters the layer before the first cut is looked at, too
         self.prune_before = frozenset({*method.steps, first - 1})
         if method.first_cut == "clse":
             self.taps -= {first - 1}
 
     def start(self) -> CLSERun:
-        return CLSERun(self.method, self.cached, self.grids.take())
+        return CLSERun(self.method, self.cached)
 
 
 class CLSERun(CacheCuttingRun):
     method: CLSE
 
-    def __init__(self, method: CLSE, cached: frozenset[int], images: list[AlikeImages]) -> None:
+    def __init__(self, method: CLSE, cached: frozenset[int]) -> None:
         super().__init__(method, cached)
-        self.images = images
+        #: None: nobody said where the images stand
+        self.grids: list[AlikeImages] | None = None
         #: of each group of images, [k, n]: detail of what entered the layer before the first cut
         self.detail: list[Tensor] = []
+
+    def images(self, images: Sequence[ImageTokens]) -> None:
+        self.grids = whole_grids(images)
 
     def before_layer(
         self, layer: int, hidden: Tensor, sequence: SequenceView, scoring: ScoringLayer
@@ -135,8 +127,13 @@ class CLSERun(CacheCuttingRun):
 
     def _detail(self, hidden: Tensor, sequence: SequenceView) -> list[Tensor]:
         """High spatial frequencies of every image's tokens."""
+        if self.grids is None:
+            raise ValueError(
+                "inputs_embeds: CLSE's first cut filters images on their grids, and embeddings say "
+                "nothing of these; pass input_ids and pixel_values instead, or first_cut='attn'"
+            )
         found = []
-        for own in self.images:
+        for own in self.grids:
             place = self._places(own, sequence).to(hidden.device)
             cells = hidden.flatten(0, 1)[place.clamp(min=0)].masked_fill(place[..., None] < 0, 0)
             parts = [
@@ -150,7 +147,7 @@ class CLSERun(CacheCuttingRun):
         """[B, L] how much the detail has changed; ½ outside the grids."""
         device = sequence.column.device
         factor = torch.full((sequence.column.numel() + 1,), 0.5, device=device)
-        for own, old, new in zip(self.images, self.detail, after):
+        for own, old, new in zip(self.grids or [], self.detail, after):
             value = evolution(old.to(new.device), new, self.method.temperature).to(device)
             factor[self._places(own, sequence).to(device).flatten()] = value.flatten()
         return factor[:-1].view_as(sequence.column)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts.attention import Attention
+from tokprune.engine.contracts.prompt import ImageTokens
 from tokprune.engine.contracts.vision import Positions
 from tokprune.operators.topk import segment_topk
 
@@ -200,6 +201,11 @@ class ScoringLayer(ABC):
 
 class DecoderRun:
     """One prefill through the decoder. All hooks default to doing nothing."""
+
+    def images(self, images: Sequence[ImageTokens]) -> None:
+        """Before the first layer: what stands in the prompts, in reading order, and on which cells,
+        as it enters the decoder, without features. Not called where a prompt came as embeddings of
+        which only the places of visual tokens are known."""
 
     def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
         """Called right after the attention of a tapped layer."""
