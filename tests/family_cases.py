@@ -67,6 +67,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "transprune", {"keep": 4, "prune_before": (2, 3, 5), "transition_layers": (1, 2, 3, 4)},
     ),
     "v2drop": ("v2drop", {"keep": 4, "prune_before": (1, 2)}),
+    "sieve": ("sieve", {"keep": 4, "prune_before": 2, "heads": 2}),
     "mustdrop": (
         "mustdrop", {"spatial": False, "key_rate": 0.0, "keep": 4, "prune_before": (2, 4)},
     ),
@@ -103,6 +104,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 HYBRID: dict[str, dict[str, Any]] = {
     "fastv": {"prune_before": 4},
     "dart": {"prune_before": 4},
+    "sieve": {"prune_before": 4},
     "pyramiddrop": {"prune_before": (3, 7)},
     "sparsevlm": {"prune_before": (4,)},
     "transprune": {"prune_before": (3,), "transition_layers": (1, 2)},

@@ -142,6 +142,18 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "sparsevlm",
         {"keep": None, "prune_before": (2, 4), "recycle": 0, "rank_scale": 1.5},
     ),
+    "sieve": ("sieve", {"keep": 7}),
+    "sieve-schedule": (
+        "sieve",
+        {
+            "keep": (0.5, 6),
+            "prune_before": (2, 5),
+            "heads": 2,
+            "energy": 0.9,
+            "window": 3,
+            "positions": "compact",
+        },
+    ),
     "v2drop": ("v2drop", {"prune_before": (2, 3, 6), "ratios": (0.6, 0.5, 0.0)}),
     "v2drop-none-left": (
         "v2drop",
@@ -324,7 +336,7 @@ ALL = {**PRUNING, **MERGING}
 
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
-ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "vispruner"}
+ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "sieve", "vispruner"}
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
 

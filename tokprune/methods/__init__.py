@@ -30,6 +30,7 @@ from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
 from tokprune.methods.scope import SCOPE
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
+from tokprune.methods.sieve import SIEVE
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
@@ -45,6 +46,7 @@ __all__ = [
     "EVS",
     "M3",
     "SCOPE",
+    "SIEVE",
     "TRIM",
     "ApET",
     "AtLeast",

@@ -30,6 +30,7 @@ from tokprune.operators.pooling import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *
+from tokprune.operators.sieve import *
 from tokprune.operators.sparsevlm import *
 from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *
