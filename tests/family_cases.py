@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "cdpruner": ("cdpruner", {"keep": 5}),
     "cdpruner-text": ("cdpruner", {"keep": 5, "relevance": "text"}),
     "mmtok": ("mmtok", {"keep": 5}),
+    "msdg": ("msdg", {"keep": 5, "groups": 3}),
     "centerclip": ("centerclip", {"keep": 4}),
     "centerclip-encoder": ("centerclip", {"keep": 4, "place": "encoder"}),
     "centerclip-projector": ("centerclip", {"keep": 4, "place": "projector"}),
@@ -112,8 +113,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {
-    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "mustdrop", "pitome", "tome",
-    "todre", "visionzip",
+    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "msdg", "mustdrop", "pitome",
+    "tome", "todre", "visionzip",
 }  # fmt: skip
 #: cases of methods that drop of videos alone
 OF_VIDEOS = {"evs"}

@@ -195,6 +195,17 @@ PRUNING |= {
         "mmtok",
         {"keep": 0.2, "scope": "image", "similarity": "projected", "positions": "preserve"},
     ),
+    "msdg": ("msdg", {"keep": 10, "groups": 4}),
+    "msdg-sinks": (
+        "msdg",
+        {
+            "keep": 0.3,
+            "layers": (1, 4, 2, 3),
+            "sink": (2, 3, 1.0),
+            "seed": 5,
+            "positions": "preserve",
+        },
+    ),
 }
 
 #: clustering methods that keep medoids
@@ -336,7 +347,17 @@ ALL = {**PRUNING, **MERGING}
 
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
-ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "sieve", "vispruner"}
+ALIKE = {
+    "apet",
+    "hired",
+    "hiprune",
+    "holov",
+    "msdg",
+    "prunesid",
+    "scope",
+    "sieve",
+    "vispruner",
+}
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
 

@@ -19,6 +19,7 @@ from tokprune.methods.hired import HiRED
 from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mmtok import MMTok, QuestionWords
+from tokprune.methods.msdg import MSDG
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
@@ -45,6 +46,7 @@ __all__ = [
     "DART",
     "EVS",
     "M3",
+    "MSDG",
     "SCOPE",
     "SIEVE",
     "TRIM",

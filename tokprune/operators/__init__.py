@@ -24,6 +24,7 @@ from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mmtok import *
+from tokprune.operators.msdg import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
