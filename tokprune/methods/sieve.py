@@ -58,7 +58,7 @@ class SIEVE(DecoderScorer):
 
     heads: Annotated[int, AtLeast(1)] = 12
     energy: Annotated[float, Range(0, 1, low_open=True)] = 0.75
-    eps: Annotated[float, Range(0, low_open=True)] = 1e-6
+    eps: Annotated[float, Range(0, 1e6, low_open=True)] = 1e-6
     window: Annotated[int, AtLeast(1)] | None = None
 
     @classmethod

@@ -112,8 +112,8 @@ def text_residual(
     values = values.clamp(min=0)
     falling = values.flip(-1)
     reached = falling.cumsum(-1)
-    last = (reached < energy * reached[:, -1:]).sum(-1, keepdim=True)
-    ridge = falling.gather(1, last) + eps
+    last = (reached < float(energy) * reached[:, -1:]).sum(-1, keepdim=True)
+    ridge = falling.gather(1, last) + float(eps)
     weights = (own @ spread.mT) @ (vectors / (values + ridge)[:, None]) @ vectors.mT
     residual = own - weights @ spread
     length = own.norm(dim=-1)
