@@ -26,6 +26,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     from tokprune.operators.geometry import centred_geometry
     from tokprune.operators.hiprune import anchors_and_registers
     from tokprune.operators.holov import select_by_crops
+    from tokprune.operators.msdg import salient_of_groups
+    from tokprune.operators.sieve import text_residual, unexplained_and_diverse
     from tokprune.operators.trim import keep_and_mean
     from tokprune.operators.v2drop import variation
     from tokprune.operators.vscan import grid_windows, merge_into, two_scans
@@ -105,6 +107,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         before, after = features(n)[None], features(n, seed=5)[None]
         return lambda: variation(before, after)
 
+    def residual(n: int) -> Callable[[], Any]:
+        x, text = features(n)[None], features(TEXT, seed=6)[None]
+        return lambda: text_residual(x, text)
+
     def softly(n: int) -> Callable[[], Any]:
         correlation = features(n // 14, n)[None].float()
         return lambda: soft_targets(correlation, None, 0.998, max(1, n // 500))
@@ -133,6 +139,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "apet.compress": on_features(lambda x, k: apet.compress(x, k)),
         "keep_and_mean": on_both(lambda x, s, k: keep_and_mean(x, s, k)),
         "variation": changed,
+        "text_residual": residual,
+        "unexplained_and_diverse": on_both(lambda x, s, k: unexplained_and_diverse(x, s, s, k)),
+        "salient_of_groups": on_both(lambda x, s, k: salient_of_groups(x, s, k)),
         "soft_targets": softly,
         "bipartite_soft_matching": matching,
         "MergePlan.apply": merged,

@@ -56,7 +56,7 @@ def test_every_file_is_of_the_schema() -> None:
              "flowcut": 106, "divprune": 91, "visionzip": 62, "sparsevlm": 83, "fastv": 45,
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
              "vtcbench": 16, "unattributed": 143, "vispruner": 118,
-             "scope": 117, "hiprune": 35, "prunesid": 67}  # fmt: skip
+             "scope": 117, "hiprune": 35, "prunesid": 67, "sieve": 88, "msdg": 114}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -105,6 +105,7 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
         ("llava-1.5-7b", "sparsevlm", "with recycling", "96"): ("sparsevlm", "llava-1.5", 96),
         ("llava-1.5-7b", "dart", "DART", "64"): ("dart", "llava-1.5", 64),
         ("llava-next-7b", "dart", "DART", "320"): ("dart", "llava-next", 320),
+        ("llava-1.5-7b", "msdg", "MSDG-Prune", "128"): ("msdg", "llava-1.5", 128),
     }  # fmt: skip
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
@@ -122,6 +123,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("flowcut", "FlowCut", "64"),
         *(("scope", "SCOPE", budget) for budget in ("128", "64", "32", "640", "320", "160")),
         ("todre", "ToDRE", "25 %", "13B"), ("transprune", "PDrop (low)", "low"),  # as printed
+        ("sieve", "SIEVE", "128"),
     }  # fmt: skip
     checked = 0
     for average in ROWS:
@@ -192,6 +194,13 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("mustdrop", "abstract", "MustDrop", "compression ratio 92.2 %", "efficiency", {}, 88.5),
         ("trim", "GLaMM, in others' tables", "TRIM", "not stated", "refcoco", {}, 62.6),
         ("mmtok", "LLaVA-1.5-7B, few tokens", "MMTok", "4", "average", {}, 76.7),
+        ("sieve", "LLaVA-1.5-7B", "SIEVE", "64", "mme", {}, 1740),
+        ("sieve", "Qwen2.5-VL-7B", "SIEVE", "22.2 %", "mmbench_cn", {}, 80.2),
+        ("sieve", "time", "random", "not stated", "efficiency",
+         {"metric": "prefill time"}, 7 * 60 + 20),
+        ("msdg", "LLaVA-1.5-7B", "MSDG-Prune", "192", "vizwiz_vqa", {}, 55.0),
+        ("msdg", "Qwen2.5-VL-7B", "MSDG-Prune", "11.1 %", "hrbench8k", {}, 59.0),
+        ("msdg", "ablation", "sinks kept", "22.2 %", "average", {}, 96.5),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip
