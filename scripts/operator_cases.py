@@ -27,7 +27,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     from tokprune.operators.geometry import centred_geometry
     from tokprune.operators.hiprune import anchors_and_registers
     from tokprune.operators.holov import select_by_crops
+    from tokprune.operators.msdg import salient_of_groups
     from tokprune.operators.priortr import prior_corrected
+    from tokprune.operators.sieve import text_residual, unexplained_and_diverse
     from tokprune.operators.trim import keep_and_mean
     from tokprune.operators.v2drop import variation
     from tokprune.operators.vscan import grid_windows, merge_into, two_scans
@@ -126,6 +128,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         segment = torch.zeros(1, n, dtype=torch.long, device=device)
         return lambda: prior_corrected(question, prior, segment)
 
+    def residual(n: int) -> Callable[[], Any]:
+        x, text = features(n)[None], features(TEXT, seed=6)[None]
+        return lambda: text_residual(x, text)
+
     def softly(n: int) -> Callable[[], Any]:
         correlation = features(n // 14, n)[None].float()
         return lambda: soft_targets(correlation, None, 0.998, max(1, n // 500))
@@ -159,6 +165,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "spectral": detail,
         "evolution": evolved,
         "prior_corrected": corrected,
+        "text_residual": residual,
+        "unexplained_and_diverse": on_both(lambda x, s, k: unexplained_and_diverse(x, s, s, k)),
+        "salient_of_groups": on_both(lambda x, s, k: salient_of_groups(x, s, k)),
         "soft_targets": softly,
         "bipartite_soft_matching": matching,
         "MergePlan.apply": merged,

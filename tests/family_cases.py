@@ -43,6 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "cdpruner": ("cdpruner", {"keep": 5}),
     "cdpruner-text": ("cdpruner", {"keep": 5, "relevance": "text"}),
     "mmtok": ("mmtok", {"keep": 5}),
+    "msdg": ("msdg", {"keep": 5, "groups": 3}),
     "centerclip": ("centerclip", {"keep": 4}),
     "centerclip-encoder": ("centerclip", {"keep": 4, "place": "encoder"}),
     "centerclip-projector": ("centerclip", {"keep": 4, "place": "projector"}),
@@ -80,6 +81,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "clse": ("clse", {"keep": 4, "prune_before": (1, 3)}),
     "clse-caches": ("clse", {"keep": 4, "prune_before": (2, 3), "cut_earlier_caches": True}),
+    "sieve": ("sieve", {"keep": 4, "prune_before": 2, "heads": 2}),
     "mustdrop": (
         "mustdrop", {"spatial": False, "key_rate": 0.0, "keep": 4, "prune_before": (2, 4)},
     ),
@@ -116,6 +118,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 HYBRID: dict[str, dict[str, Any]] = {
     "fastv": {"prune_before": 4},
     "dart": {"prune_before": 4},
+    "sieve": {"prune_before": 4},
     "pyramiddrop": {"prune_before": (3, 7)},
     "sparsevlm": {"prune_before": (4,)},
     "transprune": {"prune_before": (3,), "transition_layers": (1, 2)},
@@ -125,8 +128,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {
-    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "mustdrop", "pitome", "tome",
-    "todre", "visionzip",
+    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "msdg", "mustdrop", "pitome",
+    "tome", "todre", "visionzip",
 }  # fmt: skip
 #: cases of methods that drop of videos alone
 OF_VIDEOS = {"evs"}

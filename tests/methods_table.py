@@ -142,6 +142,18 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "sparsevlm",
         {"keep": None, "prune_before": (2, 4), "recycle": 0, "rank_scale": 1.5},
     ),
+    "sieve": ("sieve", {"keep": 7}),
+    "sieve-schedule": (
+        "sieve",
+        {
+            "keep": (0.5, 6),
+            "prune_before": (2, 5),
+            "heads": 2,
+            "energy": 0.9,
+            "window": 3,
+            "positions": "compact",
+        },
+    ),
     "v2drop": ("v2drop", {"prune_before": (2, 3, 6), "ratios": (0.6, 0.5, 0.0)}),
     "v2drop-none-left": (
         "v2drop",
@@ -182,6 +194,17 @@ PRUNING |= {
     "mmtok-image": (
         "mmtok",
         {"keep": 0.2, "scope": "image", "similarity": "projected", "positions": "preserve"},
+    ),
+    "msdg": ("msdg", {"keep": 10, "groups": 4}),
+    "msdg-sinks": (
+        "msdg",
+        {
+            "keep": 0.3,
+            "layers": (1, 4, 2, 3),
+            "sink": (2, 3, 1.0),
+            "seed": 5,
+            "positions": "preserve",
+        },
     ),
 }
 
@@ -358,7 +381,10 @@ ALL = {**PRUNING, **MERGING}
 
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
-ALIKE = {"apet", "hired", "hiprune", "holov", "priortr", "prunesid", "scope", "vispruner"}
+ALIKE = {
+    "apet", "hired", "hiprune", "holov", "msdg", "priortr", "prunesid", "scope", "sieve",
+    "vispruner",
+}  # fmt: skip
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
 

@@ -56,7 +56,8 @@ def test_every_file_is_of_the_schema() -> None:
              "flowcut": 106, "divprune": 91, "visionzip": 62, "sparsevlm": 83, "fastv": 45,
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
              "vtcbench": 16, "unattributed": 143, "vispruner": 118,
-             "scope": 117, "hiprune": 35, "prunesid": 67, "clse": 96, "priortr": 36}  # fmt: skip
+             "scope": 117, "hiprune": 35, "prunesid": 67, "clse": 96, "priortr": 36,
+             "sieve": 88, "msdg": 114}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -125,6 +126,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("flowcut", "FlowCut", "64"),
         *(("scope", "SCOPE", budget) for budget in ("128", "64", "32", "640", "320", "160")),
         ("todre", "ToDRE", "25 %", "13B"), ("transprune", "PDrop (low)", "low"),  # as printed
+        ("sieve", "SIEVE", "128"),
     }  # fmt: skip
     checked = 0
     for average in ROWS:
@@ -198,6 +200,13 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("clse", "LLaVA-1.5-7B", "CLSE", "128", "ocrbench", {}, 284),
         ("clse", "Qwen2-VL-7B", "CLSE", "−88.9 %", "mme", {}, 2008),
         ("priortr", "LLaVA-1.5-7B, average of 12", "PriorTR", "64", "average", {}, 94.5),
+        ("sieve", "LLaVA-1.5-7B", "SIEVE", "64", "mme", {}, 1740),
+        ("sieve", "Qwen2.5-VL-7B", "SIEVE", "22.2 %", "mmbench_cn", {}, 80.2),
+        ("sieve", "time", "random", "not stated", "efficiency",
+         {"metric": "prefill time"}, 7 * 60 + 20),
+        ("msdg", "LLaVA-1.5-7B", "MSDG-Prune", "192", "vizwiz_vqa", {}, 55.0),
+        ("msdg", "Qwen2.5-VL-7B", "MSDG-Prune", "11.1 %", "hrbench8k", {}, 59.0),
+        ("msdg", "ablation", "sinks kept", "22.2 %", "average", {}, 96.5),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip

@@ -20,6 +20,7 @@ from tokprune.methods.hired import HiRED
 from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mmtok import MMTok, QuestionWords
+from tokprune.methods.msdg import MSDG
 from tokprune.methods.mustdrop import MustDrop
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
@@ -32,6 +33,7 @@ from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
 from tokprune.methods.scope import SCOPE
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
+from tokprune.methods.sieve import SIEVE
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
@@ -47,7 +49,9 @@ __all__ = [
     "DART",
     "EVS",
     "M3",
+    "MSDG",
     "SCOPE",
+    "SIEVE",
     "TRIM",
     "ApET",
     "AtLeast",

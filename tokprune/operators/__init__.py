@@ -25,6 +25,7 @@ from tokprune.operators.holov import *
 from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mmtok import *
+from tokprune.operators.msdg import *
 from tokprune.operators.mustdrop import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
@@ -32,6 +33,7 @@ from tokprune.operators.priortr import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
 from tokprune.operators.segments import *
+from tokprune.operators.sieve import *
 from tokprune.operators.sparsevlm import *
 from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *

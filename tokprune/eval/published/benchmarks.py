@@ -156,6 +156,7 @@ _KNOWN = (
     Benchmark("flickr30k", "Flickr30k captions", {"test": "flickr30k_test"},
               metrics=_captions("flickr")),
     Benchmark("nocaps", "NoCaps", {"val": "nocaps_val"}, metrics=_captions("nocaps")),
+    Benchmark("hrbench8k", "HR-Bench 8K"),
     # grounding: boxes, for which there is no task here
     *(Benchmark(name, label) for name, label in (
         ("refcoco", "RefCOCO"), ("refcoco+", "RefCOCO+"), ("refcocog", "RefCOCOg"),
