@@ -80,6 +80,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fastervlm": ("fastervlm", {"keep": 5}),
     "vispruner": ("vispruner", {"keep": 5}),
     "scope": ("scope", {"keep": 5}),
+    "score": ("score", {"keep": 5}),
     "hiprune": ("hiprune", {"keep": 4, "alpha": 1.0}),
     "prunesid": ("prunesid", {"keep": 5}),
     "prunesid-patches": ("prunesid", {"keep": 5, "keep_cls": False, "order": "spatial"}),

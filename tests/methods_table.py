@@ -83,6 +83,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "scope",
         {"keep": 27, "alpha": 0.5, "combine": "add", "scope": "image", "positions": "preserve"},
     ),
+    "score": ("score", {"keep": 9}),
+    "score-image": (
+        "score",
+        {"keep": 29, "alpha": 0.3, "scope": "image", "positions": "preserve"},
+    ),
     "hiprune": ("hiprune", {"keep": 9, "alpha": 0.6}),
     "hiprune-strict": (
         "hiprune",
@@ -324,7 +329,7 @@ ALL = {**PRUNING, **MERGING}
 
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
-ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "vispruner"}
+ALIKE = {"apet", "hired", "hiprune", "holov", "prunesid", "scope", "score", "vispruner"}
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}
 

@@ -17,6 +17,7 @@ from tokprune.operators.coverage import coverage
 from tokprune.operators.diversity import divprune, k_center, max_sum
 from tokprune.operators.dpp import dpp_map
 from tokprune.operators.kmedoids import kmedoids
+from tokprune.operators.score import salient_k_center
 
 TOKENS = 16384
 
@@ -32,6 +33,7 @@ SELECTIONS: dict[str, Callable[[Tensor], Any]] = {
     "k_center": lambda x: k_center(x, 8, first(x)),
     "dpp_map": lambda x: dpp_map(x, 8, torch.ones_like(x[..., 0])),
     "coverage": lambda x: coverage(x, 8),
+    "salient_k_center": lambda x: salient_k_center(x, x[..., 0], 8),
     "received_attention": lambda x: received_attention(x[None], x[None], causal=True),
 }
 

@@ -29,6 +29,7 @@ from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
 from tokprune.methods.scope import SCOPE
+from tokprune.methods.score import SCoRe
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
@@ -78,6 +79,7 @@ __all__ = [
     "QuestionWords",
     "Random",
     "Range",
+    "SCoRe",
     "SequenceView",
     "SparseVLM",
     "ToDRE",

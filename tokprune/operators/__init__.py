@@ -29,6 +29,7 @@ from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
+from tokprune.operators.score import *
 from tokprune.operators.segments import *
 from tokprune.operators.sparsevlm import *
 from tokprune.operators.spectral_clustering import *
