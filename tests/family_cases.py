@@ -94,6 +94,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ficoco-decoder": ("ficoco", {"keep": 4, "place": "decoder", "quantile": 0.8}),
     "visionzip": ("visionzip", {"dominant": 3, "contextual": 2}),
     "vscan": ("vscan", {"keep": 3, "prune_before": 3}),
+    "tops": ("tops", {"keep": 4, "prune_before": (2, 4)}),
+    "tops-raters": ("tops", {"keep": 4, "prune_before": (1, 3), "raters": "sparsevlm"}),
     "prumerge": ("prumerge", {"keep": 4, "plus": True, "neighbours": 3}),
     "trim": ("trim", {"keep": 5}),
     "pool": ("pool", {"window": 3}),
@@ -106,6 +108,7 @@ HYBRID: dict[str, dict[str, Any]] = {
     "dart": {"prune_before": 4},
     "pyramiddrop": {"prune_before": (3, 7)},
     "sparsevlm": {"prune_before": (4,)},
+    "tops": {"prune_before": (4,)},
     "transprune": {"prune_before": (3,), "transition_layers": (1, 2)},
     "mustdrop": {"prune_before": (4,)},
 }

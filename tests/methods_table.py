@@ -190,6 +190,31 @@ PRUNING |= {
     ),
 }
 
+PRUNING |= {
+    "tops": ("tops", {"keep": 8, "prune_before": (3, 6)}),
+    "tops-schedule": (
+        "tops",
+        {
+            "keep": (0.35, 0.3, 0.1),
+            "input_keep": 0.5,
+            "prune_before": (1, 4, 7),
+            "normalise": "minmax",
+            "raters": "sparsevlm",
+            "positions": "preserve",
+        },
+    ),
+    "tops-compact": (
+        "tops",
+        {
+            "keep": 9,
+            "prune_before": 5,
+            "decoder_lam": 1.0,
+            "raters": "last",
+            "positions": "compact",
+        },
+    ),
+}
+
 #: clustering methods that keep medoids
 PRUNING |= {
     "centerclip": ("centerclip", {"keep": 11}),

@@ -18,6 +18,7 @@ from tokprune.operators.diversity import divprune, k_center, max_sum
 from tokprune.operators.dpp import dpp_map
 from tokprune.operators.kmedoids import kmedoids
 from tokprune.operators.score import salient_k_center
+from tokprune.operators.tops import preservation_set
 
 TOKENS = 16384
 
@@ -55,3 +56,13 @@ def test_k_medoids_holds_one_map_of_distances() -> None:
     tokens = 4096
     taken = peak(lambda x: kmedoids(x, 8), tokens, "cpu")
     assert 4 * tokens**2 <= taken < 4 * tokens**2 + 6 * 256 * tokens * 8
+
+
+def test_preservation_sets_hold_one_map_of_cosines() -> None:
+    """Every step reads all of them: 4 bytes a pair; beside it, some blocks of 1024 rows, in which
+    differences are of 8 bytes. Of several sets, maps of no more than 8192 tokens together."""
+    tokens = 4096
+    taken = peak(lambda x: preservation_set(x, x[..., 0], 4), tokens, "cpu")
+    assert 4 * tokens**2 <= taken < 4 * tokens**2 + 6 * 1024 * tokens * 4
+    many = peak(lambda x: preservation_set(x.expand(9, -1, -1), x[..., 0].expand(9, -1), 4), tokens)
+    assert many < 4 * 8192**2 + 4 * 4 * 1024 * tokens * 3

@@ -34,6 +34,7 @@ from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
+from tokprune.methods.tops import TOPS
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.trim import TRIM
 from tokprune.methods.v2drop import V2Drop
@@ -46,6 +47,7 @@ __all__ = [
     "EVS",
     "M3",
     "SCOPE",
+    "TOPS",
     "TRIM",
     "ApET",
     "AtLeast",

@@ -35,6 +35,7 @@ from tokprune.operators.sparsevlm import *
 from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *
 from tokprune.operators.topk import *
+from tokprune.operators.tops import *
 from tokprune.operators.transition import *
 from tokprune.operators.trim import *
 from tokprune.operators.visionzip import *
