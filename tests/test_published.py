@@ -56,7 +56,8 @@ def test_every_file_is_of_the_schema() -> None:
              "flowcut": 106, "divprune": 91, "visionzip": 62, "sparsevlm": 83, "fastv": 45,
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
              "vtcbench": 16, "unattributed": 143, "vispruner": 118,
-             "scope": 117, "hiprune": 35, "prunesid": 67}  # fmt: skip
+             "scope": 117, "hiprune": 35, "prunesid": 67, "score": 19,
+             "tops": 119}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -105,6 +106,10 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
         ("llava-1.5-7b", "sparsevlm", "with recycling", "96"): ("sparsevlm", "llava-1.5", 96),
         ("llava-1.5-7b", "dart", "DART", "64"): ("dart", "llava-1.5", 64),
         ("llava-next-7b", "dart", "DART", "320"): ("dart", "llava-next", 320),
+        ("llava-1.5-7b", "score", "SCoRe", "64"): ("score", "llava-1.5", 64),
+        ("llava-1.5-7b", "tops", "TOPS", "64"): ("tops", "llava-1.5", 64),
+        ("llava-next-7b", "tops", "TOPS", "320"): ("tops", "llava-next", 320),
+        ("qwen2.5-vl-7b", "tops", "TOPS", "128"): ("tops", "qwen2.5-vl", 128),
     }  # fmt: skip
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
@@ -121,6 +126,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         # over more benchmarks than our sources list
         ("flowcut", "FlowCut", "64"),
         *(("scope", "SCOPE", budget) for budget in ("128", "64", "32", "640", "320", "160")),
+        *(("tops", "TOPS", budget) for budget in ("128", "64", "32", "256", "640")),
         ("todre", "ToDRE", "25 %", "13B"), ("transprune", "PDrop (low)", "low"),  # as printed
     }  # fmt: skip
     checked = 0
@@ -192,6 +198,13 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("mustdrop", "abstract", "MustDrop", "compression ratio 92.2 %", "efficiency", {}, 88.5),
         ("trim", "GLaMM, in others' tables", "TRIM", "not stated", "refcoco", {}, 62.6),
         ("mmtok", "LLaVA-1.5-7B, few tokens", "MMTok", "4", "average", {}, 76.7),
+        ("score", "LLaVA-1.5-7B", "SCoRe", "64", "average", {}, 97.8),
+        ("score", "exponent", "alpha = 0", "32", "pope", {}, 76.2),
+        ("tops", "LLaVA-1.5-7B", "TOPS", "32", "mme", {}, 1384.7),
+        ("tops", "LLaVA-NeXT-7B", "TOPS", "160", "average", {}, 96.4),
+        ("tops", "Qwen2.5-VL-7B", "TOPS", "128", "mmstar", {}, 53.9),
+        ("tops", "criteria", "R + C", "32", "average", {}, 94.1),
+        ("tops", "raters", "last text token", "128", "mmbench_en", {}, 62.4),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip
