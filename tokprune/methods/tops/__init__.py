@@ -79,7 +79,7 @@ class TOPS(NominalBudget):
 
     def plan(self, facts: ModelFacts) -> Plan:
         super().plan(facts)  # checks
-        if isinstance(self.entering, float) and self.entering == 1:
+        if isinstance(self.input_keep, float) and self.input_keep == 1:
             return Plan(decoder=(SetStage(self),))
         tower = facts.need_tower(self.name, whole=False)
         if self.input_keep is not None:
