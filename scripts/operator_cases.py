@@ -29,7 +29,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     from tokprune.operators.holov import select_by_crops
     from tokprune.operators.msdg import salient_of_groups
     from tokprune.operators.priortr import prior_corrected
+    from tokprune.operators.score import salient_k_center
     from tokprune.operators.sieve import text_residual, unexplained_and_diverse
+    from tokprune.operators.tops import preservation_set
     from tokprune.operators.trim import keep_and_mean
     from tokprune.operators.v2drop import variation
     from tokprune.operators.vscan import grid_windows, merge_into, two_scans
@@ -147,6 +149,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "nearest": joined,
         "coverage": on_both(lambda x, s, k: coverage.coverage(x, k, s)),
         "multimodal_coverage": covered,
+        "salient_k_center": on_both(salient_k_center),
+        "preservation_set": on_both(preservation_set),
         "important_and_diverse": on_both(vispruner.important_and_diverse),
         "anchors_and_registers": hiprune,
         "principal_groups": on_features(lambda x, k: prunesid.principal_groups(x, min(k, 64))),

@@ -83,6 +83,11 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         "scope",
         {"keep": 27, "alpha": 0.5, "combine": "add", "scope": "image", "positions": "preserve"},
     ),
+    "score": ("score", {"keep": 9}),
+    "score-image": (
+        "score",
+        {"keep": 29, "alpha": 0.3, "scope": "image", "positions": "preserve"},
+    ),
     "hiprune": ("hiprune", {"keep": 9, "alpha": 0.6}),
     "hiprune-strict": (
         "hiprune",
@@ -242,6 +247,31 @@ PRUNING |= {
     ),
 }
 
+PRUNING |= {
+    "tops": ("tops", {"keep": 8, "prune_before": (3, 6)}),
+    "tops-schedule": (
+        "tops",
+        {
+            "keep": (0.35, 0.3, 0.1),
+            "input_keep": 0.5,
+            "prune_before": (1, 4, 7),
+            "normalise": "minmax",
+            "raters": "sparsevlm",
+            "positions": "preserve",
+        },
+    ),
+    "tops-compact": (
+        "tops",
+        {
+            "keep": 9,
+            "prune_before": 5,
+            "decoder_lam": 1.0,
+            "raters": "last",
+            "positions": "compact",
+        },
+    ),
+}
+
 #: clustering methods that keep medoids
 PRUNING |= {
     "centerclip": ("centerclip", {"keep": 11}),
@@ -382,8 +412,8 @@ ALL = {**PRUNING, **MERGING}
 #: methods that work by stages of the same kinds as another one here: suites about the engine rather
 #: than about methods take them with --full only (see ``conftest.py``)
 ALIKE = {
-    "apet", "hired", "hiprune", "holov", "msdg", "priortr", "prunesid", "scope", "sieve",
-    "vispruner",
+    "apet", "hired", "hiprune", "holov", "msdg", "priortr", "prunesid", "scope", "score",
+    "sieve", "vispruner",
 }  # fmt: skip
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}

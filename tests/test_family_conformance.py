@@ -156,6 +156,8 @@ def _refusal(cell: Cell, facts: ModelFacts) -> str | None:
         return "computes its attention by itself"
     if not TYPED and cell.method == "sparsevlm-plus" and cell.family in SEVERAL_TABLES:
         return "reads rotary tables"
+    if "rectify" in options and cell.family == "llava-1.5/stablelm":
+        return "do not hand their attention what they are given"
     if "distance" in str(options.get("rectify")) and cell.backend == FLASH:
         return "adds a term of queries and keys"
     if method == "tome" and cell.backend == FLASH:

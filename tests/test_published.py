@@ -57,7 +57,7 @@ def test_every_file_is_of_the_schema() -> None:
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
              "vtcbench": 16, "unattributed": 143, "vispruner": 118,
              "scope": 117, "hiprune": 35, "prunesid": 67, "clse": 96, "priortr": 36,
-             "sieve": 88, "msdg": 114}  # fmt: skip
+             "sieve": 88, "msdg": 114, "score": 19, "tops": 119}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -109,6 +109,10 @@ def test_presets_that_have_figures_are_in_the_ledger() -> None:
         ("llava-1.5-7b", "clse", "CLSE", "64"): ("clse", "llava-1.5", 64),
         ("qwen2-vl-7b", "clse", "CLSE", "−77.8 %"): ("clse", "qwen2-vl", 0.223),
         ("llava-1.5-7b", "priortr", "PriorTR", "128"): ("priortr", "llava-1.5", 128),
+        ("llava-1.5-7b", "score", "SCoRe", "64"): ("score", "llava-1.5", 64),
+        ("llava-1.5-7b", "tops", "TOPS", "64"): ("tops", "llava-1.5", 64),
+        ("llava-next-7b", "tops", "TOPS", "320"): ("tops", "llava-next", 320),
+        ("qwen2.5-vl-7b", "tops", "TOPS", "128"): ("tops", "qwen2.5-vl", 128),
     }  # fmt: skip
     for (model, paper, label, asked), (method, family, budget) in cases.items():
         row = next(
@@ -125,6 +129,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         # over more benchmarks than our sources list
         ("flowcut", "FlowCut", "64"),
         *(("scope", "SCOPE", budget) for budget in ("128", "64", "32", "640", "320", "160")),
+        *(("tops", "TOPS", budget) for budget in ("128", "64", "32", "256", "640")),
         ("todre", "ToDRE", "25 %", "13B"), ("transprune", "PDrop (low)", "low"),  # as printed
         ("sieve", "SIEVE", "128"),
     }  # fmt: skip
@@ -207,6 +212,13 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("msdg", "LLaVA-1.5-7B", "MSDG-Prune", "192", "vizwiz_vqa", {}, 55.0),
         ("msdg", "Qwen2.5-VL-7B", "MSDG-Prune", "11.1 %", "hrbench8k", {}, 59.0),
         ("msdg", "ablation", "sinks kept", "22.2 %", "average", {}, 96.5),
+        ("score", "LLaVA-1.5-7B", "SCoRe", "64", "average", {}, 97.8),
+        ("score", "exponent", "alpha = 0", "32", "pope", {}, 76.2),
+        ("tops", "LLaVA-1.5-7B", "TOPS", "32", "mme", {}, 1384.7),
+        ("tops", "LLaVA-NeXT-7B", "TOPS", "160", "average", {}, 96.4),
+        ("tops", "Qwen2.5-VL-7B", "TOPS", "128", "mmstar", {}, 53.9),
+        ("tops", "criteria", "R + C", "32", "average", {}, 94.1),
+        ("tops", "raters", "last text token", "128", "mmbench_en", {}, 62.4),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip

@@ -73,6 +73,7 @@ def _tries(cls: type[Method], facts: ModelFacts) -> Iterator[dict[str, Any]]:
             layers = (n + shift for n in sorted(facts.attention_layers))
             some = tuple(n for n in layers if 0 < n < facts.decoder_layers)
             for layer in (some, *some):
+                yield {**usual, "prune_before": layer}
                 yield {**usual, **others, "prune_before": layer}
 
 
@@ -100,8 +101,8 @@ def _difference(cls: type[Method], facts: ModelFacts, options: dict[str, Any]) -
     """What a method does otherwise on a model than where it was published; "" if nothing."""
     looked_at = facts.tower or getattr(facts, "observed", None)
     found = []
-    if options.get("spatial") is False:  # nothing is read there
-        return ""
+    if any(setting.items() <= options.items() for setting in cls.without_tower):
+        return ""  # nothing is read there
     if cls.without_class_token and not (looked_at and looked_at.has_cls):
         found.append(cls.without_class_token)
     if cls.without_tower_rows and facts.tower is None:

@@ -32,11 +32,13 @@ from tokprune.methods.pyramiddrop import PyramidDrop
 from tokprune.methods.random import Random
 from tokprune.methods.registry import available_methods, image_methods, make_method, register_method
 from tokprune.methods.scope import SCOPE
+from tokprune.methods.score import SCoRe
 from tokprune.methods.scoring import DecoderScorer, PromptScorer, PromptSelector
 from tokprune.methods.sieve import SIEVE
 from tokprune.methods.sparsevlm import SparseVLM
 from tokprune.methods.todre import ToDRE
 from tokprune.methods.tome import ToMe
+from tokprune.methods.tops import TOPS
 from tokprune.methods.transprune import TransPrune
 from tokprune.methods.trim import TRIM
 from tokprune.methods.v2drop import V2Drop
@@ -52,6 +54,7 @@ __all__ = [
     "MSDG",
     "SCOPE",
     "SIEVE",
+    "TOPS",
     "TRIM",
     "ApET",
     "AtLeast",
@@ -86,6 +89,7 @@ __all__ = [
     "QuestionWords",
     "Random",
     "Range",
+    "SCoRe",
     "SequenceView",
     "SparseVLM",
     "ToDRE",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import Attention, SequenceView
 from tokprune.methods.base import Preset
+from tokprune.methods.decoder_rows import asking_rows
 from tokprune.methods.depth import first_layers
 from tokprune.methods.options import Renamed
 from tokprune.methods.registry import register_method
@@ -83,8 +83,5 @@ class FastV(DecoderScorer):
     def score(self, attention: Attention, sequence: SequenceView) -> Tensor:
         if self.rows == "last":
             return mean_rows(attention.rows(sequence.last_row()))
-        rows, real = sequence.text_rows()
-        if not min(sequence.text_after):  # without text after the image, the last row stands in
-            rows = torch.cat([rows, sequence.last_row()], dim=1)
-            real = torch.cat([real, ~real.any(1, keepdim=True)], dim=1)
+        rows, real = asking_rows(sequence)
         return mean_rows(attention.rows(rows), real)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import Attention, ModelFacts, Plan, SequenceView
+from tokprune.methods.decoder_rows import asking_rows
 from tokprune.methods.depth import first_layers
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.registry import register_method
@@ -71,10 +71,7 @@ class SIEVE(DecoderScorer):
 
     def text(self, sequence: SequenceView) -> tuple[Tensor, Tensor]:
         """Places [B, R] of the text that counts, and which of them are real."""
-        rows, real = sequence.text_rows()
-        if not min(sequence.text_after):  # without text after the image, the last row stands in
-            rows = torch.cat([rows, sequence.last_row()], dim=1)
-            real = torch.cat([real, ~real.any(1, keepdim=True)], dim=1)
+        rows, real = asking_rows(sequence)
         if self.window is None:
             return rows, real
         # real text is at the right, with the stand-in behind it where some rows need one

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import DecoderRun, KeepDecision, ScoringLayer, SequenceView
+from tokprune.methods.decoder_rows import place_in_choice
 from tokprune.methods.scoring import ScorerRun, ScorerStage
 from tokprune.operators.sieve import text_residual, unexplained_and_diverse
 
@@ -37,24 +37,14 @@ class _ResidualRun(ScorerRun):
         attention = self.score.to(hidden.device)
         rows, real = method.text(sequence)
         text = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[2]))
-        place_in_order = torch.zeros_like(attention)
-        # images of equally many tokens together: prefixes of the choice nest
-        alike: dict[int, list[tuple[int, int, int]]] = {}
-        for b, (own, now) in enumerate(zip(counts, sequence.counts)):
-            for image, (keep, tokens) in enumerate(zip(own, now)):
-                if keep < tokens:
-                    alike.setdefault(tokens, []).append((b, image, keep))
-        for tokens, members in alike.items():
-            row, image, _ = torch.tensor(members).T.to(hidden.device, non_blocking=True)
-            others = (sequence.segment[row] != image[:, None]).to(torch.int8)
-            place, row = others.sort(stable=True).indices[:, :tokens], row[:, None]
+
+        def choose(row: Tensor, place: Tensor, most: int) -> Tensor:
+            own = row[:, 0]
             left = text_residual(
-                hidden[row, place], text[row[:, 0]], method.energy, method.eps, real[row[:, 0]]
-            )
-            most = max(keep for _, _, keep in members)
-            order = unexplained_and_diverse(
-                left.residual, left.ratio, attention[row, place], most
+                hidden[row, place], text[own], method.energy, method.eps, real[own]
             )  # fmt: skip
-            value = torch.arange(most, 0, -1, device=hidden.device, dtype=attention.dtype)
-            place_in_order[row, place.gather(1, order)] = value.expand_as(order)
-        return KeepDecision.best(place_in_order, counts, sequence, method.new_positions)
+            score = attention[row, place]
+            return unexplained_and_diverse(left.residual, left.ratio, score, most)
+
+        score = place_in_choice(sequence, counts, hidden, choose)
+        return KeepDecision.best(score, counts, sequence, method.new_positions)

@@ -32,12 +32,14 @@ from tokprune.operators.pooling import *
 from tokprune.operators.priortr import *
 from tokprune.operators.prunesid import *
 from tokprune.operators.relevance import *
+from tokprune.operators.score import *
 from tokprune.operators.segments import *
 from tokprune.operators.sieve import *
 from tokprune.operators.sparsevlm import *
 from tokprune.operators.spectral_clustering import *
 from tokprune.operators.temporal import *
 from tokprune.operators.topk import *
+from tokprune.operators.tops import *
 from tokprune.operators.transition import *
 from tokprune.operators.trim import *
 from tokprune.operators.visionzip import *

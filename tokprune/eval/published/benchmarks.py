@@ -160,6 +160,7 @@ _KNOWN = (
     # grounding: boxes, for which there is no task here
     *(Benchmark(name, label) for name, label in (
         ("refcoco", "RefCOCO"), ("refcoco+", "RefCOCO+"), ("refcocog", "RefCOCOg"),
+        ("hallusionbench", "HallusionBench"),
     )),
     # video: the models that tokprune supports take images
     *(Benchmark(name, label) for name, label in (

@@ -40,6 +40,7 @@ _KNOWN = (
     Model("qwen3-vl-8b", "Qwen3-VL-8B"),
     Model("qwen2.5-vl-32b", "Qwen2.5-VL-32B"),
     Model("internvl2-8b", "InternVL2-8B"),
+    Model("internvl3-8b", "InternVL3-8B"),
     Model("glamm", "GLaMM"),
     Model("clip-vit-b-32", "CLIP ViT-B/32"), Model("clip-vit-b-16", "CLIP ViT-B/16"),
     Model("clip-vit-l", "CLIP-L"), Model("blip", "BLIP"), Model("blip-2", "BLIP-2"),

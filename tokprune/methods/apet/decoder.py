@@ -15,6 +15,7 @@ from tokprune.engine.contracts import (
     SequenceView,
 )
 from tokprune.methods.base import resolve_keep
+from tokprune.methods.decoder_rows import tokens_of_images
 
 if TYPE_CHECKING:
     from tokprune.methods.apet import ApET
@@ -47,12 +48,10 @@ class _LayerRun(DecoderRun):
         new, mask = hidden.clone(), torch.ones_like(sequence.visual)
         group = arange.expand_as(sequence.column).clone()
         for (tokens, keep), members in self._alike(counts, sequence).items():
-            row, number = torch.tensor(members).T.to(hidden.device, non_blocking=True)
-            # the tokens of an image in order; the answer is read from a row's last token, which
-            # stays by itself where it is one of them
-            others = (sequence.segment[row] != number[:, None]).to(torch.int8)
-            place = others.sort(stable=True).indices[:, :tokens]
-            row, whole = row[:, None], torch.zeros_like(place, dtype=torch.bool)
+            # the answer is read from a row's last token, which stays by itself where it is one of
+            # an image
+            row, place = tokens_of_images(sequence, members, tokens, hidden.device)
+            whole = torch.zeros_like(place, dtype=torch.bool)
             if not keep:
                 mask[row, place], group[row, place] = whole, torch.full_like(place, -1)
                 continue
