@@ -37,6 +37,7 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "dart-few": ("dart", {"keep": 3, "pivot_order": "norm", "positions": "compact"}),
+    "dart-centred": ("dart", {"keep": 9, "pivot_order": "norm", "centre": "plain"}),
     "cdpruner": ("cdpruner", {"keep": 10}),
     "cdpruner-text": ("cdpruner", {"keep": 10, "relevance": "text"}),
     "cdpruner-image": ("cdpruner", {"keep": 0.15, "scope": "image"}),

@@ -31,6 +31,7 @@ ADAPTIVE = {
 }
 #: settings of those methods whose numbers are fixed after all
 FIXED_SETTINGS = {
+    "dart-centred",
     "dart-few",
     "dart-norm",
     "hired",
