@@ -24,6 +24,7 @@ from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit, 
 from tokprune.methods.depth import first_layers
 from tokprune.methods.options import AtLeast, Budget, Renamed
 from tokprune.methods.registry import register_method
+from tokprune.methods.schedule import mean_of_steps
 from tokprune.operators.dart import PivotOrder, Retained, dart, key_norms
 
 _LLAVA = "DART, arXiv 2502.11494, LLaVA-1.5: 4 pivots beside the {} that its script asks for, K = 2"
@@ -82,6 +83,10 @@ class DART(Method):
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
         return first_layers(decoder_layers)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        after = lambda step, now: resolve_keep(self.keep, now)  # noqa: E731
+        return mean_of_steps(tokens, (self.prune_before,), layers, after)
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
