@@ -17,7 +17,8 @@ CASES: dict[str, dict[str, Any]] = {
     "transprune": {"keep": 4, "prune_before": (2, 3, 5), "transition_layers": (1, 2, 3, 4)},
     "v2drop": {"ratios": (0.5, 0.5, 0.0), "prune_before": (2, 4, 6)},
     "dart": {"keep": 9, "prune_before": 3}, "priortr": {"keep": 5},
-    "clse": {"keep": 4, "prune_before": (1, 3, 6)}, "sieve": {"keep": (12, 3), "prune_before": (2, 5)},
+    "clse": {"keep": 4, "prune_before": (1, 3, 6)},
+    "sieve": {"keep": (12, 3), "prune_before": (2, 5)},
     "tops": {"keep": 8, "prune_before": (3, 6)}, "vscan": {"keep": 6, "prune_before": 4},
 }  # fmt: skip
 
