@@ -25,6 +25,7 @@ from tokprune.operators.kmedoids import *
 from tokprune.operators.merging import *
 from tokprune.operators.mmtok import *
 from tokprune.operators.mustdrop import *
+from tokprune.operators.occamtoken import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
 from tokprune.operators.prunesid import *
