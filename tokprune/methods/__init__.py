@@ -20,6 +20,7 @@ from tokprune.methods.holov import HoloV
 from tokprune.methods.m3 import M3
 from tokprune.methods.mmtok import MMTok, QuestionWords
 from tokprune.methods.mustdrop import MustDrop
+from tokprune.methods.occamtoken import OccamToken
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
@@ -67,6 +68,7 @@ __all__ = [
     "MMTok",
     "Method",
     "MustDrop",
+    "OccamToken",
     "PiToMe",
     "Pool",
     "Preset",
