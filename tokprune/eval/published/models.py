@@ -37,6 +37,7 @@ _KNOWN = (
     Model("video-llava-7b", "Video-LLaVA-7B"),
     Model("qwen2-vl-7b", "Qwen2-VL-7B"),
     Model("qwen2.5-vl-7b", "Qwen2.5-VL-7B"),
+    Model("qwen3-vl-8b", "Qwen3-VL-8B"),
     Model("internvl2-8b", "InternVL2-8B"),
     Model("glamm", "GLaMM"),
     Model("clip-vit-b-32", "CLIP ViT-B/32"), Model("clip-vit-b-16", "CLIP ViT-B/16"),
