@@ -403,6 +403,25 @@ MERGING |= {
     ),
 }
 
+#: with a token of its own
+MERGING |= {
+    "occamtoken": (
+        "occamtoken",
+        {"lambda1": 0.9, "neurons": ((1, 3), (1, 17), (2, 8)), "prune_before": 4},
+    ),
+    "occamtoken-whole": (
+        "occamtoken",
+        {
+            "lambda2": 2.0,
+            "lambda1": 0.0,
+            "prune_before": 6,
+            "min_keep": 3,
+            "positions": "preserve",
+        },
+    ),
+    "occamtoken-keep": ("occamtoken", {"lambda1": 0.5, "keep": 9, "prune_before": 3}),
+}
+
 MERGING |= {
     "trim": ("trim", {"keep": 10}),
     "trim-auto": ("trim", {"sign": -1}),

@@ -24,6 +24,7 @@ ADAPTIVE = {
     "hired": "tokens of all crops (rounding='floor')",
     "mustdrop": "windows merged, tokens over the thresholds",
     "priortr": "tokens above score_threshold",
+    "occamtoken": "tokens that get as much attention as the register, in both stages",
     "prumerge": "outliers of every tile, with neither keep nor ratio",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
