@@ -283,6 +283,19 @@ def test_calibrate_meets_a_mean_by_either_level() -> None:
     assert mean_tokens(model, by_image, batches).mean == pytest.approx(20, rel=0.05)
 
 
+def test_dropped_patches_do_not_join_a_register() -> None:
+    """Where attention makes up for what is gone, patches alone stand for dropped ones."""
+    model = llava()
+    method = OccamToken(lambda1=1.0, lambda2=0.0, neurons=NEURONS, rectify="size")
+    with torch.no_grad(), tokprune.compress(model, method, validate=True) as trace:
+        model(**make_inputs(model, [[4, "image", 6]]))
+    (record,) = trace.last.records
+    sizes = record.stands_for
+    assert len(sizes) == trace.last.layers[0].counts[0][0] < 37
+    assert float(sizes[-1]) == 1
+    assert float(sizes.sum()) == 37
+
+
 def test_encoder_in_pieces_gives_the_same() -> None:
     model = llava()
     inputs = make_inputs(model, [[4, "image", 2, "image", 6], [3, "image", 5]])
