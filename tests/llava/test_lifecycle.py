@@ -321,3 +321,12 @@ def test_bad_options_leave_the_model_alone(form: Any) -> None:
     with pytest.raises(ValueError, match="Did you mean"):
         tokprune.patch(form.model, "flowcutt", keep=9)
     assert fingerprint(form.model) == before
+
+
+def test_attention_is_not_rectified(form: Any) -> None:
+    with (
+        pytest.raises(tokprune.UnsupportedModelError, match="rectify needs transformers ≥ 4.57"),
+        tokprune.compress(form.model, "divprune", keep=4, rectify="size"),
+    ):
+        pass
+    assert not tokprune.is_patched(form.model)
