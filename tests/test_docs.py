@@ -82,9 +82,10 @@ def test_pages_of_methods_are_what_the_methods_say() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_bench_tables_are_what_was_measured() -> None:
+@pytest.mark.parametrize("script", ["bench_tables", "sweep_table"])
+def test_tables_are_what_was_measured(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(DOCS.parent / "scripts" / "bench_tables.py"), "--check"],
+        [sys.executable, str(DOCS.parent / "scripts" / f"{script}.py"), "--check"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

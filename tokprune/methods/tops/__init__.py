@@ -30,7 +30,8 @@ class TOPS(NominalBudget):
     not chosen, each brought to a common scale. At the language-model input, over all tiles of an
     image together, relevance is the class token's attention at the layer the model reads; at two
     cuts inside the decoder it is the attention of the text behind the image in the layer before
-    the cut. Newline tokens go at the input.
+    the cut. Newline tokens go at the input. Once everything is covered, rounding is all that is
+    left of that criterion: where most tokens stay, the last of them may differ between kernels.
 
     There is no official code; ours are: cosine as the similarity, means over heads, the cut after
     12 and 24 full layers, all tiles in one choice, prompt order of what stays, and ``raters``.
