@@ -16,12 +16,14 @@ from tokprune.eval.published import (
     MODELS,
     Row,
     baseline,
+    differing,
     find_benchmark,
     load_ledger,
     load_paper,
     model_key,
     papers,
     read_paper,
+    spread,
 )
 from tokprune.eval.published.ledger import FOLDER
 from tokprune.eval.published.reproduce.selection import full_options
@@ -311,6 +313,25 @@ def _remove(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("rows", 10, "budget", "kind", to="average"), "field 'kind' should be one of input"),
         (_set("rows", 10, "budget", "each", to=5), "budget: field 'each' is unknown"),
         (_set("rows", 0, "budget", "tokens", to=64), "the unpruned model has all its tokens"),
+        (_set("dialect", to=[]), "json, dialect: should be a JSON object, is list"),
+        (_set("dialect", "rows", to={}), "dialect: field 'rows' is unknown"),
+        (_set("dialect", "paper", to=None), "dialect: field 'paper' should be dict"),
+        (_set("dialect", "paper", "mood", to=["", "r"]),
+         "dialect, paper: column 'mood' is unknown; there are harness, harness_version, "),
+        (_set("dialect", "paper", "pope", to="F1"), r"should be \[value, mark\], is 'F1'"),
+        (_set("dialect", "paper", "pope", to=["F1", "r", 2]), r"should be \[value, mark\]"),
+        (_set("dialect", "paper", "textvqa_ocr", to=["maybe", "r"]),
+         "dialect, paper, column 'textvqa_ocr': should be one of 'yes', 'no', is 'maybe'"),
+        (_set("dialect", "paper", "mme", to=["P / T", "r"]), "one of 'P', 'C', .* is 'T'"),
+        (_set("dialect", "paper", "mme", to=["P", "R"]), "mark should be one of r, i, u, is 'R'"),
+        (_set("dialect", "paper", "mme", to=["P", "u"]), 'null and "u" go together'),
+        (_set("dialect", "paper", "mme", to=[None, "i"]), 'null and "u" go together'),
+        (_set("dialect", "paper", "mme", to=[3, "i"]), "should be text, is 3"),
+        (_set("dialect", "paper", "pixels_max", to=["3", "r"]), "should be an integer above 0"),
+        (_set("dialect", "paper", "pixels_max", to=[True, "r"]), "should be an integer above 0"),
+        (_set("dialect", "tables", to={"Table 99": None}), "tables: no row is of 'Table 99'"),
+        (_set("dialect", "tables", to={"LLaVA-1.5-7B": {"mme": ["T", "r"]}}),
+         "dialect, tables, 'LLaVA-1.5-7B', column 'mme': should be one of "),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(change: Callable[[Any], None], message: str) -> None:
@@ -337,6 +358,94 @@ def test_unknown_papers_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=r"list\.json: should be a JSON object"):
         load_paper("list", tmp_path)
+
+
+# ------------------------------------------------------------------------------ dialects
+
+
+def _row_of(paper: str, label: str, printed: str, benchmark: str, table: str = "") -> Row:
+    return next(
+        r for r in PAPERS[paper]
+        if (r.label, r.budget.printed, r.benchmark) == (label, printed, benchmark)
+        and r.table.startswith(table)
+    )  # fmt: skip
+
+
+def _known(row: Row) -> dict[str, Any]:
+    return {name: (known.value, known.mark) for name, known in row.dialect.items()}
+
+
+def test_a_row_goes_before_its_table_and_that_before_its_paper() -> None:
+    sparse = _known(_row_of("sparsevlm", "SparseVLM", "64", "gqa"))
+    assert sparse["harness"] == ("LLaVA scripts", "r")
+    assert sparse["mme"] == ("P+C", "i")
+    assert sparse["pope"] == (None, "u")
+    assert sparse["budget_rule"] == ("mean over layers", "r")
+    assert "attention" not in sparse  # the sources are silent
+    video = next(r for r in PAPERS["sparsevlm"] if r.model == "video-llava-7b")
+    assert "harness" not in _known(video)
+    # the README's table has a harness of its own, row by row
+    fastv = _known(_row_of("fastv", "FastV", "K=3 R=50 %", "coco2017_cap"))
+    assert (fastv["harness"], fastv["cache"]) == (("lmms-eval", "r"), ("on", "r"))
+    assert _known(_row_of("clse", "CLSE", "64", "gqa"))["cache"][0] == "on, earlier layers cut"
+    limits = _known(_row_of("apet", "ApET", "20 %", "average"))
+    assert (limits["pixels_min"], limits["pixels_max"]) == ((200704, "r"), (1605632, "r"))
+    assert limits["textvqa_ocr"] == (None, "u")
+    # of another method in the paper's table neither rule nor cache is known
+    other = _known(_row_of("priortr", "VisPruner", "64", "average"))
+    assert other["harness"] == ("lmms-eval", "r")
+    assert not other.keys() & {"budget_rule", "cache"}
+    assert "budget_rule" not in _known(_row_of("sparsevlm", "LLaVA-1.5-7B", "unpruned", "gqa"))
+    # the kind of a budget tells the rule
+    assert _known(_row_of("tops", "TOPS", "64", "gqa"))["budget_rule"] == ("mean over layers", "i")
+
+
+def test_figures_differ_in_what_both_sides_know() -> None:
+    def of(paper: str, benchmark: str, **columns: tuple[Any, str]) -> Row:
+        content = _content()
+        content["paper"]["key"] = paper
+        content["dialect"] = {"paper": {n: list(cell) for n, cell in columns.items()}}
+        return next(r for r in read_paper(content, f"{paper}.json") if r.benchmark == benchmark
+                    and r.method == "visionzip")  # fmt: skip
+
+    def apart(benchmark: str, one: dict[str, Any], other: dict[str, Any]) -> tuple[str, ...]:
+        a, b = of("visionzip", benchmark, **one), of("visionzip", benchmark, **other)
+        assert differing(a, b) == differing(b, a)
+        assert differing(a, a) == ()
+        return differing(a, b)
+
+    yes, no = {"textvqa_ocr": ("yes", "r")}, {"textvqa_ocr": ("no", "i")}
+    assert apart("textvqa", yes, no) == ("textvqa_ocr",)
+    assert apart("gqa", yes, no) == ()  # which does not concern it
+    assert apart("textvqa", yes, {"textvqa_ocr": (None, "u")}) == ()
+    assert apart("textvqa", yes, {}) == ()
+    assert apart("mmbench_en", {"mmbench_file": ("dev, CN", "r")},
+                 {"mmbench_file": ("dev 20230712, CN 20231003", "r")}) == ()  # fmt: skip
+    assert apart("mmbench_en", {"mmbench_file": ("dev 20231003, CN 20231003", "r")},
+                 {"mmbench_file": ("dev 20230712", "r")}) == ("mmbench_file",)  # fmt: skip
+    assert apart("pope", {"pope": ("acc, all rows / F1, all rows", "r")},
+                 {"pope": ("F1, all rows", "i")}) == ()  # fmt: skip
+    assert apart("pope", {"pope": ("acc, all rows / F1, all rows", "r")},
+                 {"pope": ("F1, mean of three", "i")}) == ("pope",)  # fmt: skip
+    # tiles, and limits of pixels, are of other models; who ran it is no way to measure
+    assert apart("gqa", {"next_packing": ("unpad", "r"), "budget_rule": ("door, total", "r"),
+                         "pixels_max": (5, "r"), "own_or_copied_from": ("own", "r")},
+                 {"next_packing": ("2880", "r"), "budget_rule": ("door, per tile", "r"),
+                  "pixels_max": (6, "r"), "own_or_copied_from": ("a", "r")}) == ()  # fmt: skip
+    # versions are of one harness
+    old = {"harness": ("lmms-eval", "r"), "harness_version": ("0.3.0", "r")}
+    assert apart("gqa", old, {**old, "harness_version": ("0.1.2", "r")}) == ("harness_version",)
+    assert apart("gqa", old, {"harness": ("LLaVA scripts", "r"), "harness_version": ("1.2.2", "r"),
+                              "cache": ("on", "r")}) == ("harness",)  # fmt: skip
+
+
+def test_the_spread_of_figures_says_in_what_they_differ() -> None:
+    rows = [_row_of("sparsevlm", "SparseVLM", "64", "average", "LLaVA-1.5-7B"),
+            _row_of("priortr", "SparseVLM", "64", "average")]  # fmt: skip
+    low, high, columns = spread(rows)
+    assert (low.value, high.value) == (81.4, 89.3)
+    assert columns == ("harness", "textvqa_ocr", "mme")
+    assert spread(rows[:1]) == (rows[0], rows[0], ())
 
 
 # ------------------------------------------------------------------------------ names
