@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokprune.eval.published import BENCHMARKS, MODELS, load_ledger
+from tokprune.eval.published import BENCHMARKS, MODELS, Row, load_ledger, spread
 from tokprune.eval.published.plot import Mark, published_plot
 from tokprune.eval.published.reproduce import Comparison, compare, read_figures, show
 from tokprune.eval.report.analysis import Analysis
@@ -101,6 +101,7 @@ def published_section(
         )
     if published.comparisons:
         blocks.append(_table(published))
+        blocks += _not_alike([c.row for c in published.comparisons], published.model)
     blocks += [Text(f"{note[0].upper()}{note[1:]}.") for note in published.notes]
     return Section("published", "Published figures", blocks, "Published")
 
@@ -119,3 +120,31 @@ def _table(published: Published) -> Table:
         words=frozenset(i for i, n in enumerate(columns) if n in show.WORDS),
         strong=frozenset(i for i, c in enumerate(published.comparisons) if c.ours is not None),
     )
+
+
+def _not_alike(rows: Sequence[Row], model: str) -> list[Block]:
+    """Figures of one method at one budget that are known to be measured in different ways: their
+    spread, and in what they differ."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.plain:
+            key = (row.method, row.budget_text, row.benchmark, row.metric, row.split or "")
+            groups.setdefault(key, []).append(row)
+    lines = []
+    for (method, budget, benchmark, *_), group in groups.items():
+        low, high, columns = spread(group)
+        if columns:
+            ends = [f"{row.value} ({row.paper.key}, {row.table})" for row in (low, high)]
+            lines.append([method, budget, BENCHMARKS[benchmark].label, *ends, ", ".join(columns)])
+    if not lines:
+        return []
+    return [
+        Table(
+            header=["method", "budget", "benchmark", "lowest", "highest", "differ in"],
+            rows=lines,
+            title=f"Published figures that are not measured alike, {model}",
+            note="What differs is what is known of both sides, read in released scripts or "
+            "inferred; nothing is said of what a paper leaves open.",
+            words=frozenset(range(6)),
+        )
+    ]
