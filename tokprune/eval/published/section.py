@@ -70,7 +70,7 @@ def _mark(c: Comparison, task: str, tokens: int) -> Mark | None:
     row = c.row
     metric = BENCHMARKS[row.benchmark].metrics.get(row.metric)
     # the curves show the mean of scores, so only figures that are one can stand beside them
-    if row.unit != "%" or metric is None or not metric.mean:
+    if row.unit != "%" or metric is None or not metric.mean or not row.plain:
         return None
     at: float | None = row.budget.layer_mean
     if row.method == "none":
@@ -95,8 +95,9 @@ def published_section(
                 plot,
                 f"Lines: this run. Hollow markers: figures of papers on {published.model}, at the "
                 "mean of tokens over the layers, or at the printed budget where a paper does not "
-                "say what it counts; rows that only tell the tokens after the last cut are in the "
-                "table alone. Black line: this run unpruned.",
+                "say what it counts. In the table alone: rows that only tell the tokens after the "
+                "last cut, ablations, and methods with something else on top. Black line: this run "
+                "unpruned.",
             )
         )
     if published.comparisons:
