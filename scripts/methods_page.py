@@ -30,6 +30,7 @@ from tokprune.engine.contracts import Rectify
 from tokprune.eval.published import Row, load_ledger, spread
 from tokprune.methods import Method, available_methods
 from tokprune.methods.anchors import Anchors
+from tokprune.methods.base import preset_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
@@ -150,11 +151,13 @@ def section(name: str, cls: type[Method]) -> Iterator[str]:
     yield from _described(cls)
     if cls.presets:
         yield ""
-        yield "| published on | budget | options | where |"
-        yield "|---|---|---|---|"
+        yield "| published on | budget | mean over layers | options | where |"
+        yield "|---|---|---|---|---|"
         for preset in cls.presets:
             given = ", ".join(f"{n}={v!r}" for n, v in preset.options.items())
-            yield _row([preset.model, str(preset.budget), f"`{given}`", preset.source])
+            mean = preset_mean(cls, preset)
+            told = "" if mean is None else f"{mean:.0f}"
+            yield _row([preset.model, str(preset.budget), told, f"`{given}`", preset.source])
     notes: dict[tuple[str, str], list[str]] = {}
     for family, fit in table_of_fits()[name].items():
         if fit.status != "works":

@@ -28,6 +28,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
     from tokprune.operators.hiprune import anchors_and_registers
     from tokprune.operators.holov import select_by_crops
     from tokprune.operators.msdg import salient_of_groups
+    from tokprune.operators.occamtoken import outlier_activation, shift, stage1, stage2
     from tokprune.operators.priortr import prior_corrected
     from tokprune.operators.score import salient_k_center
     from tokprune.operators.sieve import text_residual, unexplained_and_diverse
@@ -138,6 +139,21 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         correlation = features(n // 14, n)[None].float()
         return lambda: soft_targets(correlation, None, 0.998, max(1, n // 500))
 
+    def against_register(n: int) -> Callable[[], Any]:
+        row = scores(n)[:, None].expand(-1, 16, -1)
+        return lambda: stage1(row, 1.0)
+
+    def asked(n: int) -> Callable[[], Any]:
+        highest, mean = scores(n), scores(n, 2)
+        segment = torch.zeros(1, n, dtype=torch.long, device=device)
+        register = torch.arange(n, device=device)[None] == n - 1
+        return lambda: stage2(highest, mean, segment, register, 1.0, few(n))
+
+    def peaks(n: int) -> Callable[[], Any]:
+        x = features(n)[None]
+        outlier = torch.arange(n, device=device)[None] % SHARE == 0
+        return lambda: outlier_activation(x, outlier)
+
     first = torch.zeros(1, dtype=torch.long, device=device)
     return {
         "divprune": on_features(divprune),
@@ -173,6 +189,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Prepare]:
         "unexplained_and_diverse": on_both(lambda x, s, k: unexplained_and_diverse(x, s, s, k)),
         "salient_of_groups": on_both(lambda x, s, k: salient_of_groups(x, s, k)),
         "soft_targets": softly,
+        "register shift": on_features(lambda x, k: shift(x, (1, 2, 3))),
+        "occamtoken.stage1": against_register,
+        "occamtoken.stage2": asked,
+        "outlier_activation": peaks,
         "bipartite_soft_matching": matching,
         "MergePlan.apply": merged,
         "attention_rows (last row)": rows(1),

@@ -113,6 +113,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "tops-raters": ("tops", {"keep": 4, "prune_before": (1, 3), "raters": "sparsevlm"}),
     "prumerge": ("prumerge", {"keep": 4, "plus": True, "neighbours": 3}),
     "trim": ("trim", {"keep": 5}),
+    "occamtoken": (
+        "occamtoken", {"lambda1": 2.5, "neurons": ((0, 3), (1, 7)), "prune_before": 3},
+    ),
     "pool": ("pool", {"window": 3}),
     "m3": ("m3", {"keep": 1, "positions": "preserve"}),
     "evs": ("evs", {"keep": 0.4}),
@@ -132,8 +135,8 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 #: cases whose stages are in the vision encoder: families without such a place refuse them
 IN_TOWER = {
-    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "msdg", "mustdrop", "pitome",
-    "tome", "todre", "visionzip",
+    "centerclip-encoder", "centerclip-projector", "ficoco", "flowcut", "msdg", "mustdrop",
+    "occamtoken", "pitome", "tome", "todre", "visionzip",
 }  # fmt: skip
 #: cases of methods that drop of videos alone
 OF_VIDEOS = {"evs"}

@@ -37,6 +37,7 @@ PRUNING: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "dart-few": ("dart", {"keep": 3, "pivot_order": "norm", "positions": "compact"}),
+    "dart-centred": ("dart", {"keep": 9, "pivot_order": "norm", "centre": "plain"}),
     "cdpruner": ("cdpruner", {"keep": 10}),
     "cdpruner-text": ("cdpruner", {"keep": 10, "relevance": "text"}),
     "cdpruner-image": ("cdpruner", {"keep": 0.15, "scope": "image"}),
@@ -400,6 +401,25 @@ MERGING |= {
         "centerclip",
         {"keep": 7, "aggregate": "mean", "place": "projector", "positions": "preserve"},
     ),
+}
+
+#: with a token of its own
+MERGING |= {
+    "occamtoken": (
+        "occamtoken",
+        {"lambda1": 0.9, "neurons": ((1, 3), (1, 17), (2, 8)), "prune_before": 4},
+    ),
+    "occamtoken-whole": (
+        "occamtoken",
+        {
+            "lambda2": 2.0,
+            "lambda1": 0.0,
+            "prune_before": 6,
+            "min_keep": 3,
+            "positions": "preserve",
+        },
+    ),
+    "occamtoken-keep": ("occamtoken", {"lambda1": 0.5, "keep": 9, "prune_before": 3}),
 }
 
 MERGING |= {

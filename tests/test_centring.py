@@ -77,7 +77,7 @@ def test_weights_multiply_distances(seed: int, whole: bool) -> None:
         k_center(x, 8, torch.tensor(5), weight=weight[:3])
 
 
-@pytest.mark.parametrize("method", ["divprune", "cdpruner", "todre"])
+@pytest.mark.parametrize("method", ["divprune", "cdpruner", "todre", "dart"])
 def test_centre_is_checked(method: str) -> None:
     with pytest.raises(ValueError, match="centre='mean'"):
         tokprune.make_method(method, keep=3, centre="mean")

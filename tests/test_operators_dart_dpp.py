@@ -138,7 +138,7 @@ def test_equal_scores_are_all_relevant() -> None:
 
 def slow_dart(
     norms: Tensor, hidden: Tensor, image: list[int], text: list[int], keep: int,
-    v: int, t: int, official: bool, gap: int = 0,
+    v: int, t: int, official: bool, gap: int = 0, centre: bool = False,
 ) -> set[int]:  # fmt: skip
     """One image, by loops."""
     keep = min(keep, len(image))
@@ -148,7 +148,9 @@ def slow_dart(
     if official:
         pivots = [i + gap for i in set([i - gap for i in pivots])]  # noqa: C403 (a list, as there)
     free, kept = [i for i in image if i not in own], set(own)
-    unit = torch.nn.functional.normalize(hidden.double(), dim=-1)
+    x = hidden.double()
+    x = x - x[image].mean(0) if centre else x
+    unit = torch.nn.functional.normalize(x, dim=-1)
     each, rest = divmod(keep - len(own), len(pivots)) if pivots else (0, 0)
     for turn, pivot in enumerate(pivots):
         free.sort(key=lambda i: (float(unit[i] @ unit[pivot]), i))
@@ -159,14 +161,14 @@ def slow_dart(
 
 
 @few
-@given(seeds, st.integers(1, 5), st.integers(0, 5), st.booleans(), st.data())
+@given(seeds, st.integers(1, 5), st.integers(0, 5), st.booleans(), st.booleans(), st.data())
 def test_dart_equals_slow_loop(
-    seed: int, v: int, t: int, official: bool, data: st.DataObject
+    seed: int, v: int, t: int, official: bool, centre: bool, data: st.DataObject
 ) -> None:
     """Two samples of up to two images, padded on the left, every budget."""
     length = 48
     norms = torch.rand(2, length, generator=generator(seed))
-    hidden = normal(seed, 2, length, 12)
+    hidden = normal(seed, 2, length, 12) + 1
     spans = [[(4, 20), (24, 40)], [(13, 31)]]
     gaps = [0, data.draw(st.integers(0, 8))]
     image = torch.zeros(2, 2, length, dtype=torch.bool)
@@ -181,11 +183,13 @@ def test_dart_equals_slow_loop(
             keep[b, s] = data.draw(st.integers(1, end - start))
     place = torch.stack([torch.arange(length) - gap for gap in gaps])
     order = "official" if official else "norm"
-    got = dart.dart(norms, hidden, image, text, keep, v, t, order, place)
+    got = dart.dart(norms, hidden, image, text, keep, v, t, order, place, centre)
     for b, row in enumerate(spans):
         for s in range(len(row)):
             tokens = [m[b, s].nonzero().view(-1).tolist() for m in (image, text)]
-            want = slow_dart(norms[b], hidden[b], *tokens, int(keep[b, s]), v, t, official, gaps[b])
+            want = slow_dart(
+                norms[b], hidden[b], *tokens, int(keep[b, s]), v, t, official, gaps[b], centre
+            )  # fmt: skip
             assert set(got.mask[b, s].nonzero().view(-1).tolist()) == want
             assert len(want) == int(keep[b, s])
     assert not got.mask[1, 1].any()

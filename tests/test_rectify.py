@@ -280,10 +280,10 @@ def test_layers_that_swallow_what_they_are_given_are_told(monkeypatch: pytest.Mo
     [
         ("sizes", "rectify='sizes' should be one of 'size', 'distance', 'size\\+distance', None"),
         (True, "rectify=True should be one of"),
-        ({"scale": 1}, "rectify: 'scale' should be one of size, distance"),
-        ({"c": 1.0}, "rectify: c=1.0 should be a number above 1"),
-        ({"c": "2"}, "rectify: c='2' should be a number above 1"),
-        ({"dropped": "all"}, "rectify: dropped='all' should be one of 'nearest', 'none'"),
+        ({"scale": 1}, "rectify={'scale': 1}: 'scale' should be one of size, distance"),
+        ({"c": 1.0}, "rectify={'c': 1.0}: c=1.0 should be a number above 1"),
+        ({"c": "2"}, "c='2' should be a number above 1"),
+        ({"dropped": "all"}, "dropped='all' should be one of 'nearest', 'none'"),
         ({"size": False}, "size or distance should be True"),
     ],
 )

@@ -171,6 +171,14 @@ def test_variants_are_possible_options() -> None:
         ({"name": "fastv", "prune_before": 3}, ("fastv", {"prune_before": 3})),
         ({"mustdrop": {"window": [2, 2]}}, ("mustdrop", {"window": (2, 2)})),
         ({"fastv": None}, ("fastv", {})),
+        (
+            'vispruner:anchors={"share": 0.3, "place": "last"}:rectify=size',
+            ("vispruner", {"anchors": {"share": 0.3, "place": "last"}, "rectify": "size"}),
+        ),
+        (
+            {"occamtoken": {"neurons": [[3, 4], [0, 5]]}},
+            ("occamtoken", {"neurons": ((3, 4), (0, 5))}),
+        ),
     ],
 )
 def test_variant_forms(spec: Any, wanted: Any) -> None:

@@ -33,7 +33,7 @@ from tokprune.methods.setting import load_setting
 FRAMES, CELLS = 4, 9
 TOKENS = FRAMES * CELLS
 #: reduce the vision tower's rows, which models that pool whole frames cannot have
-IN_TOWER = {"ficoco", "flowcut", "mustdrop", "pitome", "tome", "visionzip"}
+IN_TOWER = {"ficoco", "flowcut", "mustdrop", "occamtoken", "pitome", "tome", "visionzip"}
 
 
 pytestmark = pytest.mark.usefixtures("load_once")

@@ -24,6 +24,7 @@ ADAPTIVE = {
     "hired": "tokens of all crops (rounding='floor')",
     "mustdrop": "windows merged, tokens over the thresholds",
     "priortr": "tokens above score_threshold",
+    "occamtoken": "tokens that get as much attention as the register, in both stages",
     "prumerge": "outliers of every tile, with neither keep nor ratio",
     "sparsevlm": "rank of the raters' attention (keep=None), once per pruning layer",
     "todre": "stage 2 drops per sample or not",
@@ -31,6 +32,7 @@ ADAPTIVE = {
 }
 #: settings of those methods whose numbers are fixed after all
 FIXED_SETTINGS = {
+    "dart-centred",
     "dart-few",
     "dart-norm",
     "hired",

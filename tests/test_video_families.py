@@ -55,7 +55,7 @@ EVS = {"evs": ("evs", {"keep": 20})}
 REFUSED = {
     case
     for case, (name, options) in ALL.items()
-    if name in ("flowcut", "pitome", "tome", "visionzip")
+    if name in ("flowcut", "occamtoken", "pitome", "tome", "visionzip")
     or (name == "mustdrop" and options.get("spatial", True))
     or (name == "centerclip" and options.get("place") == "encoder")
     or (name == "ficoco" and options.get("place") != "decoder")
@@ -412,9 +412,10 @@ def test_what_takes_rows_from_the_tower_is_not_shrunk(models: Any, case: str) ->
     method, options = ALL[case]
     if options.get("positions") == "preserve":
         options = {**options, "positions": "compact"}
-    if getattr(make_method(method, **options), "order", None) == "spatial":
-        return  # places of the prompt, which differ
     shrinks, leaves = (build(models, "llava_onevision", most=most) for most in (1, 9))
+    plan = make_method(method, **options).plan(bind(leaves).facts)
+    if any(stage.order == "spatial" for stage in plan.encoder if stage.reduces):
+        return  # places of the prompt, which differ
     logits = []
     for model in (shrinks, leaves):
         inputs = inputs_of(model, STILLS["tiles"])

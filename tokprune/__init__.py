@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokprune.likelihood import Likelihood, log_likelihood
     from tokprune.loading import load
     from tokprune.methods import *  # noqa: F403
+    from tokprune.registers import register_neurons
     from tokprune.trace import Trace
     from tokprune.trace.overlay import overlay
 
@@ -48,6 +49,7 @@ _HOME = {
     "overlay": "tokprune.trace.overlay",
     "patch": "tokprune.api",
     "reduce_frames": "tokprune.integrations.clip_retrieval",
+    "register_neurons": "tokprune.registers",
     "supported_models": "tokprune.families",
     "trace_of": "tokprune.api",
     "unpatch": "tokprune.api",

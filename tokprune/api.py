@@ -57,6 +57,14 @@ class Composed(Method):
                 f"{' and '.join(reducing)} both drop or merge tokens inside the vision encoder; "
                 "the second would score tokens that the first has already replaced. Keep one"
             )
+        inside = [n for n, p in plans if p.encoder]
+        adding = [n for n, p in plans if any(s.alters for s in p.encoder)]
+        if adding and len(inside) > 1:
+            raise CompositionError(
+                f"{adding[0]} changes what the vision encoder computes, and "
+                f"{' and '.join(n for n in inside if n != adding[0])} would read that in place of "
+                "the model's own; combine it with methods that work behind the encoder"
+            )
         prompt = [n for n, p in plans if p.prompt]
         if len(prompt) > 1:
             raise CompositionError(

@@ -195,13 +195,10 @@ def mean_tokens(
     """
     mean = last = leaving = 0.0
     images = 0
-    short: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        short["logits_to_keep"] = 1
     with compress(model, method) as trace, torch.no_grad():
         for batch in batches:
             seen = trace.prefills
-            model(**{**batch, **short})
+            model(**without_steps(model, batch))
             prefill = trace.last
             if prefill is None or trace.prefills == seen:
                 continue  # a batch of text
@@ -213,6 +210,14 @@ def mean_tokens(
     if not images:
         raise ValueError(_NO_IMAGE)
     return MeanTokens(mean / images, last / images, leaving / images)
+
+
+def without_steps(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Model inputs for a prefill after which nothing is decoded."""
+    short: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        short["logits_to_keep"] = 1
+    return {**batch, **short}
 
 
 # ------------------------------------------------------------------------------- search

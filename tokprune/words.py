@@ -72,6 +72,18 @@ def parse_schedule(text: str, name: str = "keep") -> Any:
         raise ValueError(f"{error}; or a schedule of these, 0.875,0.625,0.125") from None
 
 
+def split_outside(text: str, separator: str) -> list[str]:
+    """Parts of a text between separators, stripped; those inside brackets of any kind separate
+    nothing."""
+    parts, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == separator and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    return [*parts, text[start:].strip()]
+
+
 def option_value(name: str, text: str) -> Any:
     """The value of a method option: a Python literal, ``true`` and ``false`` as well; the budget
     ``keep`` in any of its forms; anything else is text.

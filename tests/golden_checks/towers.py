@@ -155,7 +155,9 @@ def run_tower(
     def after(module: Any, args: Any, output: Any) -> None:
         hidden.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = EncoderHooks(layers, tuple(stages), lambda: tower).install()
+    embeddings = getattr(getattr(model, "vision_model", model), "embeddings", None)
+    hooks = EncoderHooks(layers, tuple(stages), lambda: tower, embeddings=embeddings)
+    handles = hooks.install()
     handles += [x.register_forward_pre_hook(before, with_kwargs=True) for x in layers]
     handles.append(layers[-1].register_forward_hook(after))
     try:

@@ -48,8 +48,8 @@ def methods(
         budgets: dict[str, list[str]] = {}
         for preset in cls.presets:
             listed = budgets.setdefault(preset.model, [])
-            if str(preset.budget) not in listed:
-                listed.append(str(preset.budget))
+            if (told := _budget(cls, preset)) not in listed:
+                listed.append(told)
         table.add_row(
             cls.name,
             ", ".join(cls.stages),
@@ -77,8 +77,21 @@ def _on_models(models: list[str], wanted: set[str], as_json: bool) -> None:
         print_fits(found)
 
 
+def _budget(cls: Any, preset: Any) -> str:
+    """A published budget, and the mean over the decoder's layers where that is another number."""
+    from tokprune.methods.base import preset_mean
+
+    mean = preset_mean(cls, preset)
+    same = (
+        mean is None or isinstance(preset.budget, float) or str(round(mean)) == str(preset.budget)
+    )
+    return str(preset.budget) if same else f"{preset.budget} (mean {mean:.0f})"
+
+
 def _describe(cls: Any) -> dict[str, Any]:
     import dataclasses
+
+    from tokprune.methods.base import preset_mean
 
     return {
         "name": cls.name,
@@ -91,5 +104,7 @@ def _describe(cls: Any) -> dict[str, Any]:
             for f in dataclasses.fields(cls)
             if f.init
         },
-        "presets": [dataclasses.asdict(p) for p in cls.presets],
+        "presets": [
+            {**dataclasses.asdict(p), "mean_tokens": preset_mean(cls, p)} for p in cls.presets
+        ],
     }

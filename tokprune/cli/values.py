@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput
-from tokprune.words import option_value, parse_budget, parse_schedule
+from tokprune.words import option_value, parse_budget, parse_schedule, split_outside
 
 
 class Device(str, Enum):
@@ -33,13 +33,7 @@ def parse_list(option: str, text: str | None) -> list[str] | None:
     nothing. None where the option is not used."""
     if text is None:
         return None
-    parts, depth, start = [], 0, 0
-    for at, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append(text[start:at].strip())
-            start = at + 1
-    parts.append(text[start:].strip())
+    parts = split_outside(text, ",")
     if not all(parts):
         raise BadInput(f"--{option} {text!r} should be values separated by commas, at least one")
     return parts

@@ -70,11 +70,12 @@ def check_plan(method: Any, plan: Any, facts: ModelFacts) -> Plan:
     for stage in plan.encoder:
         reads = bool(stage.between_layers or stage.after_layers or stage.bias_layers)
         fits = facts.packed if stage.reduces else facts.readable
-        inside = (stage.reduces or reads) and not (stage.packs and fits)
+        inside = stage.alters or ((stage.reduces or reads) and not (stage.packs and fits))
         tower = facts.need_tower(repr(method), whole=inside)
         own, layers = f"{where}, encoder stage {_name(stage)}", tower.encoder_layers
-        for name in ("taps", "bias_layers"):
+        for name in ("taps", "bias_layers", "activation_layers"):
             _layers(own, stage, name, layers, "encoder")
+        _extra(own, stage, tower)
         for name in ("between_layers", "after_layers"):
             # rows that go after the features were taken would be counted, and still be there
             feature = tower.feature_layer
@@ -153,6 +154,10 @@ class Contracts:
             # one row of bias may serve all tiles
             batch = 1 if isinstance(bias, Tensor) and bias.shape[:1] == (1,) else tiles
             _tensor(where, "the bias", bias, (batch, 1, 1, tokens.rows), _FLOAT)
+
+    def activation(self, run: EncoderRun, layer: int, new: Tensor, old: Tensor) -> None:
+        where = f"{self.method}, {_name(run)}.activation() of encoder layer {layer}"
+        _tensor(where, "its answer", new, tuple(old.shape), old.dtype)
 
     def reduction(
         self, run: EncoderRun, hook: str, layer: int, reduction: Reduction, hidden: Tensor,
@@ -354,6 +359,16 @@ def _layers(where: str, stage: Any, name: str, layers: int, kind: str) -> None:
         if layer not in range(layers):
             _refuse(where, name, f"names layer {layer!r}",
                     f"in 0 to {layers - 1}, {kind} layers counted from 0")  # fmt: skip
+
+
+def _extra(where: str, stage: EncoderStage, tower: TowerFacts) -> None:
+    """Rows can be added, and there is a layer behind which they can be cut off again."""
+    extra = stage.extra_tokens
+    if not isinstance(extra, int) or extra < 0:
+        _refuse(where, "extra_tokens", f"is {_kind(extra)}", "a number of rows, 0 or more")
+    if extra and (tower.feature_layer is None or tower.feature_layer < 0):
+        _refuse(where, "extra_tokens", f"is {extra}",
+                "0: the model does not read one of its encoder's layers")  # fmt: skip
 
 
 def _tensor(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokprune.engine.check import UNNAMED, Contracts
 from tokprune.engine.compiling import traceable
 from tokprune.engine.contracts import (
+    ADDED,
     Attention,
     EncoderOutcome,
     EncoderRun,
@@ -23,6 +24,7 @@ from tokprune.engine.contracts import (
 from tokprune.engine.masks import check_backend, encoder_mask
 from tokprune.engine.stands_for import in_tower
 from tokprune.engine.tap import Call, install_tap, tapped_backend
+from tokprune.errors import UnsupportedModelError
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -31,16 +33,18 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.gather(1, index.expand(*rows.shape, *x.shape[2:]))
 
 
-def initial_tokens(tower: TowerInput) -> TowerTokens:
-    """Every patch alive, in raster order, after the class token."""
+def initial_tokens(tower: TowerInput, extra: int = 0) -> TowerTokens:
+    """Every patch alive, in raster order, after the class token; ``extra`` added rows behind."""
     tiles, n, cls = len(tower.image_of_tile), tower.facts.patches, int(tower.facts.has_cls)
     slots = torch.arange(-cls, n, device=tower.device)
+    if extra:
+        slots = torch.cat([slots, slots.new_full((extra,), ADDED)])
     group = torch.arange(cls, n + cls, device=tower.device)
     return TowerTokens(
         has_cls=bool(cls),
-        slots=slots.expand(tiles, n + cls),
+        slots=slots.expand(tiles, n + cls + extra),
         group=group.expand(tiles, n),
-        counts=[n + cls] * tiles,
+        counts=[n + cls + extra] * tiles,
     )
 
 
@@ -91,7 +95,11 @@ class TowerPass:
         self.tower, self.stages, self.contracts = tower, stages, contracts
         self.rectify = rectify
         self.runs = [contracts.run(stage, stage.start(tower)) for stage in stages]
-        self.tokens = initial_tokens(tower)
+        #: rows that stages added to every tile
+        self.added = sum(stage.extra_tokens for stage in stages)
+        #: the layer behind which they were cut off again
+        self.added_until: int | None = None
+        self.tokens = initial_tokens(tower, self.added)
         #: tokens after each layer, for the trace: (layer, tokens)
         self.history: list[tuple[int, TowerTokens]] = []
         self.residual: Tensor | None = None
@@ -106,6 +114,18 @@ class TowerPass:
 
     def runs_at(self, kind: str, layer: int) -> list[EncoderRun]:
         return [r for s, r in zip(self.stages, self.runs) if layer in getattr(s, kind)]
+
+    # ------------------------------------------------------------------ added rows
+
+    def append(self, embedded: Tensor) -> Tensor:
+        """The embedded patches with the added rows behind them."""
+        batch, _, width = embedded.shape
+        return torch.cat([embedded, embedded.new_zeros(batch, self.added, width)], dim=1)
+
+    def _cut_added(self, layer: int, hidden: Tensor) -> Tensor:
+        """Without the added rows, which no reduction has taken care of."""
+        self.tokens, self.added_until = initial_tokens(self.tower), layer
+        return hidden[:, : self.tokens.rows]
 
     # ------------------------------------------------------------------ one layer
 
@@ -136,6 +156,16 @@ class TowerPass:
                 hidden = self.residual = self._apply(run, "between", layer, hidden, reduction)
         return None if self.residual is None else (hidden,)
 
+    def activation(self, layer: int, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+        """Before the second linear map of the MLP."""
+        activations, changed = args[0], False
+        for run in self.runs_at("activation_layers", layer):
+            new = run.activation(layer, activations, self.tokens)
+            if new is not None:
+                self.contracts.activation(run, layer, new, activations)
+                activations, changed = new, True
+        return (activations,) if changed else None
+
     def mlp(self, layer: int, args: Any, output: Tensor) -> Tensor | None:
         if self.residual is None:
             return None
@@ -158,6 +188,8 @@ class TowerPass:
             reduction = run.after(layer, hidden, self.tokens)
             if reduction is not None:
                 hidden, changed = self._apply(run, "after", layer, hidden, reduction), True
+        if read and self.added and not self.reduced and (last or not late):
+            hidden, changed = self._cut_added(layer, hidden), True
         if read and late and not last:
             self.waiting = hidden
         if read and changed:
@@ -169,6 +201,8 @@ class TowerPass:
                 if reduction is not None:
                     self.waiting = self._apply(run, "after", layer, self.waiting, reduction)
                     self.features = self.waiting
+            if self.added and not self.reduced:
+                self.features = self._cut_added(layer, self.waiting)
             self.waiting = None
         if not changed:
             return None
@@ -197,9 +231,9 @@ class TowerPass:
         tokens, facts, cut = self.tokens, self.tower.facts, self.cut_rows
         slots = tokens.slots[:, cut:].to(projected.device) + int(facts.cls_in_features)
         spare = facts.tokens_per_tile
-        if cut:
+        if cut or self.added:
             slots = torch.where(slots < 0, spare, slots)
-        elif tokens.valid is not None:
+        if not cut and tokens.valid is not None:
             slots = torch.where(tokens.valid.to(projected.device), slots, spare)
         full = projected.new_zeros(projected.shape[0], spare + 1, projected.shape[2])
         index = slots[:, :, None].expand(-1, -1, projected.shape[2])
@@ -225,8 +259,11 @@ class EncoderHooks:
         current: Callable[[], TowerPass | None],
         tap: Callable[..., Any] = install_tap,
         legacy: bool = False,
+        embeddings: Any = None,
     ) -> None:
+        """``embeddings``: the module whose output, positions added, rows can be put behind."""
         self.layers, self.stages, self.current, self.tap = layers, stages, current, tap
+        self.embeddings = embeddings
         #: attention of transformers 4.37, which takes masks of full shape only
         self.legacy = legacy
         if stages:
@@ -235,6 +272,9 @@ class EncoderHooks:
     def install(self) -> list[Any]:
         handles: list[Any] = []
         ragged = any(stage.reduces for stage in self.stages)
+        adds = any(stage.extra_tokens for stage in self.stages)
+        if adds:
+            handles.append(self.embeddings.register_forward_hook(self._append_hook()))
         for number, layer in enumerate(self.layers):
             taps, between, after = (
                 any(number in getattr(stage, kind) for stage in self.stages)
@@ -251,11 +291,22 @@ class EncoderHooks:
                 norm, mlp = layer.layer_norm2, layer.mlp
                 handles.append(norm.register_forward_pre_hook(self._hook("between", number)))
                 handles.append(mlp.register_forward_hook(self._hook("mlp", number)))
-            if between or after:
+            if any(number in stage.activation_layers for stage in self.stages):
+                second = _second_map(layer.mlp)
+                handles.append(second.register_forward_pre_hook(self._hook("activation", number)))
+            # the pass knows behind which layer added rows are cut off
+            if between or after or adds:
                 # first of the hooks, so that recorded hidden states are the reduced ones
                 hook = self._hook("after", number)
                 handles.append(layer.register_forward_hook(hook, prepend=True))
         return handles
+
+    def _append_hook(self) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            current = self.current()
+            return None if current is None else current.append(output)
+
+        return traceable(hook)
 
     def _running(self) -> bool:
         return self.current() is not None
@@ -293,3 +344,17 @@ class EncoderHooks:
             return args, kwargs
 
         return traceable(hook)
+
+
+def _second_map(mlp: Any) -> Any:
+    """The linear map of an MLP that reads its activations.
+
+    Raises:
+        UnsupportedModelError: the MLP is built in another way.
+    """
+    if not hasattr(mlp, "fc2"):
+        raise UnsupportedModelError(
+            f"{type(mlp).__name__} of the vision tower is no MLP of two linear maps, fc1 and fc2, "
+            "between which a method could change its activations"
+        )
+    return mlp.fc2

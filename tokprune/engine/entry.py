@@ -394,8 +394,8 @@ class TransformersEntry(Entry):
         return result, Encoding(images, len(features), records)
 
     def _reduced_blocks(self) -> Sequence[Any]:
-        """Blocks of the encoder in which stages of the plan drop or merge tokens."""
-        if not any(stage.reduces for stage in self.session.plan.encoder):
+        """Blocks of the encoder in which stages of the plan change what is computed."""
+        if not any(stage.reduces or stage.alters for stage in self.session.plan.encoder):
             return ()
         tower, observed = self.parts.tower, self.parts.observed
         if tower is not None:

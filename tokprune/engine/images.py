@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens, TowerFacts, VideoUnit
+from tokprune.engine.contracts import ADDED, ImageTokens, TowerFacts, VideoUnit
 from tokprune.engine.encoder import TowerPass
 from tokprune.errors import UnsupportedVideoError
 
@@ -26,10 +26,10 @@ class ImageRecord:
 
     ``layout`` says how the model packs it. Where an encoder stage reduced it, ``features``
     [k, D] are the projected survivors in the order in which they enter the prompt and ``cell``
-    [k] their place ``tile · F + row of the tile`` (−1: the class token); otherwise both are None
-    and the tokens are the model's own. ``group`` [tiles, N] holds, per original patch, the
-    number of the survivor that contains it (−1 dropped), for merges and the trace. ``score`` and
-    ``tag``: of every survivor, or of every feature row that can be packed.
+    [k] their place ``tile · F + row of the tile`` (−1: the class token, −2: a row that a stage
+    added); otherwise both are None and the tokens are the model's own. ``group`` [tiles, N] holds,
+    per original patch, the number of the survivor that contains it (−1 dropped), for merges and the
+    trace. ``score`` and ``tag``: of every survivor, or of every feature row that can be packed.
     """
 
     layout: ImageLayout
@@ -49,6 +49,10 @@ class ImageRecord:
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     #: for the same layers: row that held each original patch [tiles, N], −1 dropped
     history_groups: list[Tensor] = field(default_factory=list)
+    #: rows that stages added to every tile at the start of the tower, and the layer behind which
+    #: they were cut off again (None: a reduction has seen to them)
+    added: int = 0
+    added_until: int | None = None
 
     @property
     def count(self) -> int:
@@ -98,8 +102,12 @@ class ImageRecord:
             assert self.cell is not None
             cell, features = self.cell, self.features
             column = self.places(cell, columns)
-            # tokens without a place of their own (class token, cropped cells) stand at the start
-            column = torch.where(column < 0, columns[0], column)
+            # tokens without a place of their own (class token, cropped cells) stand at the start,
+            # added ones at the end
+            start = columns[0]
+            if self.added:
+                start = torch.where(cell == ADDED, columns[-1], start)
+            column = torch.where(column < 0, start, column)
             score, tag, metric = self.score, self.tag, None
         newline = cell < 0 if self.features is None else torch.zeros_like(cell, dtype=torch.bool)
         token_grid, tiles, grids = self.token_grid, self.layout.tiles, None
@@ -238,7 +246,13 @@ def build_records(
         want_raw: keep the unpacked projector output for prompt stages that pool it.
     """
     device, facts = projected.device, tower.tower.facts
-    records = [ImageRecord(layout, facts, device, newline=newline) for layout in layouts]
+    records = [
+        ImageRecord(
+            layout, facts, device, newline=newline, added=tower.added,
+            added_until=tower.added_until,
+        )
+        for layout in layouts
+    ]  # fmt: skip
     tile_of = [0]
     for layout in layouts:
         tile_of.append(tile_of[-1] + layout.tiles)
@@ -296,6 +310,8 @@ def _fill_reduced(
     offset = int(facts.cls_in_features)
     in_tile = slots + offset  # the class token (slot −1) has row 0 where the model keeps it
     cell = torch.where(in_tile < 0, -1, tile * facts.tokens_per_tile + in_tile)
+    if tower.added:
+        cell = torch.where(slots == ADDED, ADDED, cell)
     key = None if outcome is None or outcome.key is None else outcome.key[tiles].to(device)
     if key is None:
         key = torch.arange(number * rows, device=device).view(number, rows)

@@ -152,6 +152,11 @@ class Tower:
     #: what the model multiplies the projector's output by
     scale: float = 1.0
 
+    @property
+    def embeddings(self) -> Any:
+        """The module that makes rows of pixels, positions added."""
+        return getattr(self.module, "vision_model", self.module).embeddings
+
 
 @dataclass(frozen=True)
 class ObservedTower:

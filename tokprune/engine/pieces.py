@@ -112,7 +112,7 @@ def _cells(parts: list[ImageRecord]) -> Tensor:
     cells, start = [], 0
     for part in parts:
         assert part.cell is not None
-        cells.append(torch.where(part.cell < 0, -1, part.cell + start))
+        cells.append(torch.where(part.cell < 0, part.cell, part.cell + start))
         start += int((part.layout.packed >= 0).sum())
     return torch.cat(cells)
 

@@ -123,7 +123,7 @@ class Session:
                 ]
                 encoder = EncoderHooks(
                     tower.layers, plan.encoder, lambda: self.state.tower, self.family.tap,
-                    self.family.legacy,
+                    self.family.legacy, tower.embeddings,
                 )  # fmt: skip
                 self.handles += encoder.install()
             if parts.observed is not None:
@@ -249,6 +249,8 @@ class Session:
         owner = self.parts.tower
         if tower is None or tower.features is None or (owner is not None and owner.reads_output):
             return None
+        if not tower.reduced and owner is not None and owner.resampler and tower.tower.has_videos:
+            return None  # the model has pooled their frames
         return tower.features[:, tower.cut_rows :].to(args[0].device), *args[1:]
 
     def _projector(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -290,9 +292,9 @@ class Session:
             wider = widened(layout, state.records)
             if wider is not None:
                 layout, source = wider
-                real = widen_arguments(kwargs, source, layout.valid, past)
-                embeds = kwargs["inputs_embeds"]
-                calls = LayerCalls(module, real, real, self.family.legacy)
+                real = widen_arguments(kwargs, source, layout.valid, past, real)
+                embeds, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+                calls = LayerCalls(module, mask, real, self.family.legacy)
         native = native_sequence(layout, embeds.device, state.layout.segment.shape[1])
         if (records := state.records) is not None:
             chosen = select_visual(

@@ -145,6 +145,6 @@ def shared_encoder(multimodal: nn.Module) -> SharedEncoder | None:
 def share_keys(stages: Sequence[EncoderStage]) -> tuple[Hashable, ...] | None:
     """What the encoder stages of a plan observe; None if one of them does more than that."""
     keys = tuple(stage.share_key for stage in stages)
-    if any(stage.reduces for stage in stages) or None in keys:
+    if any(stage.reduces or stage.alters for stage in stages) or None in keys:
         return None
     return keys

@@ -37,9 +37,8 @@ def in_tower(
     if tokens.valid is not None:
         size = size * tokens.valid
     if rectify.dropped == "nearest":
-        # nothing joins the class token
-        segment = torch.zeros_like(group)
-        segment[:, : tokens.first_patch] = 1
+        # nothing joins the class token, or rows that a stage added
+        segment = (tokens.slots < 0).long()
         group = torch.where(group < 0, nearest(hidden, rows, segment), group)
     return joined(size, group, rows.shape[1])
 

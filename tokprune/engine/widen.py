@@ -43,9 +43,13 @@ def widened(layout: PromptLayout, records: list[ImageRecord]) -> tuple[PromptLay
     return PromptLayout(columns, layout.image_of, segment, valid), source
 
 
-def widen_arguments(kwargs: dict[str, Any], source: Tensor, valid: Tensor, past: int) -> Tensor:
-    """Make the language model's arguments those of the wider prompt; returns its attention mask
-    [B, past + L']. ``valid`` [B, L'] (CPU): its real tokens."""
+def widen_arguments(
+    kwargs: dict[str, Any], source: Tensor, valid: Tensor, past: int, before: Tensor | None = None
+) -> Tensor:
+    """Make the language model's arguments those of the wider prompt; returns its real tokens
+    [B, past + L']. ``valid`` [B, L'] (CPU): those of the prompt; ``before`` [B, past + L]: of the
+    user's, where the mask is of another form (a prefix that sees in both directions): columns that
+    are added then see, and are seen, as the last token of their image."""
     embeds = kwargs["inputs_embeds"]
     device, (batch, length) = embeds.device, embeds.shape[:2]
     place = source.clamp(min=0).to(device)
@@ -56,9 +60,34 @@ def widen_arguments(kwargs: dict[str, Any], source: Tensor, valid: Tensor, past:
         ids = torch.arange(past, past + length, device=device)[None]
     kwargs["position_ids"] = ids.expand(batch, -1).gather(1, place)
     mask, real = kwargs.get("attention_mask"), valid.to(device)
-    before = real.new_ones(batch, past) if mask is None else mask[:, :past] != 0
-    kwargs["attention_mask"] = torch.cat([before.to(device), real], dim=1).long()
+    flat = isinstance(mask, Tensor) and mask.dim() == 2
+    earlier = mask if flat else before
+    cached = real.new_ones(batch, past) if earlier is None else earlier[:, :past] != 0
+    whole = torch.cat([cached.to(device), real], dim=1).long()
+    if mask is None or flat:
+        kwargs["attention_mask"] = whole
+    elif isinstance(mask, dict):
+        kwargs["attention_mask"] = {
+            kind: None if own is None else _wider_mask(own, place, real, past)
+            for kind, own in mask.items()
+        }
+    else:
+        kwargs["attention_mask"] = _wider_mask(mask, place, real, past)
     if kwargs.get("cache_position") is not None:  # up to transformers 5.3
         end = past + source.shape[1]
         kwargs["cache_position"] = torch.arange(past, end, device=device)
-    return kwargs["attention_mask"]  # type: ignore[no-any-return]
+    return whole
+
+
+def _wider_mask(mask: Tensor, place: Tensor, real: Tensor, past: int) -> Tensor:
+    """A mask [.., 1, L, past + L] (bool or additive) with the rows and columns ``place`` [B, L'];
+    columns beyond the prompt's (a cache's room) are hidden."""
+    batch, length = place.shape
+    columns = mask.shape[3] - mask.shape[2] - past
+    mask = mask.expand(batch, -1, -1, -1)
+    mask = mask.gather(2, place[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    index = place[:, None, None, :].expand(-1, mask.shape[1], length, -1)
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    new = mask[..., past:].gather(3, index).masked_fill(~real[:, None, None, :], hidden)
+    rest = max(0, mask.shape[3] - past - length) if columns else 0
+    return torch.cat([mask[..., :past], new, mask.new_full((*new.shape[:3], rest), hidden)], dim=3)

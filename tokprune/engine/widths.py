@@ -223,7 +223,7 @@ class ModelShape:
             return _with_whole_encoder(cls(0, (), None, 0, decoder, lm_head), parts)
         tower: Any = getattr(parts.tower.module, "vision_model", parts.tower.module)
         return cls(
-            patch_embedding=tower.embeddings.patch_embedding.weight.numel(),
+            patch_embedding=parts.tower.embeddings.patch_embedding.weight.numel(),
             encoder=tuple(LayerShape.of(x.self_attn, x.mlp) for x in parts.tower.layers),
             pooling=PoolingShape.of(tower),
             projector=_linear(parts.tower.projector),

@@ -22,6 +22,7 @@ from tokprune.methods.m3 import M3
 from tokprune.methods.mmtok import MMTok, QuestionWords
 from tokprune.methods.msdg import MSDG
 from tokprune.methods.mustdrop import MustDrop
+from tokprune.methods.occamtoken import OccamToken
 from tokprune.methods.options import AtLeast, Range
 from tokprune.methods.pitome import PiToMe
 from tokprune.methods.pool import Pool
@@ -77,6 +78,7 @@ __all__ = [
     "MMTok",
     "Method",
     "MustDrop",
+    "OccamToken",
     "PiToMe",
     "Pool",
     "Preset",

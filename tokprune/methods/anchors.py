@@ -37,11 +37,11 @@ class Anchors:
     def __post_init__(self) -> None:
         share = self.share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"anchors: share={share!r} should be a number in (0, 1]")
+            raise ValueError(f"share={share!r} should be a number in (0, 1]")
         for name, words in (("superior", Superior), ("place", Place)):
             if getattr(self, name) not in get_args(words):
                 raise ValueError(
-                    f"anchors: {name}={getattr(self, name)!r} should be one of "
+                    f"{name}={getattr(self, name)!r} should be one of "
                     + ", ".join(map(repr, get_args(words)))
                 )
 
@@ -60,12 +60,15 @@ class Anchors:
         if value is None or isinstance(value, cls):
             return value
         known = [f.name for f in fields(cls)]
-        if isinstance(value, Mapping):
-            if unknown := [name for name in value if name not in known]:
-                raise ValueError(f"anchors: {unknown[0]!r} should be one of {', '.join(known)}")
-            return cls(**value)
-        if isinstance(value, int | float):
-            return cls(share=value)
+        options = {"share": value} if isinstance(value, int | float) else value
+        if isinstance(options, Mapping):
+            where = f"anchors={value if options is not value else dict(value)!r}"
+            if unknown := [name for name in options if name not in known]:
+                raise ValueError(f"{where}: {unknown[0]!r} should be one of {', '.join(known)}")
+            try:
+                return cls(**options)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         raise ValueError(
             f"anchors={value!r} should be a share of the budget in (0, 1], None, or a mapping with "
             + ", ".join(known)

@@ -26,6 +26,10 @@ class Preset:
     source: str
 
 
+#: visual tokens of an image (all its tiles), and decoder layers, of models with presets
+PRESET_MODELS = {"llava-1.5": (576, 32), "llava-next": (2880, 32)}
+
+
 @dataclass(frozen=True)
 class Knob:
     """What :func:`tokprune.calibrate` turns."""
@@ -145,6 +149,13 @@ class Method(ABC):
             raise ValueError(f"{self.name} has no option {name!r} that could be turned")
         return Knob(lambda value: dataclasses.replace(self, **{name: value}))
 
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        """Visual tokens on the mean over ``layers`` decoder layers, of a still image that would
+        enter with ``tokens``: what budgets of different methods are compared by. None where more
+        than that number decides it (the image, its tiles), or the decoder is too short.
+        """
+        return None
+
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
         """Layer options for a decoder of this depth; {} where the defaults are right.
@@ -168,6 +179,13 @@ class Method(ABC):
         raise ValueError(
             f"{cls.__name__}.preset({model!r}, {budget!r}) is not published; presets: {known}"
         )
+
+
+def preset_mean(cls: type[Method], preset: Preset) -> float | None:
+    """Visual tokens on the mean over the decoder layers of the model that a preset is for, which
+    often is another number than the budget; None where the setting alone does not tell."""
+    known = PRESET_MODELS.get(preset.model)
+    return known and cls(**preset.options).mean_tokens(*known)
 
 
 def _configuration(method: Method) -> str:

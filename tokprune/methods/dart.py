@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit, 
 from tokprune.methods.depth import first_layers
 from tokprune.methods.options import AtLeast, Budget, Renamed
 from tokprune.methods.registry import register_method
+from tokprune.methods.schedule import mean_of_steps
 from tokprune.operators.dart import PivotOrder, Retained, dart, key_norms
 
 _LLAVA = "DART, arXiv 2502.11494, LLaVA-1.5: 4 pivots beside the {} that its script asks for, K = 2"
@@ -50,6 +51,8 @@ class DART(Method):
             CPython set of the pivots' places in the prompt, as the published code does, and
             copies 8 numbers per image to the host; "norm" takes image pivots first, then text
             pivots, each by falling norm, and reads nothing back.
+        centre: "plain" compares tokens around the mean of their image's ("Centering before
+            Pruning", arXiv 2608.30263; ours for DART); "none" as DART itself.
         positions: "preserve" (official) or "compact".
 
     Source: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models:
@@ -65,7 +68,7 @@ class DART(Method):
         *(Preset("llava-1.5", n, {"keep": n + 4}, _LLAVA.format(n)) for n in (192, 128, 64)),
         Preset("llava-next", 320, {"keep": 324}, _NEXT),
     )
-    variants = ({"pivot_order": "norm"},)
+    variants = ({"pivot_order": "norm"}, {"centre": "plain"})
     published_positions = "preserve"
     renamed = (Renamed("layer", "prune_before"),)
 
@@ -74,11 +77,16 @@ class DART(Method):
     image_pivots: Annotated[int, AtLeast(1)] = 4
     text_pivots: Annotated[int, AtLeast(0)] = 4
     pivot_order: PivotOrder = "official"
+    centre: Literal["none", "plain"] = "none"
     positions: Positions | None = None
 
     @classmethod
     def options_for_depth(cls, decoder_layers: int) -> dict[str, Any]:
         return first_layers(decoder_layers)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        after = lambda step, now: resolve_keep(self.keep, now)  # noqa: E731
+        return mean_of_steps(tokens, (self.prune_before,), layers, after)
 
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
@@ -131,5 +139,6 @@ class _DARTRun(DecoderRun):
             method.text_pivots,
             method.pivot_order,
             sequence.valid.cumsum(1) - 1,  # padding at the left does not count
+            method.centre == "plain",
         )
         return KeepDecision(self.retained.mask.any(1), counts, method.new_positions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokprune.methods.base import resolve_keep
 from tokprune.methods.options import BudgetSchedule, check_keep, is_sequence
@@ -45,6 +45,26 @@ def check_steps(
     for before, after in itertools.pairwise(keep):
         if type(before) is type(after) and after > before:
             raise ValueError(f"keep={keep!r} should not rise from one step to the next")
+
+
+def mean_of_steps(
+    entering: int, steps: Sequence[int], layers: int, after: Callable[[int, int], int]
+) -> float | None:
+    """Tokens of an image on the mean over decoder layers; None where a step has no layer.
+
+    Args:
+        entering: tokens that enter the decoder.
+        steps: layers before which some go, ascending.
+        layers: of the decoder.
+        after: what step number i leaves of n tokens that it finds.
+    """
+    if steps and steps[-1] >= layers:
+        return None
+    total, now, start = 0, entering, 0
+    for number, layer in enumerate(steps):
+        total, start = total + now * (layer - start), layer
+        now = min(now, after(number, now))
+    return (total + now * (layers - start)) / layers
 
 
 def tokens_after(keep: BudgetSchedule, step: int, steps: int, tokens: int) -> int:

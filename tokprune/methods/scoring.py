@@ -42,7 +42,7 @@ from tokprune.engine.model import ModelFacts
 from tokprune.methods.anchors import Anchors
 from tokprune.methods.base import Method, check_fits, check_layers_fit, resolve_keep
 from tokprune.methods.options import Budget, BudgetSchedule, PruneBefore
-from tokprune.methods.schedule import check_steps, steps_of, tokens_after
+from tokprune.methods.schedule import check_steps, mean_of_steps, steps_of, tokens_after
 from tokprune.operators.topk import rank
 
 # ------------------------------------------------------------------ language-model input
@@ -81,6 +81,9 @@ class PromptSelector(Method):
     def count(self, tokens: int) -> int:
         """Tokens to keep of an image with so many candidates."""
         return resolve_keep(self.keep, tokens)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        return float(self.count(tokens))
 
     @property
     def prompt_order(self) -> bool:
@@ -188,6 +191,15 @@ class DecoderScorer(Method):
     def count(self, step: int, tokens: int) -> int:
         """Tokens left after step ``step`` (0-based) of an image that entered with ``tokens``."""
         return tokens_after(self.keep, step, len(self.steps), tokens)
+
+    def enters(self, tokens: int) -> int:
+        """Tokens that enter the decoder of an image that would with ``tokens``."""
+        return tokens
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        entering = self.enters(tokens)
+        after = lambda step, now: self.count(step, entering)  # noqa: E731
+        return mean_of_steps(entering, self.steps, layers, after)
 
     @property
     def ranked_together(self) -> bool:

@@ -10,7 +10,7 @@ from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit
 from tokprune.methods.depth import last_steps
 from tokprune.methods.options import AtLeast, BudgetSchedule, PruneBefore, Range, Renamed
 from tokprune.methods.registry import register_method
-from tokprune.methods.schedule import check_steps, steps_of, tokens_after
+from tokprune.methods.schedule import check_steps, mean_of_steps, steps_of, tokens_after
 from tokprune.methods.sparsevlm_stage import SparseStage
 from tokprune.operators.sparsevlm import fixed_count, rank_count, recycle_counts
 
@@ -134,6 +134,16 @@ class SparseVLM(Method):
     def steps(self) -> tuple[int, ...]:
         """The layers before which tokens are dropped."""
         return steps_of(self.prune_before)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        if self.keep is None:  # the prompt decides
+            return None
+
+        def after(step: int, now: int) -> int:
+            kept, _, merged = self.counts(step, tokens, now)
+            return kept + merged
+
+        return mean_of_steps(tokens, self.steps, layers, after)
 
     def counts(self, step: int, entering: int, now: int, rank: int = 0) -> tuple[int, int, int]:
         """What step ``step`` (0-based) makes of an image that entered the decoder with

@@ -18,7 +18,7 @@ from tokprune.methods.options import (
     check_layers,
 )
 from tokprune.methods.registry import register_method
-from tokprune.methods.schedule import check_steps, steps_of
+from tokprune.methods.schedule import check_steps, mean_of_steps, steps_of
 from tokprune.methods.transprune_stage import TransPruneStage
 from tokprune.operators.transition import Direction, Normalize
 
@@ -124,6 +124,10 @@ class TransPrune(Method):
     def steps(self) -> tuple[int, ...]:
         """The layers before which tokens are dropped."""
         return steps_of(self.prune_before)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        after = lambda step, now: self.count(step, tokens)  # noqa: E731
+        return mean_of_steps(tokens, self.steps, layers, after)
 
     def count(self, step: int, tokens: int) -> int:
         """Tokens left after step ``step`` (0-based) of an image that entered with ``tokens``."""

@@ -22,7 +22,7 @@ from tokprune.methods.base import Method, Preset, check_fits, check_layers_fit
 from tokprune.methods.depth import last_steps
 from tokprune.methods.options import BudgetSchedule, LayerNumbers, check_range, is_sequence
 from tokprune.methods.registry import register_method
-from tokprune.methods.schedule import check_steps, steps_of, tokens_after
+from tokprune.methods.schedule import check_steps, mean_of_steps, steps_of, tokens_after
 from tokprune.operators.v2drop import variation
 
 _LAYERS = (3, 17, 22)
@@ -118,6 +118,10 @@ class V2Drop(Method):
     def steps(self) -> tuple[int, ...]:
         """The layers before which tokens are dropped."""
         return steps_of(self.prune_before)
+
+    def mean_tokens(self, tokens: int, layers: int) -> float | None:
+        after = lambda step, now: self.count(step, tokens, now)  # noqa: E731
+        return mean_of_steps(tokens, self.steps, layers, after)
 
     def count(self, step: int, entered: int, now: int) -> int:
         """Tokens left after step ``step`` (0-based) of an image that entered the decoder with

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.engine.contracts import Attention, Plan, Positions, SequenceView
 from tokprune.engine.model import ModelFacts, TowerFacts
-from tokprune.methods.base import Preset, check_fits
+from tokprune.methods.base import Preset, check_fits, resolve_keep
 from tokprune.methods.depth import last_steps
 from tokprune.methods.options import AtLeast, Budget, BudgetSchedule, PruneBefore
 from tokprune.methods.registry import register_method
@@ -113,6 +113,9 @@ class VScan(DecoderScorer):
         )
         most = max(first, 3 * last)
         return most if isinstance(most, int) else min(1.0, most)
+
+    def enters(self, tokens: int) -> int:
+        return resolve_keep(self.entering, tokens)
 
     def count(self, step: int, tokens: int) -> int:
         keep, entering = self.keep, self.entering

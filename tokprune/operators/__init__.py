@@ -27,6 +27,7 @@ from tokprune.operators.merging import *
 from tokprune.operators.mmtok import *
 from tokprune.operators.msdg import *
 from tokprune.operators.mustdrop import *
+from tokprune.operators.occamtoken import *
 from tokprune.operators.outliers import *
 from tokprune.operators.pooling import *
 from tokprune.operators.priortr import *

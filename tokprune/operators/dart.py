@@ -59,6 +59,7 @@ def dart(
     text_pivots: int = 4,
     pivot_order: PivotOrder = "norm",
     place: Tensor | None = None,
+    centre: bool = False,
 ) -> Retained:
     """Image pivots stay; then every pivot in turn takes its share of the image tokens that are
     still free, those of the smallest cosine to it first. Text pivots only vote.
@@ -81,6 +82,8 @@ def dart(
             one copy of V + T numbers per image to the host.
         place: [B, L] long, the tokens' places for that set; None means 0…L−1. Give places that
             do not count padding.
+        centre: compare tokens around the mean of their image's ("Centering before Pruning",
+            arXiv 2608.30263; ours for DART).
 
     Raises:
         ValueError: shapes or dtypes do not match, or a number of pivots is out of range.
@@ -103,8 +106,14 @@ def dart(
     rest = left[..., None] - share * real.sum(-1, keepdim=True)
     share = torch.where(real, share + (real.cumsum(-1) <= rest), 0)
 
-    unit = normalize(hidden.float(), dim=-1)
-    cosine = torch.bmm(take_rows(unit, pivots.flatten(1)), unit.transpose(1, 2))
+    x = hidden.float()
+    asking = take_rows(x, pivots.flatten(1))
+    if centre:
+        member = image.float()
+        mean = torch.bmm(member, x) / count.clamp(min=1)[..., None]
+        asking = asking - mean.repeat_interleave(pivots.shape[-1], dim=1)
+        x = x - torch.bmm(member.transpose(1, 2), mean)
+    cosine = torch.bmm(normalize(asking, dim=-1), normalize(x, dim=-1).transpose(1, 2))
     cosine = rearrange(cosine, "b (s p) l -> b s p l", p=pivots.shape[-1])
 
     mask = torch.zeros_like(image).scatter(-1, chosen, chosen_real)

@@ -311,10 +311,12 @@ class _Oracle:
         for earlier in self.trace.layers:
             if earlier is layer:
                 return None
-            tokens = earlier.column[row][earlier.column[row] >= 0]
+            real = earlier.column[row] >= 0
+            tokens, slots = earlier.column[row][real], earlier.slot[row][real]
             want, shift = closed_positions(native, self.real[row], self.segment[row], tokens)
-            place = torch.searchsorted(tokens, view.tokens[row])
-            found = place < len(tokens)
+            # several tokens may stand at one column, but none at another one's slot
+            place = torch.searchsorted(slots, view.slots[row])
+            found = place < len(slots)
             if bool(found.all()) and torch.equal(want[..., place], got):
                 return shift
         return None

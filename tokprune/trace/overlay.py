@@ -132,7 +132,7 @@ def _caption(stage: StageTokens, layers: int, record: ImageRecord) -> str:
     patches = sum(t.kind == "patch" for t in stage.tokens)
     extra = [
         f"+{n} {kind}"
-        for kind in ("newline", "class")
+        for kind in ("newline", "class", "added")
         if (n := sum(t.kind == kind for t in stage.tokens))
     ]
     number = " ".join([str(patches), *extra])

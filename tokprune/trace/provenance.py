@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tokprune.engine.contracts import ADDED
+
 if TYPE_CHECKING:
     from tokprune.engine.contracts import TowerFacts
     from tokprune.engine.drops import Drop
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 #: frame, on the grid of its pooled cells; the map that a model shrinks all crops to is tile 1.
 #: Where no stage works inside the encoder, cells and tiles are those of the language-model input
 Cell: TypeAlias = "tuple[int, int, int]"
-Kind: TypeAlias = 'Literal["patch", "newline", "class"]'
+Kind: TypeAlias = 'Literal["patch", "newline", "class", "added"]'
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class Token:
 
     ``image``: number of the image inside its prompt (each part of a video that is compressed as one
     is an image); ``tile``, ``row``, ``col``: its patch, −1
-    for newline and class tokens (and for prompts given as embeddings); ``column``: prompt column,
-    −1 where the model's packing gives it none; ``sources``: every patch merged into it, its own
-    included (empty for newline and class tokens).
+    for newline, class and added tokens (and for prompts given as embeddings); ``column``: prompt
+    column, −1 where the model's packing gives it none; ``sources``: every patch merged into it, its
+    own included (empty for newline, class and added tokens).
     """
 
     image: int
@@ -148,7 +150,7 @@ class _Cells(_Places):
     def token(self, number: int, column: int, sources: tuple[Cell, ...], newline: bool) -> Token:
         cell = self.cell(number)
         if cell is None:
-            kind: Kind = "newline" if newline else "class"
+            kind: Kind = "newline" if newline else "added" if number == ADDED else "class"
             return Token(self.number, -1, -1, -1, column, kind, sources)
         return Token(self.number, *cell, column, "patch", sources)
 
@@ -196,8 +198,14 @@ def _at_language_model(image: ImageTrace, record: ImageRecord, cells: _Cells) ->
             for cell, held in zip(record.cell.tolist(), _of_packed(record, cells))
         ]
     held = _sources(record.group.tolist(), tower_of(record).grid)
+    ends = {ADDED: cells.columns[-1]}
     return [
-        cells.token(cell, cells.column.get(cell, first), tuple(held.get(j, ())), newline=False)
+        cells.token(
+            cell,
+            cells.column.get(cell, ends.get(cell, first)),
+            tuple(held.get(j, ())),
+            newline=False,
+        )
         for j, cell in enumerate(record.cell.tolist())
     ]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tokprune.engine.contracts import ImageTokens, Selection
+from tokprune.engine.contracts import ADDED, ImageTokens, Selection
 from tokprune.engine.model import ModelFacts
 from tokprune.engine.widths import ModelShape
 
@@ -122,15 +122,18 @@ class PrefillTrace:
         return counts
 
     def tower_rows(self, record: ImageRecord) -> list[tuple[list[int], list[int]]]:
-        """Per encoder layer: rows of each tile in its attention and in its MLP, class token
-        included. A reduction after a block counts from the next layer on."""
+        """Per encoder layer: rows of each tile in its attention and in its MLP, class token and
+        added rows included. A reduction after a block counts from the next layer on."""
         tower = self.facts.tower
         if tower is None:
             return []
-        now = [tower.patches + int(tower.has_cls)] * record.layout.tiles
+        own = tower.patches + int(tower.has_cls)
+        now = [own + record.added] * record.layout.tiles
         after = _reductions(record, int(tower.has_cls))
         rows = []
         for layer in range(tower.encoder_layers):
+            if layer - 1 == record.added_until:
+                now = [own] * record.layout.tiles
             changes = after.get(layer, [])
             attended = mlp = now
             if changes and layer in self.between_layers:
@@ -187,7 +190,7 @@ def _reductions(record: ImageRecord, cls: int) -> dict[int, list[list[int]]]:
     """Rows of each tile after every reduction, by layer; two where a layer reduces twice."""
     after: dict[int, list[list[int]]] = {}
     for layer, slots in record.history:
-        counts = ((slots >= 0).sum(1) + cls).tolist()
+        counts = (((slots >= 0) | (slots == ADDED)).sum(1) + cls).tolist()
         after.setdefault(layer, []).append([int(n) for n in counts])
     return after
 

@@ -7,6 +7,7 @@ forward can reach another. Runs see tensors and book-keeping only, never transfo
 Stage places, in the order a visual token meets them::
 
     encoder block, between attention and MLP   EncoderRun.between
+    encoder block, inside the MLP              EncoderRun.activation
     encoder block, at its end                  EncoderRun.after
     language-model input (after projector)    PromptStage.select
     before decoder layer l, prefill            DecoderRun.before_layer
@@ -29,6 +30,7 @@ from tokprune.engine.contracts.decoder import (
 from tokprune.engine.contracts.prompt import ImageTokens, PromptStage, Selection
 from tokprune.engine.contracts.rectify import Rectify
 from tokprune.engine.contracts.vision import (
+    ADDED,
     EncoderOutcome,
     EncoderRun,
     EncoderStage,
@@ -41,6 +43,7 @@ from tokprune.engine.contracts.vision import (
 from tokprune.engine.model import ModelFacts, TowerFacts, VideoUnit
 
 __all__ = [
+    "ADDED",
     "Attention",
     "CachePolicy",
     "DecoderRun",

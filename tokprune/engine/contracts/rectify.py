@@ -58,11 +58,11 @@ class Rectify:
         ):  # fmt: skip
             if (value := getattr(self, name)) not in choices:
                 words = ", ".join(map(repr, choices))
-                raise ValueError(f"rectify: {name}={value!r} should be one of {words}")
+                raise ValueError(f"{name}={value!r} should be one of {words}")
         if isinstance(self.c, bool) or not isinstance(self.c, int | float) or not 1 < self.c < 1e6:
-            raise ValueError(f"rectify: c={self.c!r} should be a number above 1")
+            raise ValueError(f"c={self.c!r} should be a number above 1")
         if not self.size and not self.distance:
-            raise ValueError("rectify: size or distance should be True; None rectifies nothing")
+            raise ValueError("size or distance should be True; rectify=None rectifies nothing")
 
     def __repr__(self) -> str:
         changed = {
@@ -86,9 +86,13 @@ class Rectify:
             return cls(**WORDS[value])
         known = [f.name for f in dataclasses.fields(cls)]
         if isinstance(value, Mapping):
+            where = f"rectify={dict(value)!r}"
             if unknown := [name for name in value if name not in known]:
-                raise ValueError(f"rectify: {unknown[0]!r} should be one of {', '.join(known)}")
-            return cls(**value)
+                raise ValueError(f"{where}: {unknown[0]!r} should be one of {', '.join(known)}")
+            try:
+                return cls(**value)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         raise ValueError(
             f"rectify={value!r} should be one of {', '.join(map(repr, WORDS))}, None, or a mapping "
             f"with {', '.join(known)}"

@@ -18,6 +18,9 @@ Positions = Literal["compact", "preserve"]
 Order = Literal["published", "spatial"]
 Across = Literal["tile", "image", "call"]
 
+#: slot of a row that a stage added (:attr:`EncoderStage.extra_tokens`)
+ADDED = -2
+
 
 @dataclass(frozen=True)
 class TowerInput:
@@ -68,9 +71,9 @@ class TowerTokens:
     """Rows alive in the encoder. Row 0 is the class token where the tower has one.
 
     ``slots`` [B, T]: grid slot (0…N−1, raster) that each row stands for, −1 for the class token
-    and for padding; ``valid`` [B, T] bool, None while no row is padding; ``group`` [B, N]: row
-    that now holds each original patch, −1 if dropped; ``counts``: real rows per tile (host),
-    class token included.
+    and for padding, −2 for rows that a stage added; ``valid`` [B, T] bool, None while no row is
+    padding; ``group`` [B, N]: row that now holds each original patch, −1 if dropped; ``counts``:
+    real rows per tile (host), class token and added rows included.
     """
 
     has_cls: bool
@@ -122,7 +125,8 @@ class Reduction:
 
 @dataclass
 class EncoderOutcome:
-    """What an encoder run says at the end, row-aligned with the final patch rows.
+    """What an encoder run says at the end, row-aligned with the final patch rows (all but the class
+    token: those that a stage added, too, as long as they are there).
 
     ``score`` and ``tag`` [tiles, T], ``metric`` [tiles, T, d]: carried to the prompt and the
     decoder stages; ``key`` [tiles, T]: integer sort key of the published order inside one image
@@ -147,6 +151,11 @@ class EncoderRun:
         """Additive attention bias [B, 1, 1, T] (float32) for this layer, or None."""
         return None
 
+    def activation(self, layer: int, activations: Tensor, tokens: TowerTokens) -> Tensor | None:
+        """Inside the MLP, behind its activation function: ``activations`` [B, T, K], which enter
+        the second linear map. New ones of the same shape and dtype, or None."""
+        return None
+
     def between(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
         """After attention and its residual, before the MLP; ``hidden`` [B, T, D]."""
         return None
@@ -167,6 +176,13 @@ class EncoderStage(ABC):
     between_layers: frozenset[int] = frozenset()
     after_layers: frozenset[int] = frozenset()
     bias_layers: frozenset[int] = frozenset()
+    #: layers whose MLP's inner activations a run reads or changes
+    activation_layers: frozenset[int] = frozenset()
+    #: rows of zeros that are put behind the patches of every tile, once the position embedding was
+    #: added, and run through the encoder like any other (register tokens): real rows of slot −2.
+    #: Where a reduction keeps them, they enter the prompt behind their image, which gets room for
+    #: them; where none is made, they are cut off again at the feature layer
+    extra_tokens: int = 0
     #: the feature layer, of a stage that reduces its output only when the last layer has run:
     #: :meth:`EncoderRun.after` of the last layer then gets what the model reads
     after_tower: int | None = None
@@ -191,6 +207,11 @@ class EncoderStage(ABC):
         """Whether it drops or merges rows of videos, too; models that pool the whole grid of every
         frame cannot have that."""
         return self.reduces
+
+    @property
+    def alters(self) -> bool:
+        """Whether the encoder computes something else with it, even where no row is dropped."""
+        return bool(self.extra_tokens or self.activation_layers)
 
     @property
     def share_key(self) -> Hashable | None:

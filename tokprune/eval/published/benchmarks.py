@@ -148,6 +148,7 @@ _KNOWN = (
     Benchmark("ai2d", "AI2D", {"test": "ai2d"}, {"test": 3088}, _ACCURACY),
     Benchmark("mmstar", "MMStar", {"val": "mmstar"}, {"val": 1500},
               {"accuracy": Metric(("average",), 100.0, False)}),
+    Benchmark("realworldqa", "RealWorldQA"),
     Benchmark("coco2014_cap", "COCO 2014 captions", {"val": "coco2014_cap_val"},
               metrics=_captions("coco")),
     Benchmark("coco2017_cap", "COCO 2017 captions", {"val": "coco2017_cap_val"},

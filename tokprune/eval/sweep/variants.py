@@ -13,7 +13,8 @@ from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.identity import canonical
 from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS
 from tokprune.methods import Method, available_methods, image_methods, make_method
-from tokprune.words import option_value
+from tokprune.methods.setting import as_tuples
+from tokprune.words import option_value, split_outside
 
 #: controls that leave the model as it is: ``none`` is the unpruned model, ``blind`` the same on an
 #: empty image, ``downsample`` on a smaller one, and ``frames`` on fewer frames of a video
@@ -109,7 +110,7 @@ def parse_variant(spec: Any) -> tuple[str, dict[str, Any]]:
     if isinstance(spec, Mapping):
         name, options = _from_mapping(spec)
     elif isinstance(spec, str):
-        name, *pairs = [part.strip() for part in spec.split(":")]
+        name, *pairs = split_outside(spec, ":")
         options = {}
         for pair in pairs:
             option, value = parse_option(pair, spec)
@@ -141,7 +142,7 @@ def _from_mapping(spec: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
         name = None
     if not isinstance(name, str) or not all(isinstance(o, str) and o for o in options):
         raise ValueError(f"method {dict(spec)!r} should have a name and options")
-    return name, {o: tuple(v) if isinstance(v, list) else v for o, v in options.items()}
+    return name, {option: as_tuples(value) for option, value in options.items()}
 
 
 def parse_option(pair: str, where: str) -> tuple[str, Any]:

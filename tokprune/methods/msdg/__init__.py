@@ -66,6 +66,10 @@ class MSDG(PromptSelector):
     sink: Annotated[Sink, check_sink] | None = None
     seed: Seed = 0
 
+    @property
+    def stochastic(self) -> bool:
+        return False  # nothing is drawn
+
     def plan(self, facts: ModelFacts) -> Plan:
         check_fits(self.keep, facts)
         layers, packs = encoder_layers(self, facts)

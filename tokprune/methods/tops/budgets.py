@@ -60,6 +60,9 @@ class NominalBudget(DecoderScorer):
         first = 2 * self.budgets[0]
         return first if isinstance(first, int) else min(1.0, first)
 
+    def enters(self, tokens: int) -> int:
+        return resolve_keep(self.entering, tokens)
+
     def count(self, step: int, tokens: int) -> int:
         budget, entering = self.budgets[step], self.entering
         if isinstance(budget, float):  # of the patches: here as a share of what has entered
