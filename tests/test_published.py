@@ -16,12 +16,14 @@ from tokprune.eval.published import (
     MODELS,
     Row,
     baseline,
+    differing,
     find_benchmark,
     load_ledger,
     load_paper,
     model_key,
     papers,
     read_paper,
+    spread,
 )
 from tokprune.eval.published.ledger import FOLDER
 from tokprune.eval.published.reproduce.selection import full_options
@@ -55,9 +57,10 @@ def test_every_file_is_of_the_schema() -> None:
     least = {"todre": 221, "transprune": 293, "pitome": 193, "m3": 171, "dart": 119, "tome": 34,
              "flowcut": 106, "divprune": 91, "visionzip": 62, "sparsevlm": 83, "fastv": 45,
              "pyramiddrop": 30, "centerclip": 90, "cdpruner": 26, "mustdrop": 1, "wen2025": 21,
-             "vtcbench": 16, "unattributed": 143, "vispruner": 118,
-             "scope": 117, "hiprune": 35, "prunesid": 67, "clse": 96, "priortr": 36,
-             "sieve": 88, "msdg": 114, "score": 19, "tops": 119}  # fmt: skip
+             "vtcbench": 16, "unattributed": 143, "vispruner": 63, "holov": 57,
+             "scope": 117, "hiprune": 35, "prunesid": 40, "clse": 96, "priortr": 36,
+             "sieve": 88, "msdg": 114, "score": 19, "tops": 119,
+             "restore": 231, "era": 17, "centring": 193}  # fmt: skip
     for key, rows in least.items():
         assert len(load_paper(key)) >= rows, key
 
@@ -131,7 +134,8 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         *(("scope", "SCOPE", budget) for budget in ("128", "64", "32", "640", "320", "160")),
         *(("tops", "TOPS", budget) for budget in ("128", "64", "32", "256", "640")),
         ("todre", "ToDRE", "25 %", "13B"), ("transprune", "PDrop (low)", "low"),  # as printed
-        ("sieve", "SIEVE", "128"),
+        ("sieve", "SIEVE", "128"), ("centring", "HoloV", "128"),
+        *(("centring", "PruneSID", budget) for budget in ("128", "64", "32")),
     }  # fmt: skip
     checked = 0
     for average in ROWS:
@@ -150,7 +154,7 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
             continue
         assert 100 * sum(parts) / len(parts) == pytest.approx(average.value, abs=0.07), average.key
         checked += 1
-    assert checked >= 39
+    assert checked >= 62
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,23 @@ def test_printed_averages_follow_from_the_printed_parts() -> None:
         ("tops", "Qwen2.5-VL-7B", "TOPS", "128", "mmstar", {}, 53.9),
         ("tops", "criteria", "R + C", "32", "average", {}, 94.1),
         ("tops", "raters", "last text token", "128", "mmbench_en", {}, 62.4),
+        ("restore", "LLaVA-1.5-7B", "HoloV + RESTORE", "64", "mme", {}, 1787),
+        ("restore", "LLaVA-1.5-7B", "VisPruner", "64", "average", {}, 92.8),
+        ("restore", "LLaVA-1.5-7B, inside the decoder", "FastV + RESTORE", "64", "average", {},
+         89.9),
+        ("restore", "FlowCut", "FlowCut", "128", "average", {}, 97.0),
+        ("restore", "LLaVA-NeXT-7B", "HoloV", "160", "textvqa", {}, 56.0),
+        ("restore", "Qwen2.5-VL-7B", "DivPrune + RESTORE", "11.1 %", "average", {}, 89.8),
+        ("restore", "ablation: calibration", "VisionZip, size", "64", "average", {}, 94.4),
+        ("restore", "cost", "with RESTORE", "64", "efficiency", {}, 151.1),
+        ("era", "Table 1", "ERA", "32", "mme", {}, 1312.6),
+        ("era", "Table 1", "CDPruner", "160", "average", {"model": "llava-next-13b"}, 95.8),
+        ("centring", "LLaVA-1.5-7B", "DivPrune + Cen-Prune", "64", "vizwiz_vqa", {}, 57.4),
+        ("centring", "LLaVA-1.5-7B", "CDPruner + Cen-Prune", "128", "ocrbench", {}, 300),
+        ("centring", "LLaVA-NeXT-7B", "ZOO-Prune + Cen-Prune", "160", "average", {}, 91.9),
+        ("centring", "Qwen2.5-VL-7B", "DivPrune + Cen-Prune", "10 %", "mme", {}, 2156),
+        ("centring", "LLaVA-Video-7B", "CDPruner", "16 per frame of 169", "average", {}, 85.8),
+        ("centring", "ablation, LLaVA-1.5-7B", "DivPrune, centred", "32", "average", {}, 88.2),
         ("unattributed", "LLaVA-1.5-7B, re-run", "FastV, re-run", "192", "mme", {}, 1821),
     ],
 )  # fmt: skip
@@ -236,6 +257,19 @@ def test_quoted_rows_are_filed_under_the_paper_that_printed_them() -> None:
     divprune = [row for row in load_paper("todre") if row.method == "divprune"]
     assert {row.options_from for row in divprune if row.options is not None} == {"inferred"}
     assert value("todre", "Table 1", "DivPrune", "25 %", "gqa") == 61.8
+
+
+def test_rows_of_methods_with_something_on_top_are_not_the_methods_own() -> None:
+    rows = [r for key in ("restore", "centring") for r in PAPERS[key]]
+    assert {r.label.partition(" + ")[2] for r in rows if r.plain} == {""}
+    lifts = {"anchors", "rectify", "centre"}
+    for row in rows:
+        on_top = bool(lifts & {*(row.options or {})})
+        assert not (on_top and row.plain), row.key
+    reading = next(r for r in rows if r.label == "DivPrune + RESTORE" and r.benchmark == "textvqa")
+    assert reading.options is not None
+    assert "anchors" not in reading.options
+    assert reading.options["rectify"] == {"size": True, "distance": True, "dropped": "none"}
 
 
 def test_unpruned_figure_of_a_row() -> None:
@@ -311,6 +345,25 @@ def _remove(*path: Any) -> Callable[[dict[str, Any]], None]:
         (_set("rows", 10, "budget", "kind", to="average"), "field 'kind' should be one of input"),
         (_set("rows", 10, "budget", "each", to=5), "budget: field 'each' is unknown"),
         (_set("rows", 0, "budget", "tokens", to=64), "the unpruned model has all its tokens"),
+        (_set("dialect", to=[]), "json, dialect: should be a JSON object, is list"),
+        (_set("dialect", "rows", to={}), "dialect: field 'rows' is unknown"),
+        (_set("dialect", "paper", to=None), "dialect: field 'paper' should be dict"),
+        (_set("dialect", "paper", "mood", to=["", "r"]),
+         "dialect, paper: column 'mood' is unknown; there are harness, harness_version, "),
+        (_set("dialect", "paper", "pope", to="F1"), r"should be \[value, mark\], is 'F1'"),
+        (_set("dialect", "paper", "pope", to=["F1", "r", 2]), r"should be \[value, mark\]"),
+        (_set("dialect", "paper", "textvqa_ocr", to=["maybe", "r"]),
+         "dialect, paper, column 'textvqa_ocr': should be one of 'yes', 'no', is 'maybe'"),
+        (_set("dialect", "paper", "mme", to=["P / T", "r"]), "one of 'P', 'C', .* is 'T'"),
+        (_set("dialect", "paper", "mme", to=["P", "R"]), "mark should be one of r, i, u, is 'R'"),
+        (_set("dialect", "paper", "mme", to=["P", "u"]), 'null and "u" go together'),
+        (_set("dialect", "paper", "mme", to=[None, "i"]), 'null and "u" go together'),
+        (_set("dialect", "paper", "mme", to=[3, "i"]), "should be text, is 3"),
+        (_set("dialect", "paper", "pixels_max", to=["3", "r"]), "should be an integer above 0"),
+        (_set("dialect", "paper", "pixels_max", to=[True, "r"]), "should be an integer above 0"),
+        (_set("dialect", "tables", to={"Table 99": None}), "tables: no row is of 'Table 99'"),
+        (_set("dialect", "tables", to={"LLaVA-1.5-7B": {"mme": ["T", "r"]}}),
+         "dialect, tables, 'LLaVA-1.5-7B', column 'mme': should be one of "),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused(change: Callable[[Any], None], message: str) -> None:
@@ -337,6 +390,94 @@ def test_unknown_papers_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ValueError, match=r"list\.json: should be a JSON object"):
         load_paper("list", tmp_path)
+
+
+# ------------------------------------------------------------------------------ dialects
+
+
+def _row_of(paper: str, label: str, printed: str, benchmark: str, table: str = "") -> Row:
+    return next(
+        r for r in PAPERS[paper]
+        if (r.label, r.budget.printed, r.benchmark) == (label, printed, benchmark)
+        and r.table.startswith(table)
+    )  # fmt: skip
+
+
+def _known(row: Row) -> dict[str, Any]:
+    return {name: (known.value, known.mark) for name, known in row.dialect.items()}
+
+
+def test_a_row_goes_before_its_table_and_that_before_its_paper() -> None:
+    sparse = _known(_row_of("sparsevlm", "SparseVLM", "64", "gqa"))
+    assert sparse["harness"] == ("LLaVA scripts", "r")
+    assert sparse["mme"] == ("P+C", "i")
+    assert sparse["pope"] == (None, "u")
+    assert sparse["budget_rule"] == ("mean over layers", "r")
+    assert "attention" not in sparse  # the sources are silent
+    video = next(r for r in PAPERS["sparsevlm"] if r.model == "video-llava-7b")
+    assert "harness" not in _known(video)
+    # the README's table has a harness of its own, row by row
+    fastv = _known(_row_of("fastv", "FastV", "K=3 R=50 %", "coco2017_cap"))
+    assert (fastv["harness"], fastv["cache"]) == (("lmms-eval", "r"), ("on", "r"))
+    assert _known(_row_of("clse", "CLSE", "64", "gqa"))["cache"][0] == "on, earlier layers cut"
+    limits = _known(_row_of("apet", "ApET", "20 %", "average"))
+    assert (limits["pixels_min"], limits["pixels_max"]) == ((200704, "r"), (1605632, "r"))
+    assert limits["textvqa_ocr"] == (None, "u")
+    # of another method in the paper's table neither rule nor cache is known
+    other = _known(_row_of("priortr", "VisPruner", "64", "average"))
+    assert other["harness"] == ("lmms-eval", "r")
+    assert not other.keys() & {"budget_rule", "cache"}
+    assert "budget_rule" not in _known(_row_of("sparsevlm", "LLaVA-1.5-7B", "unpruned", "gqa"))
+    # the kind of a budget tells the rule
+    assert _known(_row_of("tops", "TOPS", "64", "gqa"))["budget_rule"] == ("mean over layers", "i")
+
+
+def test_figures_differ_in_what_both_sides_know() -> None:
+    def of(paper: str, benchmark: str, **columns: tuple[Any, str]) -> Row:
+        content = _content()
+        content["paper"]["key"] = paper
+        content["dialect"] = {"paper": {n: list(cell) for n, cell in columns.items()}}
+        return next(r for r in read_paper(content, f"{paper}.json") if r.benchmark == benchmark
+                    and r.method == "visionzip")  # fmt: skip
+
+    def apart(benchmark: str, one: dict[str, Any], other: dict[str, Any]) -> tuple[str, ...]:
+        a, b = of("visionzip", benchmark, **one), of("visionzip", benchmark, **other)
+        assert differing(a, b) == differing(b, a)
+        assert differing(a, a) == ()
+        return differing(a, b)
+
+    yes, no = {"textvqa_ocr": ("yes", "r")}, {"textvqa_ocr": ("no", "i")}
+    assert apart("textvqa", yes, no) == ("textvqa_ocr",)
+    assert apart("gqa", yes, no) == ()  # which does not concern it
+    assert apart("textvqa", yes, {"textvqa_ocr": (None, "u")}) == ()
+    assert apart("textvqa", yes, {}) == ()
+    assert apart("mmbench_en", {"mmbench_file": ("dev, CN", "r")},
+                 {"mmbench_file": ("dev 20230712, CN 20231003", "r")}) == ()  # fmt: skip
+    assert apart("mmbench_en", {"mmbench_file": ("dev 20231003, CN 20231003", "r")},
+                 {"mmbench_file": ("dev 20230712", "r")}) == ("mmbench_file",)  # fmt: skip
+    assert apart("pope", {"pope": ("acc, all rows / F1, all rows", "r")},
+                 {"pope": ("F1, all rows", "i")}) == ()  # fmt: skip
+    assert apart("pope", {"pope": ("acc, all rows / F1, all rows", "r")},
+                 {"pope": ("F1, mean of three", "i")}) == ("pope",)  # fmt: skip
+    # tiles, and limits of pixels, are of other models; who ran it is no way to measure
+    assert apart("gqa", {"next_packing": ("unpad", "r"), "budget_rule": ("door, total", "r"),
+                         "pixels_max": (5, "r"), "own_or_copied_from": ("own", "r")},
+                 {"next_packing": ("2880", "r"), "budget_rule": ("door, per tile", "r"),
+                  "pixels_max": (6, "r"), "own_or_copied_from": ("a", "r")}) == ()  # fmt: skip
+    # versions are of one harness
+    old = {"harness": ("lmms-eval", "r"), "harness_version": ("0.3.0", "r")}
+    assert apart("gqa", old, {**old, "harness_version": ("0.1.2", "r")}) == ("harness_version",)
+    assert apart("gqa", old, {"harness": ("LLaVA scripts", "r"), "harness_version": ("1.2.2", "r"),
+                              "cache": ("on", "r")}) == ("harness",)  # fmt: skip
+
+
+def test_the_spread_of_figures_says_in_what_they_differ() -> None:
+    rows = [_row_of("sparsevlm", "SparseVLM", "64", "average", "LLaVA-1.5-7B"),
+            _row_of("priortr", "SparseVLM", "64", "average")]  # fmt: skip
+    low, high, columns = spread(rows)
+    assert (low.value, high.value) == (81.4, 89.3)
+    assert columns == ("harness", "textvqa_ocr", "mme")
+    assert spread(rows[:1]) == (rows[0], rows[0], ())
 
 
 # ------------------------------------------------------------------------------ names

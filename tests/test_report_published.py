@@ -17,6 +17,7 @@ from tokprune.eval.published import load_ledger, load_paper
 from tokprune.eval.published.plot import published_plot
 from tokprune.eval.published.section import find_published, published_section
 from tokprune.eval.report import analyse, build_report, load_run
+from tokprune.eval.report.document import Table
 from tokprune.eval.report.plots import styled
 from tokprune.eval.sweep.identity import row_id
 
@@ -160,6 +161,21 @@ def test_all_papers(folder: Path, analysis: Any) -> None:
         and row.benchmark in ("gqa", "pope", "mme", "vqav2")
         for row in load_ledger()
     )  # fmt: skip
+
+
+def test_figures_that_are_not_measured_alike_have_their_spread(analysis: Any) -> None:
+    tables = [b for b in published_section(analysis, ["all"]).blocks if isinstance(b, Table)]
+    assert [t.title for t in tables] == [
+        "Published and ours, LLaVA-1.5-7B",
+        "Published figures that are not measured alike, LLaVA-1.5-7B",
+    ]
+    lines = {tuple(row[:3]): row[3:] for row in tables[1].rows}
+    assert lines["none", "576", "GQA"][2] == "harness"
+    assert lines["prumerge", "32", "MME"][::2] == ["941 (prumerge, LLaVA-1.5-7B, SinkPruner)",
+                                                   "budget_rule"]  # fmt: skip
+    # papers of which nothing is known can be compared
+    alone = published_section(analysis, ["visionzip"]).blocks
+    assert len([b for b in alone if isinstance(b, Table)]) == 1
 
 
 def test_a_report_without_published_has_no_section(folder: Path, tmp_path: Path) -> None:

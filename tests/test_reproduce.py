@@ -15,9 +15,10 @@ import published_case as case
 import pytest
 
 from tokprune.cli import app
-from tokprune.eval.published import load_paper
+from tokprune.eval.published import load_paper, read_paper
 from tokprune.eval.published.reproduce import compare, execute, read_figures, select
 from tokprune.eval.published.reproduce.execution import plan
+from tokprune.eval.published.reproduce.show import note
 from tokprune.eval.report.statistics import wilson
 from tokprune.eval.sweep import read_run
 from tokprune.eval.sweep.variants import build_variants, parse_variant
@@ -238,6 +239,24 @@ def test_metrics_of_a_harness_go_before_means(home: Path, executed: dict[str, An
     assert (mme.ours.value, mme.ours.interval) == (1512.5, None)
     assert (mme.gap, mme.tolerance, mme.within) == (1512.5 - 1690, 20, False)
     assert gqa.ours.value == 62.5
+
+
+def test_what_is_not_measured_as_ours_is_said(home: Path, executed: dict[str, Any]) -> None:
+    folder = next(f for f in sorted((home / "out").glob("run-*"))
+                  if {"gqa", "POPE"} <= {r["task"] for r in read_run(f).rows})  # fmt: skip
+    content = json.loads((home / "ledger" / "toy.json").read_text(encoding="utf-8"))
+    content["dialect"] = {"paper": {"harness": ["lmms-eval", "r"], "vizwiz_split": ["val", "r"],
+                                    "pope": ["F1, mean of three", "i"]}}  # fmt: skip
+    rows = [r for r in read_paper(content, "toy.json")
+            if r.method == "none" and r.benchmark in ("gqa", "pope")]  # fmt: skip
+    figures = read_figures(folder, "llava-1.5-7b")
+    compared = compare(rows, [figures])
+    assert [c.differs for c in compared] == [("harness",), ("harness",)]
+    assert "not measured alike: harness (lmms-eval, here tokprune)" in note(compared[0])
+    assert compared[0].to_dict()["differs"] == ["harness"]
+    # as if lmms-eval had asked
+    figures.run.info["harness"] = {"name": "lmms-eval", "version": "0.3.4"}
+    assert [c.differs for c in compare(rows, [figures])] == [(), ("pope",)]
 
 
 def test_methods_of_the_same_tasks_share_a_sweep(home: Path, tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ from tokprune.eval.published.ledger import (
     Paper,
     Row,
     baseline,
+    differing,
     load_ledger,
     load_paper,
     papers,
     read_paper,
+    spread,
 )
 from tokprune.eval.published.models import MODELS, model_key
 
 __all__ = [
-    "BENCHMARKS", "MODELS", "Benchmark", "Budget", "Paper", "Row", "baseline", "find_benchmark",
-    "load_ledger", "load_paper", "model_key", "papers", "read_paper",
+    "BENCHMARKS", "MODELS", "Benchmark", "Budget", "Paper", "Row", "baseline", "differing",
+    "find_benchmark", "load_ledger", "load_paper", "model_key", "papers", "read_paper", "spread",
 ]  # fmt: skip

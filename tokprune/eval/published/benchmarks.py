@@ -167,7 +167,7 @@ _KNOWN = (
     *(Benchmark(name, label) for name, label in (
         ("videomme", "VideoMME"), ("egoschema", "EgoSchema"), ("mlvu", "MLVU"),
         ("longvideobench", "LongVideoBench"), ("activitynetqa", "ActivityNet-QA"),
-        ("seedbench_video", "SEED-Bench, video"), ("nextqa", "NExT-QA"),
+        ("seedbench_video", "SEED-Bench, video"), ("mvbench", "MVBench"), ("nextqa", "NExT-QA"),
         ("intentqa", "IntentQA"), ("tgif", "TGIF-QA"), ("msvd", "MSVD"), ("msrvtt", "MSR-VTT"),
     )),
     # retrieval and classification

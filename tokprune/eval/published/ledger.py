@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokprune.errors import did_you_mean
 from tokprune.eval.published.benchmarks import BENCHMARKS
+from tokprune.eval.published.dialect import (
+    COLUMNS,
+    Dialect,
+    Dialects,
+    apart,
+    dialect_of,
+    read_dialects,
+)
 from tokprune.eval.published.models import MODELS
 from tokprune.eval.sweep.schema import check_object
 from tokprune.files import read_json
@@ -100,6 +108,8 @@ class Row:
     positions: str | None
     status: str
     note: str | None
+    #: what stands behind the figure, as far as the row, its table and its paper tell
+    dialect: Dialect
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -113,6 +123,17 @@ class Row:
     def quality(self) -> bool:
         """Whether it tells of answers rather than of costs."""
         return self.unit in QUALITY
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the method as such: no ablation, and nothing else on top of it."""
+        return not self.table.startswith("ablation") and " + " not in self.label
+
+    @property
+    def budget_text(self) -> str:
+        """The budget as papers print it: tokens, where they print tokens."""
+        printed, tokens = self.budget.printed, self.budget.tokens
+        return printed if printed.isdigit() or tokens is None else f"{tokens:g}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields in JSON types, with the paper's key, title and arXiv id."""
@@ -144,6 +165,7 @@ ROW: dict[str, Any] = {
 }  # fmt: skip
 #: fields that may be left out
 _OPTIONAL: dict[str, Any] = {"sd": _NUMBER_OR_NONE}
+_FILE = ("schema", "paper", "tables", "rows", "dialect")
 
 
 def papers(folder: str | Path = FOLDER) -> tuple[str, ...]:
@@ -183,7 +205,7 @@ def read_paper(content: Any, where: str) -> list[Row]:
         ValueError: names row and field, and says what would be right.
     """
     check_object(content, {"schema": int, "paper": dict, "tables": dict, "rows": list}, where)
-    _unknown(content, ("schema", "paper", "tables", "rows"), where)
+    _unknown(content, _FILE, where)
     if content["schema"] != SCHEMA:
         raise ValueError(
             f"{where}: schema {content['schema']} cannot be read; this version of tokprune knows "
@@ -201,18 +223,34 @@ def read_paper(content: Any, where: str) -> list[Row]:
     paper = Paper(**about, tables=content["tables"])
     if not content["rows"]:
         raise ValueError(f"{where}: holds no row")
+    dialects = read_dialects(content.get("dialect", {}), f"{where}, dialect")
     rows: list[Row] = []
     seen: dict[tuple[Any, ...], int] = {}
     for number, entry in enumerate(content["rows"]):
-        row = _row(entry, paper, f"{where}, rows[{number}]")
+        row = _row(entry, paper, dialects, f"{where}, rows[{number}]")
         if row.key in seen:
             raise ValueError(f"{where}, rows[{number}]: repeats rows[{seen[row.key]}]")
         seen[row.key] = number
         rows.append(row)
-    unused = set(content["tables"]) - {row.table for row in rows}
-    if unused:
-        raise ValueError(f"{where}, tables: no row is of {sorted(unused)[0]!r}")
+    for name, named in (("tables", content["tables"]), ("dialect, tables", dialects.tables)):
+        unused = set(named) - {row.table for row in rows}
+        if unused:
+            raise ValueError(f"{where}, {name}: no row is of {sorted(unused)[0]!r}")
     return rows
+
+
+def differing(a: Row, b: Row) -> tuple[str, ...]:
+    """Columns of the dialects of two figures that are known of both, and in which they disagree:
+    figures that differ in none may be compared."""
+    return apart(a.dialect, b.dialect, a.benchmark, a.model)
+
+
+def spread(rows: Sequence[Row]) -> tuple[Row, Row, tuple[str, ...]]:
+    """The lowest and the highest of rows of one kind, and in which columns any two of them
+    differ."""
+    ordered = sorted(rows, key=lambda row: row.value)
+    found = {name for i, a in enumerate(rows) for b in rows[:i] for name in differing(a, b)}
+    return ordered[0], ordered[-1], tuple(name for name in COLUMNS if name in found)
 
 
 def baseline(row: Row, rows: Iterable[Row]) -> Row | None:
@@ -227,7 +265,7 @@ def _beside(row: Row) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _row(entry: Any, paper: Paper, where: str) -> Row:
+def _row(entry: Any, paper: Paper, dialects: Dialects, where: str) -> Row:
     check_object(entry, ROW, where)
     check_object({**dict.fromkeys(_OPTIONAL), **entry}, _OPTIONAL, where)
     _unknown(entry, {**ROW, **_OPTIONAL}, where)
@@ -248,7 +286,8 @@ def _row(entry: Any, paper: Paper, where: str) -> Row:
     if entry["split"] is not None and splits:
         _choice(entry, "split", sorted(splits), where)
     budget = _budget(entry, where)
-    return Row(paper=paper, **{"sd": None, **entry, "budget": budget})
+    dialect = dialect_of(entry, dialects, own=entry["method"] == paper.key)
+    return Row(paper=paper, **{"sd": None, **entry, "budget": budget, "dialect": dialect})
 
 
 def _value(entry: Mapping[str, Any], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokprune.eval.published import BENCHMARKS, MODELS, load_ledger
+from tokprune.eval.published import BENCHMARKS, MODELS, Row, load_ledger, spread
 from tokprune.eval.published.plot import Mark, published_plot
 from tokprune.eval.published.reproduce import Comparison, compare, read_figures, show
 from tokprune.eval.report.analysis import Analysis
@@ -70,7 +70,7 @@ def _mark(c: Comparison, task: str, tokens: int) -> Mark | None:
     row = c.row
     metric = BENCHMARKS[row.benchmark].metrics.get(row.metric)
     # the curves show the mean of scores, so only figures that are one can stand beside them
-    if row.unit != "%" or metric is None or not metric.mean:
+    if row.unit != "%" or metric is None or not metric.mean or not row.plain:
         return None
     at: float | None = row.budget.layer_mean
     if row.method == "none":
@@ -95,12 +95,14 @@ def published_section(
                 plot,
                 f"Lines: this run. Hollow markers: figures of papers on {published.model}, at the "
                 "mean of tokens over the layers, or at the printed budget where a paper does not "
-                "say what it counts; rows that only tell the tokens after the last cut are in the "
-                "table alone. Black line: this run unpruned.",
+                "say what it counts. In the table alone: rows that only tell the tokens after the "
+                "last cut, ablations, and methods with something else on top. Black line: this run "
+                "unpruned.",
             )
         )
     if published.comparisons:
         blocks.append(_table(published))
+        blocks += _not_alike([c.row for c in published.comparisons], published.model)
     blocks += [Text(f"{note[0].upper()}{note[1:]}.") for note in published.notes]
     return Section("published", "Published figures", blocks, "Published")
 
@@ -119,3 +121,31 @@ def _table(published: Published) -> Table:
         words=frozenset(i for i, n in enumerate(columns) if n in show.WORDS),
         strong=frozenset(i for i, c in enumerate(published.comparisons) if c.ours is not None),
     )
+
+
+def _not_alike(rows: Sequence[Row], model: str) -> list[Block]:
+    """Figures of one method at one budget that are known to be measured in different ways: their
+    spread, and in what they differ."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.plain:
+            key = (row.method, row.budget_text, row.benchmark, row.metric, row.split or "")
+            groups.setdefault(key, []).append(row)
+    lines = []
+    for (method, budget, benchmark, *_), group in groups.items():
+        low, high, columns = spread(group)
+        if columns:
+            ends = [f"{row.value} ({row.paper.key}, {row.table})" for row in (low, high)]
+            lines.append([method, budget, BENCHMARKS[benchmark].label, *ends, ", ".join(columns)])
+    if not lines:
+        return []
+    return [
+        Table(
+            header=["method", "budget", "benchmark", "lowest", "highest", "differ in"],
+            rows=lines,
+            title=f"Published figures that are not measured alike, {model}",
+            note="What differs is what is known of both sides, read in released scripts or "
+            "inferred; nothing is said of what a paper leaves open.",
+            words=frozenset(range(6)),
+        )
+    ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokprune.eval.published import BENCHMARKS, Row, baseline
+from tokprune.eval.published.dialect import apart
 from tokprune.eval.published.reproduce.figures import Missing, Ours, RunFigures
 from tokprune.eval.published.reproduce.selection import why_not
 
@@ -43,6 +44,13 @@ class Comparison:
         mine = None if self.ours is None or not self.our_base else self.ours.value / self.our_base
         return (self.row.value / self.base if self.base else None), mine
 
+    @property
+    def differs(self) -> tuple[str, ...]:
+        """Columns of the dialects that are known of both sides, and in which they disagree."""
+        if self.ours is None:
+            return ()
+        return apart(self.row.dialect, self.ours.dialect, self.row.benchmark, self.row.model)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON types."""
         published, mine = self.retained
@@ -56,7 +64,7 @@ class Comparison:
             },
             "status": "run" if self.ours is not None else "not run", "reason": self.reason,
             "gap": self.gap, "tolerance": self.tolerance, "within": self.within,
-            "retained": {"published": published, "ours": mine},
+            "retained": {"published": published, "ours": mine}, "differs": list(self.differs),
         }  # fmt: skip
 
 

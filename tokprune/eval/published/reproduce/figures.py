@@ -9,6 +9,7 @@ from typing import Any
 
 from tokprune.eval.published import BENCHMARKS, Row, find_benchmark, model_key
 from tokprune.eval.published.benchmarks import Metric
+from tokprune.eval.published.dialect import Dialect, Known
 from tokprune.eval.sweep.results import METRICS_FILE, Run, read_run
 from tokprune.eval.sweep.schema import SCHEMA
 
@@ -31,6 +32,8 @@ class Ours:
     tokens_last: float | None
     #: what to know when comparing
     notes: tuple[str, ...] = ()
+    #: what stands behind it
+    dialect: Dialect = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,18 @@ class RunFigures:
             tokens_mean=_mean(rows, "tokens_mean"),
             tokens_last=_mean(rows, "tokens_last"),
             notes=tuple(notes),
+            dialect=self._dialect(split),
         )
+
+    def _dialect(self, split: str | None) -> Dialect:
+        """How the run asked: lmms-eval is known, a benchmark of files is what its maker made it."""
+        harness = self.run.info.get("harness")
+        if harness is None:
+            return {name: Known(value, "r") for name, value in _BUILTIN.items()}
+        found = {**_LMMS_EVAL, "harness": harness["name"], "harness_version": harness["version"]}
+        if split is not None:
+            found["vizwiz_split"] = split
+        return {name: Known(value, "r") for name, value in found.items()}
 
     def _reported(self, trial: str, task: str, metric: Metric) -> float | None:
         """The harness's own figure in the row's unit, where it is complete."""
@@ -182,6 +196,13 @@ def _setting(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         options = json_options(made)
     return {**options, "seed": None}
 
+
+_BUILTIN = {"harness": "tokprune", "cache": "on"}
+#: alike in its versions 0.3.0, 0.3.4 and 0.7.2
+_LMMS_EVAL = {
+    "textvqa_ocr": "no", "sqa_split": "img", "mmbench_file": "lmms en_dev, cn_dev",
+    "pope": "acc, all rows", "cache": "on",
+}  # fmt: skip
 
 _UNANSWERED = Missing(4, "the run has not answered it yet")
 

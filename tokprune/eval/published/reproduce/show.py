@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokprune.eval.published import MODELS, Row
+from tokprune.eval.published.dialect import told
 from tokprune.eval.published.reproduce.comparison import Comparison
 
 HEADER = ("paper", "table", "model", "method", "budget", "benchmark", "published",
@@ -21,8 +22,8 @@ NOTES = (
     "error of the published figure on as many questions as were answered (MME: 20 points, twice "
     "what batch size alone moves it); harnesses, prompts and precision differ on top of it. "
     "Retained: share of the unpruned figure beside it, which cancels most of what a harness "
-    "shifts. Marks: ‡ from second-hand notes, § from memory, ¶ computed from published data, "
-    "° options are our inference."
+    "shifts; the note names what is known to be measured in other ways. Marks: ‡ from second-hand "
+    "notes, § from memory, ¶ computed from published data, ° options are our inference."
 )
 _MARKS = {"read": "", "second-hand": " ‡", "from memory": " §", "computed": " ¶"}
 
@@ -61,7 +62,10 @@ def note(c: Comparison) -> str:
     notes = [] if c.ours is None else list(c.ours.notes)
     parts = [c.reason, *notes, c.row.note]
     if c.ours is not None:
-        parts.append(f"published with {c.row.harness}" if c.row.harness else None)
+        alike = c.row.harness is None or "harness" in c.differs
+        parts.append(None if alike else f"published with {c.row.harness}")
+        differs = [told(name, c.row.dialect, c.ours.dialect) for name in c.differs]
+        parts.append(f"not measured alike: {', '.join(differs)}" if differs else None)
     return "; ".join(part for part in parts if part)
 
 
