@@ -325,7 +325,7 @@ def test_bad_options_leave_the_model_alone(form: Any) -> None:
 
 def test_attention_is_not_rectified(form: Any) -> None:
     with (
-        pytest.raises(tokprune.UnsupportedModelError, match="rectify needs transformers ≥ 4.57"),
+        pytest.raises(tokprune.UnsupportedModelError, match=r"rectify needs transformers ≥ 4\.57"),
         tokprune.compress(form.model, "divprune", keep=4, rectify="size"),
     ):
         pass
