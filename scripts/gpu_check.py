@@ -121,10 +121,11 @@ def main() -> int:
     if given.rehearse:
         torch.set_num_threads(1)
     plan = items(sorted(image_methods())) if "bench" in given.only else []
-    cases = dict(CORE)
+    rectified = {"divprune, rectified": ("divprune", {**CORE["divprune"][1], "rectify": "size"})}
+    cases = {**CORE, **rectified}
     if given.rehearse:
         plan = [item.rehearsed(1 if number else 2, 1) for number, item in enumerate(plan)]
-        cases = {case: CORE[case] for case in ("divprune", "fastv", "pitome")}
+        cases = {**{case: CORE[case] for case in ("divprune", "fastv", "pitome")}, **rectified}
     later = [*CHECKS.values()] if "checks" in given.only else []
     later += [OPERATORS] if "operators" in given.only else []
     # a rehearsal shows that everything runs: nothing is left out for want of time

@@ -186,7 +186,9 @@ class _Bench:
         def oracle(model: Any, inputs: dict[str, Tensor], seen: Any) -> Tensor:
             handles = mask_tower(model, prefill)
             try:
-                logits = generated_oracle(model, inputs, prefill, self.continuation, seen)
+                logits = generated_oracle(
+                    model, inputs, prefill, self.continuation, seen, case.method.rectify
+                )
             finally:
                 for handle in handles:
                     handle.remove()
