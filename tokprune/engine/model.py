@@ -260,6 +260,16 @@ class ImageLayout:
     broken: bool = False
     segments: Segments | None = None
 
+    @property
+    def count(self) -> int:
+        """Prompt tokens that the model makes of it."""
+        return len(self.packed)
+
+    @property
+    def patches(self) -> int:
+        """Those of them that are no newline tokens."""
+        return int((self.packed >= 0).sum())
+
     def parts(self, video_unit: VideoUnit) -> list[ImageLayout]:
         """The video cut into the parts that are compressed as one; a still image as it is."""
         if (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from tokprune.engine.contracts import Plan, Positions, Rectify
-from tokprune.engine.model import ModelFacts, VideoUnit
+from tokprune.engine.model import ImageLayout, ModelFacts, VideoUnit
 from tokprune.methods.options import Budget, Renamed, check_options, check_video_unit
 
 M = TypeVar("M", bound="Method")
@@ -153,6 +153,13 @@ class Method(ABC):
         """Visual tokens on the mean over ``layers`` decoder layers, of a still image that would
         enter with ``tokens``: what budgets of different methods are compared by. None where more
         than that number decides it (the image, its tiles), or the decoder is too short.
+        """
+        return None
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        """Visual tokens that enter the decoder of a still image with this layout, where the setting
+        and the layout alone tell: what engines reserve room for that count tokens before they look
+        at the image. None where the image or the question decides, or nothing is known.
         """
         return None
 

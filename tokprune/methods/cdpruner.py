@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, ModelFacts, Plan, Positions
-from tokprune.methods.base import Method, Preset, check_fits
+from tokprune.engine.model import ImageLayout
+from tokprune.methods.base import Method, Preset, check_fits, resolve_keep
 from tokprune.methods.cdpruner_stage import DPPStage
 from tokprune.methods.centring import Centre
 from tokprune.methods.clip_relevance import TowerRelevance
@@ -101,3 +102,7 @@ class CDPruner(Method):
             encoder=(self.relevance.stage(facts),) if observed else (),  # type: ignore[union-attr]
             prompt=(DPPStage(self),),
         )
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        left = resolve_keep(self.keep, layout.patches)
+        return left if left < layout.patches else layout.count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, Plan
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ImageLayout, ModelFacts
 from tokprune.methods.base import Preset, check_fits
 from tokprune.methods.cells import check_whole, index_of_cells
 from tokprune.methods.options import Range
@@ -81,6 +81,11 @@ class HiRED(PromptSelector):
         tower = facts.need_tower(self.name, whole=False)
         layers = (0, read_layer(tower)) if tower.tiled else (read_layer(tower),)
         return Plan(encoder=(PatchAttention(*layers),), prompt=(SelectorStage(self),))
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        if self.rounding == "floor" and layout.tiles > 1:
+            return None
+        return super().fixed_count(facts, layout)
 
     def select(self, image: ImageTokens, keep: int) -> Tensor:
         check_whole(image, self.name)

@@ -38,7 +38,7 @@ from tokprune.engine.contracts import (
     Selection,
     SequenceView,
 )
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ImageLayout, ModelFacts
 from tokprune.methods.anchors import Anchors
 from tokprune.methods.base import Method, check_fits, check_layers_fit, resolve_keep
 from tokprune.methods.options import Budget, BudgetSchedule, PruneBefore
@@ -84,6 +84,11 @@ class PromptSelector(Method):
 
     def mean_tokens(self, tokens: int, layers: int) -> float | None:
         return float(self.count(tokens))
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        candidates = layout.count if self.newlines else layout.patches
+        left = self.count(candidates)
+        return left if left < candidates else layout.count
 
     @property
     def prompt_order(self) -> bool:

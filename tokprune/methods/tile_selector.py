@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import Attention, Order, Plan, TowerTokens
-from tokprune.engine.model import ModelFacts, TowerFacts
+from tokprune.engine.model import ImageLayout, ModelFacts, TowerFacts
 from tokprune.methods.anchors import Anchors
 from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.tile_stages import AtInput, InTower, Observer, Tiles
-from tokprune.methods.tiles import TileMethod, feature_layer
+from tokprune.methods.tiles import TileMethod, feature_layer, shown_cells, tiles_of
 from tokprune.methods.tower_rows import Window
 from tokprune.operators.visionzip import Score
 
@@ -105,6 +105,25 @@ class TileChooser(TileMethod):
             return Plan(encoder=stills)
         watch = stills or (Observer(self, tower),)
         return Plan(encoder=watch, prompt=(AtInput(self, videos_only=True),))
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        tower = facts.tower
+        if tower is None or self.anchors is not None:
+            return self._count_at_input(facts, layout)
+        counts = self.counts(tower.patches, [layout.tiles])
+        if counts[0] == tower.patches:
+            return layout.count
+        if tower.tiled and self.order == "spatial":
+            counts = [min(n, shown) for n, shown in zip(counts, shown_cells(tower, layout))]
+        return sum(counts) + layout.tiles * int(tower.cls_in_features)
+
+    def _count_at_input(self, facts: ModelFacts, layout: ImageLayout) -> int:
+        """What :class:`~tokprune.methods.tile_stages.AtInput` leaves."""
+        tiles = tiles_of(facts, layout)
+        sizes = [size for size, _ in tiles]
+        counts = [self.counts(size, [len(sizes)])[0] for size in sizes]
+        left = sum(min(n, shown) for n, (_, shown) in zip(counts, tiles))
+        return layout.count if counts == sizes or left == layout.patches else left
 
     def chosen(self, tiles: Tiles, counts: list[int], windows: Sequence[Window | None]) -> Tensor:
         """The patches of every tile that stay, ascending, [B, most]; −1 at the end of tiles that

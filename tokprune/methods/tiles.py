@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokprune.engine.contracts import Order, Positions
-from tokprune.engine.model import ModelFacts, TowerFacts
+from tokprune.engine.model import ImageLayout, ModelFacts, TowerFacts
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import Method, check_fits, resolve_keep
 from tokprune.methods.options import Budget
+from tokprune.operators.anyres import tile_windows
 
 Scope = Literal["tile", "image"]
 
@@ -53,6 +54,24 @@ class TileMethod(Method):
                 f"tiles that an image of this model can have; keep should be at least {most}"
             )
         return keep // most
+
+
+def tiles_of(facts: ModelFacts, layout: ImageLayout) -> list[tuple[int, int]]:
+    """Of every tile at the language-model input its cells, and how many of them show the image and
+    no padding."""
+    if layout.token_grid is not None:
+        sizes = [height * width for height, width in layout.token_grid.grids]
+        return list(zip(sizes, sizes))
+    assert facts.tower is not None
+    return list(zip([facts.tower.patches] * layout.tiles, shown_cells(facts.tower, layout)))
+
+
+def shown_cells(tower: TowerFacts, layout: ImageLayout) -> list[int]:
+    """Of every tile in the vision encoder, the patches that show the image and no padding."""
+    if layout.video or layout.tile_grid == (0, 0):
+        return [tower.patches] * layout.tiles
+    windows = tile_windows(tower.grid, layout.tile_grid, layout.size)
+    return [(bottom - top) * (right - left) for top, bottom, left, right in windows]
 
 
 def check_one(method: Method, names: tuple[str, ...]) -> None:

@@ -18,11 +18,11 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ImageLayout, ModelFacts
 from tokprune.methods.base import Preset, check_fits, resolve_keep
 from tokprune.methods.options import AtLeast
 from tokprune.methods.registry import register_method
-from tokprune.methods.tiles import TileMethod, feature_layer
+from tokprune.methods.tiles import TileMethod, feature_layer, tiles_of
 from tokprune.methods.tower_rows import stitched_places
 from tokprune.methods.visionzip_cells import CellStage, KeysAndAttention
 from tokprune.operators.visionzip import Score, compress
@@ -134,6 +134,15 @@ class VisionZip(TileMethod):
             total = min(tokens, max(1, self.keep // tiles))
         dominant = max(1, round(total * 27 / 32))
         return dominant, total - dominant
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        if facts.tower is None:
+            sizes = [size for size, _ in tiles_of(facts, layout)]
+            left = sum(min(size, sum(self.split_of(size, len(sizes)))) for size in sizes)
+            return left if len(set(sizes)) == 1 else None
+        left = sum(self.split(facts))
+        whole = self.keep is not None and left == facts.tower.patches
+        return layout.count if whole else left * layout.tiles
 
     def plan(self, facts: ModelFacts) -> Plan:
         tower = facts.need_tower(self.name, whole=False)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tokprune.engine.contracts import Plan
-from tokprune.engine.model import ModelFacts, TowerFacts
-from tokprune.methods.base import check_fits
+from tokprune.engine.model import ImageLayout, ModelFacts, TowerFacts
+from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.centerclip.prompt import SegmentStage
 from tokprune.methods.centerclip.tower import TowerStage
 from tokprune.methods.options import AtLeast, Budget, is_number
@@ -128,6 +128,12 @@ class CenterCLIP(TileMethod):
         if self.place == "encoder":
             layer = self._first_layer(tower, layer) - 1
         return Plan(encoder=() if whole else (TowerStage(self, layer, budget),), prompt=videos)
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        tower = facts.tower
+        if tower is None or tower.tiled or tower.cls_in_features:
+            return None  # padding, newline and class tokens have rules of their own
+        return resolve_keep(self.keep, tower.patches)  # type: ignore[arg-type]
 
     def _first_layer(self, facts: TowerFacts, last: int) -> int:
         """First encoder layer that sees the medoids.

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokprune.engine.contracts import Plan, Positions
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ImageLayout, ModelFacts
 from tokprune.methods.base import Method, Preset, Source
 from tokprune.methods.options import Budget
 from tokprune.methods.pooling.prompt import PoolStage
 from tokprune.methods.pooling.tower import EarlyPoolStage
 from tokprune.methods.tiles import check_one, feature_layer
+from tokprune.operators.anyres import stitched_bounds
 
 _M3 = "M3, arXiv 2405.17430: nested scales of the 24×24 grid"
 _NEXT = _M3 + "; per tile, 5 tiles, nominal total"
@@ -66,6 +67,27 @@ class WindowPooling(Method):
         """The one of the token counts ``scales``, all tokens first, that ``keep`` asks for."""
         count = self.wanted(scales[0])
         return next((scale for scale in scales if abs(scale - count) < 1e-6 * scale), None)
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        tower = facts.tower
+        if tower is None:  # windows at the edges may be smaller
+            assert layout.token_grid is not None
+            grids = layout.token_grid.grids
+            windows = [self.window_fitting(grid) for grid in grids]
+            pooled = [-(-h // p) * -(-w // p) for (h, w), p in zip(grids, windows)]
+            return sum(pooled) + layout.count - layout.patches
+        (height, width), p = tower.grid, self.window_for(tower.grid)
+        if p == 1:
+            return layout.count
+        small = height // p, width // p
+        left = small[0] * small[1] + int(self.place == "before" and tower.cls_in_features)
+        if not tower.tiled:
+            return left
+        if layout.tile_grid == (0, 0):
+            return left + 1
+        assert layout.size is not None
+        top, bottom, west, east = stitched_bounds(small, layout.tile_grid, layout.size)
+        return left + (bottom - top) * (east - west + 1)
 
     def plan(self, facts: ModelFacts) -> Plan:
         windows: list[int] = []

@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from tokprune.engine.contracts import ModelFacts, Plan
+from tokprune.engine.model import ImageLayout
 from tokprune.methods.base import check_fits, resolve_keep
 from tokprune.methods.options import AtLeast, Budget, Range
 from tokprune.methods.prumerge.cells import CellStage
 from tokprune.methods.prumerge.tower import ObserverStage, TowerStage
 from tokprune.methods.registry import register_method
-from tokprune.methods.tiles import TileMethod, feature_layer
+from tokprune.methods.tiles import TileMethod, feature_layer, tiles_of
 from tokprune.operators.prumerge import adaptive, by_attention, repeated, spread
 from tokprune.operators.visionzip import Score
 
@@ -121,6 +122,18 @@ class PruMerge(TileMethod):
         if self.scope == "image" and isinstance(self.keep, int):
             return min(patches, max(1, self.keep // tiles))
         return resolve_keep(self.keep, patches)
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        if self.keep is None:
+            return None
+        if facts.tower is None:
+            sizes = [size for size, _ in tiles_of(facts, layout)]
+            budgets = [self.budget(size, len(sizes)) or 0 for size in sizes]
+            return layout.count if budgets == sizes else sum(budgets)
+        left = self.tile_budget(facts)
+        if left == facts.tower.patches:
+            return layout.count
+        return layout.tiles * (left + int(facts.tower.cls_in_features))
 
     def choose(self, attn: Tensor, keep: int | None) -> tuple[Tensor, list[int]]:
         """Patches of tiles [B, N], those that stay first, in output order; and how many do."""

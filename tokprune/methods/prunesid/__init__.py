@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.contracts import Attention, Order, Plan, TowerTokens
-from tokprune.engine.model import ModelFacts
+from tokprune.engine.model import ImageLayout, ModelFacts
 from tokprune.methods.base import Preset, check_fits
 from tokprune.methods.options import Seed
 from tokprune.methods.prunesid.tower import GroupStage
@@ -102,6 +102,16 @@ class PruneSID(TileChooser):
         group, loading = principal_groups(x, groups, generator)
         score = loading if score is None else score
         return group_choice(x, group, score, groups, keep, total, scale)
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        tower = facts.tower
+        if tower is None or self.anchors is not None:
+            return self._count_at_input(facts, layout)
+        count = self.tile_budget(facts)
+        if count == tower.patches:
+            return layout.count
+        extra = tower.cls_in_features and not self.keep_cls
+        return layout.tiles * (count + int(extra))
 
     def plan(self, facts: ModelFacts) -> Plan:
         assert self.keep is not None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tokprune.engine.contracts import ModelFacts, Plan, Positions
-from tokprune.methods.base import Method, Preset, check_fits
+from tokprune.engine.model import ImageLayout
+from tokprune.methods.base import Method, Preset, check_fits, resolve_keep
 from tokprune.methods.centring import Centre
 from tokprune.methods.options import Budget, LayerNumbers, Range, Renamed, Seed
 from tokprune.methods.registry import register_method
@@ -123,3 +124,7 @@ class ToDRE(Method):
             prompt=(DiversityStage(self, self.keep),),
             decoder=decoder,
         )
+
+    def fixed_count(self, facts: ModelFacts, layout: ImageLayout) -> int | None:
+        left = layout.patches if self.keep is None else resolve_keep(self.keep, layout.patches)
+        return left if left < layout.patches else layout.count
