@@ -5,6 +5,7 @@
     python3 scripts/dev.py test     # the test suite (extra arguments go to pytest)
     python3 scripts/dev.py test-llava   # the tests of the patches for the original llava package
     python3 scripts/dev.py test-lmms    # the tests of the plug-in for lmms-eval
+    python3 scripts/dev.py test-vllm    # the tests of the plug-in for vLLM (Python ≥ 3.11)
     python3 scripts/dev.py lint     # ruff, mypy, and which room may import which
     python3 scripts/dev.py shell -- python -c "..."   # anything else, in the environment
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -31,10 +33,13 @@ TRANSFORMERS = ">=5,<6"
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment ``.venv-NAME`` and what pip installs there, one call per step."""
+    """A virtual environment ``.venv-NAME`` and what pip installs there, one call per step; then
+    ``files`` of the project are put into its site-packages. ``reads``: files that pip is given."""
 
     name: str
     steps: tuple[tuple[str, ...], ...]
+    files: tuple[Path, ...] = ()
+    reads: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -43,9 +48,8 @@ class Environment:
     def python(self) -> str:
         """Path of its Python; the environment is made where it is missing or out of date."""
         python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-        wanted = hashlib.sha256(
-            (ROOT / "pyproject.toml").read_bytes() + repr(self.steps).encode()
-        ).hexdigest()
+        texts = [p.read_bytes() for p in (ROOT / "pyproject.toml", *self.reads, *self.files)]
+        wanted = hashlib.sha256(b"".join(texts) + repr(self.steps).encode()).hexdigest()
         stamp = self.folder / "installed"
         if stamp.exists() and stamp.read_text() == wanted:
             return str(python)
@@ -55,6 +59,10 @@ class Environment:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         for step in self.steps:
             subprocess.run([*pip, *step], check=True)
+        for file in self.files:
+            where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+            site = subprocess.run([str(python), "-c", where], capture_output=True, text=True)
+            shutil.copy(file, site.stdout.strip())
         stamp.write_text(wanted)
         return str(python)
 
@@ -67,6 +75,8 @@ def main_environment(transformers: str) -> Environment:
     # torch first and by exact version: a range would let the resolver pick a far larger build
     return Environment(name, ((TORCH,), (TORCH, f"transformers{spec}", *project)))
 
+
+VLLM = ROOT / "scripts" / "vllm_environment"
 
 #: environments beside the main one, for what pins other releases than the project itself
 ENVIRONMENTS = {
@@ -100,6 +110,16 @@ ENVIRONMENTS = {
             ("--no-deps", "--editable", str(ROOT)),
         ),
     ),
+    "vllm": Environment(
+        "vllm",
+        (
+            ("--no-compile", TORCH),
+            ("--no-compile", "--no-deps", "--requirement", str(VLLM / "requirements.txt")),
+            ("--no-deps", "--editable", str(ROOT)),
+        ),
+        files=(VLLM / "sitecustomize.py",),
+        reads=(VLLM / "requirements.txt",),
+    ),
 }  # fmt: skip
 
 #: what the tests of the original llava package compare with, made by the newest transformers
@@ -114,6 +134,7 @@ JOBS: dict[str, list[tuple[str | None, list[object]]]] = {
         ("llava", ["-m", "pytest", "-q", "tests/llava", "--reference", LLAVA_REFERENCE, ...]),
     ],
     "test-lmms": [("lmms", ["-m", "pytest", "-q", "tests/lmms", ...])],
+    "test-vllm": [("vllm", ["-m", "pytest", "-q", "-p", "no:logging", "tests/serving", ...])],
     "lint": [
         (None, ["-m", "ruff", "check", "."]),
         (None, ["-m", "ruff", "format", "--check", "."]),

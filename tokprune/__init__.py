@@ -55,7 +55,7 @@ _HOME = {
     "unpatch": "tokprune.api",
     "visual_positions": "tokprune.engine.session",
 }
-_PACKAGES = ("engine", "families", "methods", "operators", "testing")
+_PACKAGES = ("engine", "families", "methods", "operators", "testing", "vllm")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,17 @@
 """The command line, one file a command. Heavy imports wait until a command needs them."""
 
 # importing a command registers it
-from tokprune.cli import bench, methods, recommend, repair, report, reproduce, run, sweep  # noqa: F401
+from tokprune.cli import (  # noqa: F401
+    bench,
+    methods,
+    recommend,
+    repair,
+    report,
+    reproduce,
+    run,
+    sweep,
+    vllm,
+)
 from tokprune.cli.app import BadInput, app
 from tokprune.cli.values import parse_keep, parse_options
 

@@ -94,14 +94,15 @@ def native_sequence(
     )
 
 
-def _select(
+def run_stages(
     images: list[ImageTokens],
     last_of_prompt: list[bool],
     stages: Sequence[PromptStage],
     contracts: Contracts,
     rectify: Rectify | None,
 ) -> tuple[list[ImageTokens], list[Selection | None]]:
-    """Run the prompt stages one after the other on all images of a batch."""
+    """Run the prompt stages one after the other on all images of a batch; ``last_of_prompt``: of
+    every image whether it ends its prompt."""
     last: list[Selection | None] = [None] * len(images)
     for stage in stages:
         answers = stage.select(images)
@@ -195,7 +196,7 @@ def select_visual(
             ends.append(silent and s + 1 == len(row))
     originals = [image.column for image in images]
     numbers = [number for row in layout.image_of for number in row]
-    images, answers = _select(images, ends, stages, contracts, rectify)
+    images, answers = run_stages(images, ends, stages, contracts, rectify)
 
     column = torch.arange(length, device=device).repeat(batch, 1)
     mask = torch.ones(batch, length, dtype=torch.bool, device=device)

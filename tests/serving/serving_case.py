@@ -1,0 +1,165 @@
+"""The embedded model in vLLM and in transformers, asked the same questions."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+import tokprune
+from tokprune.eval.benchmarks.mini.benchmark import MiniBenchmark
+from tokprune.methods import make_method
+from tokprune.models import resolve
+
+QUESTIONS = 30
+#: of an answer, in tokens
+LONGEST = 8
+ARCHITECTURE = "TokpruneLlavaForConditionalGeneration"
+
+
+@dataclass
+class Answer:
+    """What a model said: the text, tokens of its prompt, log-probabilities of its first token by
+    id, the best ones; and the tokens of the image that were left, in order."""
+
+    text: str
+    prompt: int
+    first: dict[int, float]
+    kept: list[int] | None = None
+
+
+@functools.cache
+def questions() -> list[tuple[str, str, Image.Image]]:
+    """Question, name of its image, image."""
+    benchmark = MiniBenchmark()
+    items = benchmark.items(limit=QUESTIONS)
+    return [(item.question, item.image_id, benchmark.image(item)) for item in items]
+
+
+# ------------------------------------------------------------------------------ transformers
+
+
+@functools.cache
+def _loaded() -> Any:
+    return tokprune.load("mini", processor=True, dtype="float32")
+
+
+@functools.cache
+def reference(text: str) -> list[Answer]:
+    """Answers of tokprune in transformers with a setting (JSON; "{}": unpruned)."""
+    setting = json.loads(text)
+    if not setting:
+        return _answers(None)
+    name = setting.pop("method")
+    with tokprune.compress(_loaded()[0], make_method(name, **setting)) as trace:
+        return _answers(trace)
+
+
+def _answers(trace: Any) -> list[Answer]:
+    model, processor = _loaded()
+    found = []
+    for question, _, image in questions():
+        inputs = processor(images=image, text=prompt_of(question), return_tensors="pt")
+        whole = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            out = model.generate(
+                **inputs, do_sample=False, max_new_tokens=LONGEST, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        text = processor.decode(out.sequences[0, whole:], skip_special_tokens=True)
+        first = out.logits[0][0].float().log_softmax(-1).topk(3)
+        left, length = None, whole
+        if trace is not None:
+            (image_trace,) = trace.last.images
+            left = image_trace.entered.column - image_trace.columns[0]
+            length = whole - len(image_trace.columns) + len(left)
+        found.append(
+            Answer(
+                text.strip(), length, dict(zip(first.indices.tolist(), first.values.tolist())),
+                None if left is None else left.tolist(),
+            )
+        )  # fmt: skip
+    return found
+
+
+# -------------------------------------------------------------------------------------- vLLM
+
+
+def prompt_of(question: str) -> str:
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def engine(text: str, **options: Any) -> LLM:
+    """An engine with a setting (JSON; "": vLLM's own architecture)."""
+    setting = json.loads(text) if text else None
+    overrides = {"architectures": [ARCHITECTURE], "tokprune": setting} if setting else {}
+    return LLM(
+        resolve("mini"), hf_overrides=overrides,
+        **{
+            "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
+            "distributed_executor_backend": "uni", "block_size": 32, **options,
+        },
+    )  # fmt: skip
+
+
+def model_of(llm: LLM) -> Any:
+    """The model in an engine of this process."""
+    (model,) = llm.apply_model(lambda model: model)
+    return model
+
+
+def request(question: str, *images: Image.Image, keep: Any = None, **more: Any) -> dict[str, Any]:
+    text = prompt_of(question) if images else f"USER: {question} ASSISTANT:"
+    if len(images) > 1:
+        text = text.replace("<image>", "<image>" * len(images))
+    own: dict[str, Any] = {"prompt": text, **more}
+    if images:
+        own["multi_modal_data"] = {"image": list(images)}
+    if keep is not None:
+        own["mm_processor_kwargs"] = {"tokprune": {"keep": keep}}
+    return own
+
+
+def ask(llm: LLM, requests: Sequence[dict[str, Any]]) -> list[Answer]:
+    """Answers of an engine."""
+    sampling = SamplingParams(temperature=0, max_tokens=LONGEST, logprobs=3)
+    found = []
+    for out in llm.generate(list(requests), sampling, use_tqdm=False):
+        (own,) = out.outputs
+        first = {token: value.logprob for token, value in own.logprobs[0].items()}
+        found.append(Answer(own.text.strip(), len(out.prompt_token_ids), first))
+    return found
+
+
+def ask_questions(llm: LLM) -> list[Answer]:
+    """Its answers to all questions, one after the other, with what was left of every image."""
+    model, seen = model_of(llm), []
+    # images are encoded once, whoever asks about them
+    kept: dict[str, list[int]] = {}
+    model.watch = seen.extend
+    answers = []
+    for question, name, image in questions():
+        seen.clear()
+        (own,) = ask(llm, [request(question, image)])
+        for left in seen:
+            kept[name] = left.place.tolist()
+        own.kept = kept.get(name)
+        answers.append(own)
+    return answers
+
+
+def furthest(got: Answer, want: Answer) -> float:
+    """The largest difference of log-probabilities of the first token, of those that both have, by
+    their size where that is above 1."""
+    both = got.first.keys() & want.first.keys()
+    assert len(both) >= 2
+    return max(
+        abs(got.first[token] - want.first[token]) / max(1.0, abs(want.first[token]))
+        for token in both
+    )

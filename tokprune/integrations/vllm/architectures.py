@@ -1,0 +1,29 @@
+"""The architectures that are served: names of our own, so that an engine that does not know them
+stops instead of serving every token without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokprune.errors import UnsupportedModelError
+
+#: what stands before the name of the model class of transformers and vLLM
+PREFIX = "Tokprune"
+#: model class → module of this package that has the class for vLLM
+SERVED: dict[str, str] = {"LlavaForConditionalGeneration": "llava"}
+
+
+def served_by(architectures: Sequence[str] | None) -> str:
+    """The model class, of a config's ``architectures``, with or without our prefix.
+
+    Raises:
+        UnsupportedModelError: it is not served; lists those that are.
+    """
+    given = [name.removeprefix(PREFIX) for name in architectures or ()]
+    found = next((name for name in given if name in SERVED), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"architectures={list(architectures or ())} is not served with tokprune in vLLM; it "
+            f"should be one of {', '.join(SERVED)}"
+        )
+    return found
