@@ -46,25 +46,30 @@ def questions() -> list[tuple[str, str, Image.Image]]:
 
 
 @functools.cache
-def _loaded() -> Any:
-    return tokprune.load("mini", processor=True, dtype="float32")
+def loaded(folder: str) -> Any:
+    return tokprune.load(folder, processor=True, dtype="float32")
 
 
 @functools.cache
 def reference(text: str) -> list[Answer]:
     """Answers of tokprune in transformers with a setting (JSON; "{}": unpruned)."""
+    return in_transformers("mini", text, [(question, image) for question, _, image in questions()])
+
+
+def in_transformers(folder: str, text: str, asked: Sequence[Any]) -> list[Answer]:
+    """The same of any checkpoint, asked about images: (question, image)."""
     setting = json.loads(text)
     if not setting:
-        return _answers(None)
+        return _answers(folder, None, asked)
     name = setting.pop("method")
-    with tokprune.compress(_loaded()[0], make_method(name, **setting)) as trace:
-        return _answers(trace)
+    with tokprune.compress(loaded(folder)[0], make_method(name, **setting)) as trace:
+        return _answers(folder, trace, asked)
 
 
-def _answers(trace: Any) -> list[Answer]:
-    model, processor = _loaded()
+def _answers(folder: str, trace: Any, asked: Sequence[Any]) -> list[Answer]:
+    model, processor = loaded(folder)
     found = []
-    for question, _, image in questions():
+    for question, image in asked:
         inputs = processor(images=image, text=prompt_of(question), return_tensors="pt")
         whole = inputs["input_ids"].shape[1]
         with torch.no_grad():
@@ -95,12 +100,14 @@ def prompt_of(question: str) -> str:
     return f"USER: <image>\n{question} ASSISTANT:"
 
 
-def engine(text: str, **options: Any) -> LLM:
+def engine(
+    text: str, folder: str = "mini", architecture: str = ARCHITECTURE, **options: Any
+) -> LLM:
     """An engine with a setting (JSON; "": vLLM's own architecture)."""
     setting = json.loads(text) if text else None
-    overrides = {"architectures": [ARCHITECTURE], "tokprune": setting} if setting else {}
+    overrides = {"architectures": [architecture], "tokprune": setting} if setting else {}
     return LLM(
-        resolve("mini"), hf_overrides=overrides,
+        resolve(folder), hf_overrides=overrides,
         **{
             "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
             "distributed_executor_backend": "uni", "block_size": 32, **options,
@@ -137,14 +144,15 @@ def ask(llm: LLM, requests: Sequence[dict[str, Any]]) -> list[Answer]:
     return found
 
 
-def ask_questions(llm: LLM) -> list[Answer]:
-    """Its answers to all questions, one after the other, with what was left of every image."""
+def ask_questions(llm: LLM, asked: Sequence[Any] = ()) -> list[Answer]:
+    """Its answers to questions (question, name of the image, image), one after the other, with what
+    was left of every image."""
     model, seen = model_of(llm), []
     # images are encoded once, whoever asks about them
     kept: dict[str, list[int]] = {}
     model.watch = seen.extend
     answers = []
-    for question, name, image in questions():
+    for question, name, image in asked or questions():
         seen.clear()
         (own,) = ask(llm, [request(question, image)])
         for left in seen:

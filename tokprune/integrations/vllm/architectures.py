@@ -10,7 +10,11 @@ from tokprune.errors import UnsupportedModelError
 #: what stands before the name of the model class of transformers and vLLM
 PREFIX = "Tokprune"
 #: model class → module of this package that has the class for vLLM
-SERVED: dict[str, str] = {"LlavaForConditionalGeneration": "llava"}
+SERVED: dict[str, str] = {
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+}
 
 
 def served_by(architectures: Sequence[str] | None) -> str:

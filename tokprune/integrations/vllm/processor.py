@@ -26,6 +26,9 @@ FIELD = "tokprune_keep"
 class Counting(Processor):
     """Stands before the processor of a model of vLLM."""
 
+    #: what the processor of transformers makes with one entry for each image
+    per_image = "pixel_values"
+
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
         self.hosts = Hosts(info.get_hf_config())
@@ -51,19 +54,13 @@ class Counting(Processor):
             }  # fmt: skip
         return inputs
 
-    def _call_hf_processor(
-        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
-    ) -> Any:
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         keep = encoded(keep_of(hf_kwargs))
-        made = super()._call_hf_processor(hf_data, without_keep(hf_kwargs))
+        made = super()._apply_hf_processor_main(mm_items, without_keep(hf_kwargs))
         if "pixel_values" in made:
-            number = len(self._images_of(made))
+            number = len(made[self.per_image])
             made[FIELD] = torch.full((number,), keep, dtype=torch.float64)
         return made
-
-    def _images_of(self, made: Mapping[str, Any]) -> Sequence[Any]:
-        """What the processor made, one entry for each image."""
-        return made["pixel_values"]  # type: ignore[no-any-return]
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]

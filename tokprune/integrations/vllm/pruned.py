@@ -26,6 +26,8 @@ class PrunedLlava(Model):
 
     config: Any
     vision_tower: Any
+    #: of the images that are encoded now
+    _keeps: Any = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -76,19 +78,20 @@ class PrunedLlava(Model):
     # ------------------------------------------------------------------ all images of a call
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        keeps = kwargs.pop(FIELD, None)
-        given = self._parse_and_validate_image_input(**kwargs)
-        if given is None:
-            return []
-        if given["type"] != "pixel_values":
-            return self._process_image_input(given)
-        return self._images(given, keeps)
+        self._keeps = kwargs.pop(FIELD, None)
+        try:
+            return super().embed_multimodal(**kwargs)
+        finally:
+            self._keeps = None
 
-    def _images(self, given: Mapping[str, Any], keeps: Any) -> Any:
+    def _process_image_input(self, image_input: Mapping[str, Any]) -> Any:
+        given = image_input
+        if given["type"] != "pixel_values":
+            return super()._process_image_input(given)
         layouts = self.layouts(given)
-        hosts = self._hosts_of(keeps, len(layouts))
+        hosts = self._hosts_of(self._keeps, len(layouts))
         if all(host is None for host in hosts):
-            return self._process_image_input(given)
+            return super()._process_image_input(given)
         found: dict[int, Tensor] = {}
         for numbers in batches(hosts, self.at_once):
             host = hosts[numbers[0]]
@@ -138,6 +141,24 @@ class PrunedLlava(Model):
         )
         rows = projected.flatten(0, 1)
         return [rows[:1].expand(host.count(layout), -1) for layout in layouts]
+
+
+class PrunedTiles(PrunedLlava):
+    """The same of a model that cuts images into tiles."""
+
+    image_newline: Any
+
+    def layouts(self, given: Mapping[str, Any]) -> list[ImageLayout]:
+        sizes = torch.as_tensor(given["image_sizes"]).tolist()
+        return [self.hosts.layout(int(height), int(width)) for height, width in sizes]
+
+    def tiles(self, given: Mapping[str, Any], number: int, layout: ImageLayout) -> Tensor:
+        # tiles of padding may stand behind an image's own
+        return given["pixel_values"][number][: layout.tiles]  # type: ignore[no-any-return]
+
+    @property
+    def newline(self) -> Tensor | None:
+        return self.image_newline  # type: ignore[no-any-return]
 
 
 def batches(hosts: Sequence[PlanHost | None], most: int) -> list[list[int]]:
