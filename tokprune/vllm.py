@@ -75,6 +75,6 @@ def overrides(
     for key, value in found.items():
         setattr(config, key, value)
     hosts = Hosts(config)
-    side = int(getattr(config.vision_config, "image_size", 0) or 336)
-    hosts.count(hosts.layout(side, side))
+    for _, layout in hosts.examples():
+        hosts.count(layout)
     return found

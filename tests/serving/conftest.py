@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
+import json
 import os
 from typing import Any
 
@@ -29,4 +29,12 @@ def engines() -> Any:
     """Engines of vLLM by setting and options, each made once."""
     from serving_case import engine
 
-    return functools.cache(engine)
+    made: dict[str, Any] = {}
+
+    def get(*words: str, **options: Any) -> Any:
+        key = json.dumps([words, options], sort_keys=True)
+        if key not in made:
+            made[key] = engine(*words, **options)
+        return made[key]
+
+    return get

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,8 +97,21 @@ def _answers(folder: str, trace: Any, asked: Sequence[Any]) -> list[Answer]:
 # -------------------------------------------------------------------------------------- vLLM
 
 
+_PROMPT = ["USER: <image>\n{} ASSISTANT:"]
+
+
+@contextmanager
+def prompting(template: str) -> Iterator[None]:
+    """Prompts with an image in another form, where it and the question stand."""
+    _PROMPT.append(template)
+    try:
+        yield
+    finally:
+        _PROMPT.pop()
+
+
 def prompt_of(question: str) -> str:
-    return f"USER: <image>\n{question} ASSISTANT:"
+    return _PROMPT[-1].format(question)
 
 
 def engine(

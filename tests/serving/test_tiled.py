@@ -10,7 +10,7 @@ import pytest
 from serving_case import ask, ask_questions, furthest, in_transformers, questions, request
 from tiled_models import CLASSES, make
 
-KINDS = ("llava_next",)
+KINDS = ("llava_next", "llava_onevision")
 SETTINGS: dict[str, dict[str, Any]] = {
     "divprune": {"method": "divprune", "keep": 0.1},
     "visionzip": {"method": "visionzip", "keep": 16},
@@ -27,26 +27,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make(kind, root / kind) for kind in KINDS}
 
 
-def images() -> list[Any]:
+def images(kind: str) -> list[Any]:
     found = []
-    for number, (height, width) in enumerate(SIZES):
+    sizes = [*SIZES[:2], (700, 760)] if kind == "llava_onevision" else SIZES
+    for number, (height, width) in enumerate(sizes):
         question, _, image = questions()[4 * number]
         found.append((question, f"{height}×{width}", image.resize((width, height))))
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llava_next", name) for name in SETTINGS] + [("llava_onevision", "divprune"),
+                                                   ("llava_onevision", "visionzip")],
+)  # fmt: skip
 def test_as_in_transformers(kind: str, name: str, folders: Any, engines: Any) -> None:
     text, folder = json.dumps(SETTINGS[name]), str(folders[kind])
-    llm = engines(text, folder, f"Tokprune{CLASSES[kind][0]}", max_model_len=3500)
-    got = ask_questions(llm, images())
-    want = in_transformers(folder, text, [(question, image) for question, _, image in images()])
+    llm = engines(text, folder, f"Tokprune{CLASSES[kind][0]}", max_model_len=3500,
+                  limit_mm_per_prompt={"image": 2} | ({"video": 0} if "one" in kind else {}))  # fmt: skip
+    got = ask_questions(llm, images(kind))
+    want = in_transformers(folder, text, [(q, image) for q, _, image in images(kind)])
     assert [own.prompt for own in got] == [own.prompt for own in want]
     assert [own.kept for own in got] == [own.kept for own in want]
     assert max(furthest(a, b) for a, b in zip(got, want)) < 1e-4
     assert [own.text for own in got] == [own.text for own in want]
     # together, in one call of the tower where the cache has none of them
-    again = ask(llm, [request(question, image.rotate(180)) for question, _, image in images()])
-    alone = in_transformers(folder, text, [(q, image.rotate(180)) for q, _, image in images()])
+    again = ask(llm, [request(question, image.rotate(180)) for question, _, image in images(kind)])
+    alone = in_transformers(folder, text, [(q, image.rotate(180)) for q, _, image in images(kind)])
     assert max(furthest(a, b) for a, b in zip(again, alone)) < 1e-4

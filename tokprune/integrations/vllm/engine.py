@@ -50,26 +50,13 @@ def images_at_once(vllm_config: Any, hosts: Hosts) -> int:
     return max(1, step // max(1, hosts.bound.facts.max_visual_tokens))
 
 
-def say(hosts: Hosts, at_once: int) -> None:
+def say(hosts: Hosts) -> None:
     """One line about what is pruned to what."""
     if hosts.own is None:
         logger.info("tokprune %s: switched off, images keep all their tokens", __version__)
         return
-    sizes = example_sizes(hosts)
-    counts = [(hosts.layout(*size), size) for size in sizes]
     told = "; ".join(
-        f"{hosts.own.count(layout)} of the {layout.count} tokens of an image of {h}×{w} pixels"
-        for layout, (h, w) in counts
+        f"{hosts.own.count(layout)} of the {layout.count} tokens of an image of {words}"
+        for words, layout in hosts.examples()
     )
     logger.info("tokprune %s: %r leaves %s", __version__, hosts.own.method, told)
-
-
-def example_sizes(hosts: Hosts) -> list[tuple[int, int]]:
-    """(height, width) of the smallest and the largest image that a model tells apart."""
-    config = hosts.bound.model.config
-    side = config.vision_config.image_size
-    places = getattr(config, "image_grid_pinpoints", None)
-    if not places:
-        return [(side, side)]
-    largest = max(places, key=lambda size: size[0] * size[1])
-    return [(side, side), (int(largest[0]), int(largest[1]))]

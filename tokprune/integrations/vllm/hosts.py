@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokprune.engine.model import ImageLayout
+from tokprune.families.grids import image_of
 from tokprune.integrations.vllm.host import PlanHost
 from tokprune.integrations.vllm.setting import KEY, ServedSetting, with_keep
 from tokprune.integrations.vllm.twin import twin_of
@@ -54,6 +55,18 @@ class Hosts:
         call = {bound.family.pixels: torch.empty(1, 0), "image_sizes": [[height, width]]}
         images = bound.family.images(bound.parts, bound.facts, call)
         return images[0] if isinstance(images, list) else images.image(1)
+
+    def examples(self) -> list[tuple[str, ImageLayout]]:
+        """Images that a model tells apart, in words: the smallest and the largest, or one of any."""
+        config: Any = self.bound.model.config
+        if self.bound.facts.tower is None:
+            return [("24×24 tokens", image_of(24, 24))]
+        side = int(config.vision_config.image_size)
+        sizes = [(side, side)]
+        if places := getattr(config, "image_grid_pinpoints", None):
+            largest = max(places, key=lambda size: size[0] * size[1])
+            sizes.append((int(largest[0]), int(largest[1])))
+        return [(f"{h}×{w} pixels", self.layout(h, w)) for h, w in sizes]
 
     def count(self, layout: ImageLayout, keep: Budget | None = None) -> int:
         """Tokens that are left of an image in a request.

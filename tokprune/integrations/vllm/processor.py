@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, ImageProcessorItems
+from vllm.multimodal.parse import ImageProcessorItems
 
 from tokprune.engine.model import ImageLayout
 from tokprune.integrations.vllm.hosts import Hosts, encoded, keep_of, without_keep
@@ -94,9 +94,9 @@ class Counting(Processor):
 
             def replacement(number: int) -> Any:
                 whole = theirs(number) if callable(theirs) else theirs
-                images = mm_items.get_items("image", (ImageEmbeddingItems, ImageProcessorItems))
-                if isinstance(images, ImageEmbeddingItems):
-                    return whole
+                images = mm_items["image"]
+                if not isinstance(images, ImageProcessorItems):
+                    return whole  # features of a client's own
                 layout = self.layout_of(images, number, out_mm_kwargs)
                 return shortened(whole, layout.count, self.hosts.count(layout, keep))
 

@@ -37,7 +37,7 @@ class PrunedLlava(Model):
             self._whole_tower(vllm_config, prefix, self.hosts.own)
         self.tower_hooks = TowerHooks(self.vision_tower)
         self.at_once = images_at_once(vllm_config, self.hosts)
-        say(self.hosts, self.at_once)
+        say(self.hosts)
 
     def _whole_tower(self, vllm_config: Any, prefix: str, host: PlanHost) -> None:
         """vLLM builds the tower up to the layer that the model reads; some methods look at a later

@@ -38,9 +38,16 @@ def check(method: Method, plan: Plan, facts: ModelFacts) -> None:
         )
     for stage in plan.encoder:
         _check_encoder(method, stage, facts)
+    kinds = [stage.positions for stage in plan.encoder if stage.reduces]
+    kinds += [stage.positions for stage in plan.prompt]
+    if facts.axes > 1 and "compact" in kinds:
+        _refuse(
+            method,
+            "renumbers positions, which stay the original ones in vLLM where they have three axes; "
+            "leave positions out",
+        )
     if facts.axes == 1:
-        kinds = [s for s in plan.encoder if s.reduces] + list(plan.prompt)
-        if any(stage.positions != "compact" for stage in kinds):
+        if "preserve" in kinds:
             _refuse(
                 method,
                 "keeps the original positions, which vLLM counts itself where they have one axis: "
