@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: images of any size at their original positions, cached, in chunks, several."""
+"""Qwen2-VL and Qwen2.5-VL: images of any size, at their original positions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from qwen_model import CELL, make
+from qwen_model import CELL, CLASSES, make
 from serving_case import Answer, ask, ask_questions, furthest, in_transformers, model_of, prompting
 
 from tokprune.integrations.vllm.mrope import placed, prompt_positions, with_places
 
-ARCHITECTURE = "TokpruneQwen2_5_VLForConditionalGeneration"
+KIND = "qwen2.5-vl"
+ARCHITECTURE = f"Tokprune{CLASSES[KIND]}"
 #: (height, width) in tokens: square, wide, tall
 SHAPES = ((6, 6), (3, 11), (11, 3), (4, 5), (2, 16), (16, 2))
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|> {}"
@@ -34,8 +35,14 @@ ASKED = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make(Path(tmp_path_factory.mktemp("qwen"))))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = Path(tmp_path_factory.mktemp("qwen"))
+    return {kind: str(make(kind, root / kind)) for kind in CLASSES}
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, str]) -> str:
+    return folders[KIND]
 
 
 def compare(got: list[Answer], want: list[Answer]) -> None:
@@ -44,19 +51,20 @@ def compare(got: list[Answer], want: list[Answer]) -> None:
     assert [own.text for own in got] == [own.text for own in want]
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"method": "divprune", "keep": 12},
-        {"method": "divprune", "keep": 0.3, "order": "published"},
-        {"method": "pool", "window": 2},
-        {"method": "none"},
-    ],
-    ids=json.dumps,
-)
-def test_as_in_transformers(setting: dict[str, Any], folder: str, engines: Any) -> None:
-    text = json.dumps(setting)
-    llm = engines(text, folder, ARCHITECTURE, **OPTIONS)
+DIVPRUNE = {"method": "divprune", "keep": 12}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen2.5-vl", DIVPRUNE),
+    ("qwen2.5-vl", {"method": "divprune", "keep": 0.3, "order": "published"}),
+    ("qwen2.5-vl", {"method": "pool", "window": 2}),
+    ("qwen2.5-vl", {"method": "none"}),
+    ("qwen2-vl", DIVPRUNE),
+]
+
+
+@pytest.mark.parametrize(("kind", "setting"), CASES, ids=map(json.dumps, CASES))
+def test_as_in_transformers(kind: str, setting: Any, folders: Any, engines: Any) -> None:
+    text, folder = json.dumps(setting), folders[kind]
+    llm = engines(text, folder, f"Tokprune{CLASSES[kind]}", **OPTIONS)
     with prompting(PROMPT):
         reference = text if setting["method"] != "none" else "{}"
         want = in_transformers(folder, reference, [(q, image) for q, _, image in ASKED])

@@ -14,7 +14,8 @@ SERVED: dict[str, str] = {
     "LlavaForConditionalGeneration": "llava",
     "LlavaNextForConditionalGeneration": "llava_next",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen2VLForConditionalGeneration": "qwen",
+    "Qwen2_5_VLForConditionalGeneration": "qwen",
 }
 
 

@@ -57,7 +57,7 @@ class Hosts:
         return images[0] if isinstance(images, list) else images.image(1)
 
     def examples(self) -> list[tuple[str, ImageLayout]]:
-        """Images that a model tells apart, in words: the smallest and the largest, or one of any."""
+        """Images in words: the smallest and the largest that a model tells apart, or some one."""
         config: Any = self.bound.model.config
         if self.bound.facts.tower is None:
             return [("24×24 tokens", image_of(24, 24))]

@@ -46,13 +46,12 @@ def check(method: Method, plan: Plan, facts: ModelFacts) -> None:
             "renumbers positions, which stay the original ones in vLLM where they have three axes; "
             "leave positions out",
         )
-    if facts.axes == 1:
-        if "preserve" in kinds:
-            _refuse(
-                method,
-                "keeps the original positions, which vLLM counts itself where they have one axis: "
-                "only with M-RoPE. Set positions to 'compact'",
-            )
+    if facts.axes == 1 and "preserve" in kinds:
+        _refuse(
+            method,
+            "keeps the original positions, which vLLM counts itself where they have one axis: "
+            "only with M-RoPE. Set positions to 'compact'",
+        )
 
 
 def not_fixed(method: Method) -> NoReturn:
