@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from family_cases import METHODS
 from transformers import AutoConfig
 
 import tokprune
+from tokprune.cli import app
 from tokprune.engine.encoder import EncoderHooks
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind
@@ -25,8 +27,10 @@ from tokprune.integrations.vllm.setting import ServedSetting
 from tokprune.integrations.vllm.twin import twin_of
 from tokprune.integrations.vllm.versions import why_not
 from tokprune.methods import make_method
+from tokprune.methods.setting import save_setting
 from tokprune.models import resolve
 from tokprune.testing import tiny_family
+from tokprune.vllm import overrides
 
 LLAVA = "TokpruneLlavaForConditionalGeneration"
 
@@ -91,6 +95,48 @@ def test_bad_settings(setting: dict[str, Any], words: str) -> None:
         ServedSetting.of(config(**setting))
 
 
+# ------------------------------------------------------------------------------- overrides
+
+
+def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "setting.json"
+    save_setting({"schema": 2, "method": "divprune", "options": {"keep": 64}}, file)
+    want = {
+        "architectures": [LLAVA],
+        "tokprune": {"method": "divprune", "options": {"keep": 64}},
+    }
+    assert overrides("mini", str(file)) == want
+    assert overrides("mini", file) == want
+    assert overrides("mini", "divprune", keep=64) == want
+    assert overrides("mini", make_method("divprune", keep=64)) == want
+    assert overrides("mini", json.loads(file.read_text())) == want
+    assert tokprune.vllm.served_models() == sorted(SERVED)
+    for words in (["--setting", str(file)], ["--method", "divprune", "--keep", "64"]):
+        with pytest.raises(SystemExit) as done:
+            app(["vllm-overrides", "mini", *words])
+        assert not done.value.code
+        assert json.loads(capsys.readouterr().out) == want
+    with_most = overrides("mini", "divprune", keep=64, max_keep=144)
+    assert ServedSetting.read(with_most["tokprune"]).max_keep == 144
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mini"], "--setting FILE, or --method NAME"),
+        (["mini", "--setting", "none.json"], "no such file"),
+        (["mini", "--method", "fastv", "--keep", "9"], "one length for all layers"),
+        (["mini", "--method", "prumerge"], "depends on the picture"),
+        (["mini", "--method", "grid", "--keep", "9", "--max-keep", "900"], "at most 576"),
+    ],
+)
+def test_bad_overrides(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        app(["vllm-overrides", *words])
+    assert done.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------- requests
 
 
@@ -112,6 +158,8 @@ def test_counts_of_requests() -> None:
     hosts = Hosts(config(method="divprune", options={"keep": 64}, max_keep=100))
     layout = hosts.layout(300, 80)
     assert [hosts.count(layout, keep) for keep in (None, 9, 100, 0.1)] == [64, 9, 100, 58]
+    whole = Hosts(config(method="divprune", options={"keep": 64}, max_keep=1.0))
+    assert [whole.count(layout, keep) for keep in (1, 1.0)] == [1, 576]
     with pytest.raises(ValueError, match=r"leaves 101 tokens of this image.*at most 100"):
         hosts.count(layout, 101)
     assert Hosts(config(method="none")).count(layout) == 576
@@ -209,11 +257,11 @@ CASES["prumerge"] = ("prumerge", {"keep": 4, "plus": True, "neighbours": 3})
 CASES["pool-before"] = ("pool", {"keep": 9, "place": "before"})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("own", CASES)
 @torch.no_grad()
-def test_host_leaves_what_the_patched_model_leaves(case: str) -> None:
+def test_host_leaves_what_the_patched_model_leaves(own: str) -> None:
     """The same rows in the same order, on the tower and projector of the model itself."""
-    name, options = CASES[case]
+    name, options = CASES[own]
     tiny = tiny_family("llava-1.5")
     model = tiny.build()
     inputs = tiny.inputs(model, [[4, "image", 6], [3, "image", 9]])
@@ -226,16 +274,16 @@ def test_host_leaves_what_the_patched_model_leaves(case: str) -> None:
         )
         model(**inputs)
         handle.remove()
-    places = [own.entered.column - own.columns[0] for own in trace.last.images]
+    places = [image.entered.column - image.columns[0] for image in trace.last.images]
 
     bound = bind(model)
     host = PlanHost(make_method(name, **options), bound)
     layouts = bound.family.images(bound.parts, bound.facts, inputs)
     left = host.reduce(layouts, *encode(host, bound, layouts, inputs["pixel_values"]))
-    for row, (own, place) in enumerate(zip(left, places)):
-        assert own.place.tolist() == place.tolist()
+    for row, (here, place) in enumerate(zip(left, places)):
+        assert here.place.tolist() == place.tolist()
         end = want[0].shape[1] - (6, 9)[row]  # where the text behind the image begins
-        torch.testing.assert_close(own.features, want[0][row, end - len(place) : end])
+        torch.testing.assert_close(here.features, want[0][row, end - len(place) : end])
 
 
 def encode(host: PlanHost, bound: Any, layouts: Any, pixels: torch.Tensor) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ def served_models() -> list[str]:
 
 def overrides(
     model: str | PathLike[str],
-    setting: str | PathLike[str] | dict[str, Any] | Method | None = None,
+    setting: str | PathLike[str] | dict[str, Any] | Method,
     *,
     max_keep: Budget | None = None,
     **options: Any,
@@ -59,11 +59,9 @@ def overrides(
     from tokprune.methods.setting import load_setting
     from tokprune.models import resolve
 
-    if isinstance(setting, Method) or (isinstance(setting, str) and not Path(setting).is_file()
-                                       and (options or not setting.endswith(".json"))):  # fmt: skip
-        method = make_method(setting, **options)
-    elif setting is None:
-        raise ValueError("setting=None should be a file of 'tokprune recommend', or a method")
+    named = isinstance(setting, str) and not (setting.endswith(".json") or Path(setting).is_file())
+    if named or isinstance(setting, Method):
+        method = make_method(setting, **options)  # type: ignore[arg-type]
     elif options:
         raise ValueError(f"options={options!r} stand beside a setting, which has its own")
     else:

@@ -29,7 +29,7 @@ class Hosts:
         self.own: PlanHost | None = None
         #: keeps the most that a request may ask for
         self.most: PlanHost | None = None
-        self.of = functools.lru_cache(maxsize=64)(self._of)
+        self.of = functools.lru_cache(maxsize=64, typed=True)(self._of)  # 1 is not 1.0
         self.layout = functools.lru_cache(maxsize=4096)(self._layout)
         method, most = self.setting.method, self.setting.max_keep
         if method is not None:
