@@ -22,6 +22,8 @@ QUESTIONS = 30
 #: of an answer, in tokens
 LONGEST = 8
 ARCHITECTURE = "TokpruneLlavaForConditionalGeneration"
+#: for keys and values, in bytes: many engines live side by side
+MEMORY = 64 << 20
 
 
 @dataclass
@@ -124,7 +126,8 @@ def engine(
         resolve(folder), hf_overrides=overrides,
         **{
             "dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
-            "distributed_executor_backend": "uni", "block_size": 32, **options,
+            "distributed_executor_backend": "uni", "block_size": 32,
+            "kv_cache_memory_bytes": MEMORY, **options,
         },
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving_case import ARCHITECTURE, LONGEST, questions, reference
+from serving_case import ARCHITECTURE, LONGEST, MEMORY, questions, reference
 
 from tokprune.models import resolve
 
@@ -74,7 +74,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
          "--served-model-name", "mini", "--hf-overrides", json.dumps(overrides), "--dtype",
          "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8",
          "--block-size", "32", "--host", "127.0.0.1", "--port", str(port),
-         "--trust-request-mm-kwargs"],
+         "--kv-cache-memory-bytes", str(MEMORY), "--trust-request-mm-kwargs"],
         env=environment(), stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:

@@ -112,6 +112,17 @@ def test_tower_runs_few_images_at_a_time(engines: Any) -> None:
     assert sum(seen) == len(images) > 5
 
 
+def test_all_tokens_of_a_tower_that_is_built_whole(engines: Any) -> None:
+    setting = {"method": "todre", "options": {"keep": 64, "stage2": False}, "max_keep": 1.0}
+    plain, llm = engines('{"method": "none"}'), engines(json.dumps(setting))
+    (question, _, image), own = questions()[0], {"keep": 1.0}
+    (want,), (got,) = (
+        ask(e, [request(question, image, **k)]) for e, k in ((plain, {}), (llm, own))
+    )
+    assert got.prompt == want.prompt
+    assert got.first == pytest.approx(want.first, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [

@@ -21,18 +21,43 @@ else:
     Model = object
 
 
-class PrunedLlava(Model):
-    """Stands before a LLaVA-shaped model of vLLM: a CLIP or SigLIP tower and a projector."""
+class Pruned(Model):
+    """Stands before any model of vLLM, and knows the plan of every image that is encoded."""
 
     config: Any
-    vision_tower: Any
-    #: of the images that are encoded now
+    hosts: Hosts
+    #: those of the requests whose images are encoded now
     _keeps: Any = None
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        self._keeps = kwargs.pop(FIELD, None)
+        try:
+            return super().embed_multimodal(**kwargs)
+        finally:
+            self._keeps = None
+
+    def hosts_of(self, number: int) -> list[PlanHost | None]:
+        """Of so many images; None: nothing goes."""
+        if self._keeps is None:
+            return [self.hosts.own] * number
+        values = torch.as_tensor(self._keeps).flatten().tolist()
+        return [self.hosts.of(decoded(value)) for value in values]
+
+    def watch(self, left: list[Left]) -> None:
+        """What is left of some images: for tests to look at."""
+
+
+class PrunedLlava(Pruned):
+    """Before a LLaVA-shaped model: a CLIP or SigLIP tower and a projector."""
+
+    vision_tower: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.hosts = Hosts(self.config)
         check_engine(vllm_config, self.hosts)
+        #: the tower was built beyond the layer that the model reads
+        self.whole = False
         if self.hosts.own is not None:
             self._whole_tower(vllm_config, prefix, self.hosts.own)
         self.tower_hooks = TowerHooks(self.vision_tower)
@@ -47,6 +72,7 @@ class PrunedLlava(Model):
         seen = max((number for stage in stages for number in stage.taps), default=-1)
         if seen < built and all(stage.after_tower is None for stage in stages):
             return
+        self.whole = True
         with self._mark_tower_model(vllm_config, "image"):
             self.vision_tower = type(self.vision_tower)(
                 self.config.vision_config,
@@ -77,19 +103,12 @@ class PrunedLlava(Model):
 
     # ------------------------------------------------------------------ all images of a call
 
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        self._keeps = kwargs.pop(FIELD, None)
-        try:
-            return super().embed_multimodal(**kwargs)
-        finally:
-            self._keeps = None
-
     def _process_image_input(self, image_input: Mapping[str, Any]) -> Any:
         given = image_input
         if given["type"] != "pixel_values":
             return super()._process_image_input(given)
         layouts = self.layouts(given)
-        hosts = self._hosts_of(self._keeps, len(layouts))
+        hosts = self.hosts_of(len(layouts))
         if all(host is None for host in hosts):
             return super()._process_image_input(given)
         found: dict[int, Tensor] = {}
@@ -101,16 +120,10 @@ class PrunedLlava(Model):
             found.update(zip(numbers, self._encode(host, own, pixels), strict=True))
         return [found[number] for number in range(len(layouts))]
 
-    def _hosts_of(self, keeps: Any, number: int) -> list[PlanHost | None]:
-        if keeps is None:
-            return [self.hosts.own] * number
-        values = torch.as_tensor(keeps).flatten().tolist()
-        return [self.hosts.of(decoded(value)) for value in values]
-
     def _encode(self, host: PlanHost, layouts: list[ImageLayout], pixels: Tensor) -> list[Tensor]:
         """What is left of some images."""
         tower = host.start(layouts, pixels.device)
-        if host.plan.encoder:
+        if host.plan.encoder or self.whole:
             self.tower_hooks.install(host)
             rows = self.tower_hooks.run(tower, pixels, self.config.vision_feature_layer)
         else:
@@ -125,9 +138,6 @@ class PrunedLlava(Model):
         left = host.reduce(layouts, packed, tower, projected, self.newline)
         self.watch(left)
         return [own.features for own in left]
-
-    def watch(self, left: list[Left]) -> None:
-        """What is left of some images: for tests to look at."""
 
     @staticmethod
     def _not_finite(

@@ -4,7 +4,7 @@ original ones; videos keep all their tokens."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from tokprune.families.grids import grid_images
 from tokprune.families.pieces import spans
 from tokprune.integrations.vllm.cpu import wrap_runner
 from tokprune.integrations.vllm.engine import check_engine, say
-from tokprune.integrations.vllm.host import Left
-from tokprune.integrations.vllm.hosts import Hosts, decoded
+from tokprune.integrations.vllm.hosts import Hosts
 from tokprune.integrations.vllm.mrope import (
     LARGEST,
     grids,
@@ -28,12 +27,8 @@ from tokprune.integrations.vllm.mrope import (
     with_places,
     without_places,
 )
-from tokprune.integrations.vllm.processor import FIELD, Counting
-
-if TYPE_CHECKING:
-    Model = Any
-else:
-    Model = object
+from tokprune.integrations.vllm.processor import Counting
+from tokprune.integrations.vllm.pruned import Pruned
 
 if not hasattr(SupportsMultiModalPruning, "recompute_mrope_positions"):
     raise ImportError(
@@ -73,15 +68,11 @@ def grid_of(layout: ImageLayout) -> tuple[int, int]:
     return layout.token_grid.grids[0]
 
 
-class PrunedQwen(Model):
-    """Stands before a model of vLLM."""
+class PrunedQwen(Pruned):
+    """Before a model whose encoder packs its images."""
 
     #: lets the runner ask for positions
     supports_multimodal_pruning = True
-
-    config: Any
-    #: of the images that are encoded now
-    _keeps: Any = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         hosts = Hosts(vllm_config.model_config.hf_config)
@@ -97,31 +88,19 @@ class PrunedQwen(Model):
         self.at_once = int(vllm_config.scheduler_config.max_num_batched_tokens)
         say(hosts)
 
-    def watch(self, left: list[Left]) -> None:
-        """What is left of some images: for tests to look at."""
-
     # ------------------------------------------------------------------ features
-
-    def embed_multimodal(self, **kwargs: Any) -> Any:
-        self._keeps = kwargs.pop(FIELD, None)
-        try:
-            return super().embed_multimodal(**kwargs)
-        finally:
-            self._keeps = None
 
     def _process_image_input(self, image_input: Any) -> Any:
         if not self.tokprune_positions:
             return super()._process_image_input(image_input)
         thw = image_input["image_grid_thw"]
         features = self._encode(image_input, thw)
-        keeps: list[Any] = [None] * len(thw)
-        if self._keeps is not None:
-            keeps = [decoded(value) for value in torch.as_tensor(self._keeps).flatten().tolist()]
-        whole = image_input["type"] != "pixel_values"  # features of a client's own
+        hosts = self.hosts_of(len(thw))
+        if image_input["type"] != "pixel_values":  # features of a client's own
+            hosts = [None] * len(thw)
         result = []
-        for layout, keep, own in zip(layouts(self.hosts, thw), keeps, features, strict=True):
+        for layout, host, own in zip(layouts(self.hosts, thw), hosts, features, strict=True):
             width = grid_of(layout)[1]
-            host = None if whole else self.hosts.of(keep)
             if host is None:
                 place = torch.arange(len(own), device=own.device)
                 result.append(with_places(own, place, width))
