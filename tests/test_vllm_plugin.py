@@ -199,6 +199,13 @@ def test_architectures() -> None:
         served_by(["PaliGemmaForConditionalGeneration"])
 
 
+def test_towers_that_are_not_served_are_named() -> None:
+    made = tiny_family("llava-pixtral").build().config
+    made.architectures = [LLAVA]
+    with pytest.raises(UnsupportedModelError, match="'pixtral' is not served"):
+        twin_of(made)
+
+
 def test_releases() -> None:
     for version in ("0.32.0", "0.33.1+cpu", "0.33.0rc1", "dev", "0.0.0.dev1"):
         assert why_not(version) is None

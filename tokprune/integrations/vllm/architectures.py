@@ -17,6 +17,8 @@ SERVED: dict[str, str] = {
     "Qwen2VLForConditionalGeneration": "qwen",
     "Qwen2_5_VLForConditionalGeneration": "qwen",
 }
+#: names of the families of tokprune behind them; a class may hold models of others, too
+FAMILIES = frozenset({"llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl"})
 
 
 def served_by(architectures: Sequence[str] | None) -> str:

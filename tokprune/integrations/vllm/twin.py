@@ -12,18 +12,25 @@ import torch
 import transformers
 
 from tokprune.engine.family import BoundModel
+from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind
-from tokprune.integrations.vllm.architectures import served_by
+from tokprune.integrations.vllm.architectures import FAMILIES, served_by
 
 
 def twin_of(config: Any) -> BoundModel:
     """The model of a config on the meta device, bound to its family.
 
     Raises:
-        UnsupportedModelError: its architecture is not served.
+        UnsupportedModelError: its architecture is not served, or not with its vision tower.
     """
     name = served_by(config.architectures)
-    return _twin(name, config.__class__, config.to_json_string(use_diff=False))
+    bound = _twin(name, config.__class__, config.to_json_string(use_diff=False))
+    if bound.family.name not in FAMILIES:
+        raise UnsupportedModelError(
+            f"{name} with a vision tower of the kind {config.vision_config.model_type!r} is not "
+            "served with tokprune in vLLM; with a CLIP or SigLIP tower it is"
+        )
+    return bound
 
 
 @functools.lru_cache(maxsize=4)
