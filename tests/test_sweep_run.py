@@ -124,7 +124,8 @@ def test_budgets_are_matched_on_measured_means(whole: Any) -> None:
         measured = sum(row["tokens_mean"] for row in rows) / len(rows)
         assert abs(measured - trial["budget"]) <= 1, name  # all items, not those of the matching
         assert all(row["tokens_in"] == 36 and row["tokens_last"] <= 36 for row in rows)
-    assert reached == set(tokprune.methods.image_methods())
+    # how many patches pass OccamToken's first stage is another option's business
+    assert reached == set(tokprune.methods.image_methods()) - {"occamtoken"}
     # one of six layers sees all 36 tokens: (36 + 5 · 14) / 6
     told = whole.trials["fastv@18"]["calibrated"]
     assert told == {"tokens_last": 14.0, "tokens_mean": pytest.approx(106 / 6, abs=1e-3)}
