@@ -189,6 +189,7 @@ class _Ideal:
         facts = self.bound.facts.tower
         if facts is not None and shape and shape[0][0] > facts.patches + int(facts.has_cls):
             more = shape[0][0] - facts.patches - int(facts.has_cls)  # a stage adds some
+            self.cut = True
             self.handles.append(
                 tower.embeddings.register_forward_hook(
                     lambda module, args, output: F.pad(output, (0, 0, 0, more))
