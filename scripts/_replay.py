@@ -140,6 +140,7 @@ class _ReplayEncoder(EncoderStage):
         if inner.after_tower is None:
             self.after_layers = frozenset(layer for place, layer in own if place == "after")
         self.order, self.positions = inner.order, inner.positions
+        self.extra_tokens = inner.extra_tokens
 
     def start(self, tower: TowerInput) -> EncoderRun:
         return _ReplayEncoderRun(self.number, self.recorder)

@@ -88,7 +88,11 @@ def growth(report: Mapping[str, Any]) -> str:
             f"{_ms(spread)}, {held / 1e6:.3g}" for spread, held in zip(row["seconds"], row["bytes"])
         ]
         cells += ["–"] * len(row["left_out"])
-        lines.append(_row(row["name"], *cells, ", ".join(f"{e:.2f}" for e in row["exponents"])))
+        name = f"{row['name']} ‡" if "environment" in row else row["name"]
+        lines.append(_row(name, *cells, ", ".join(f"{e:.2f}" for e in row["exponents"])))
+    apart = {row["environment"]["cpu"] for row in rows if "environment" in row}
+    if apart:
+        lines += ["", f"‡ on another machine ({', '.join(sorted(apart))}), which had other work."]
     return "\n".join(lines)
 
 

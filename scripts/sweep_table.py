@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ def figures(folder: Path) -> dict[str, Any]:
     from tokprune.eval.report.analysis import analyse
     from tokprune.eval.report.data import load_run
 
-    analysis = analyse(load_run(folder))
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+    words, analysis = labels(settings["methods"]), analyse(load_run(folder))
     data = analysis.data
     points = [
         {
             "variant": r.point.variant,
-            "method": r.point.method,
+            "label": words.get(r.point.variant, r.point.variant),
             "control": r.point.control,
             "budget": r.point.budget,
             "tokens_mean": round(r.point.tokens, 2),
@@ -54,6 +56,19 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
+def labels(methods: Iterable[Any]) -> dict[str, str]:
+    """Variants in words, by their names: the method, and its options as they were given (but for
+    long lists)."""
+    from tokprune.eval.sweep.variants import Variant, parse_variant
+
+    found = {}
+    for spec in methods:
+        name, options = parse_variant(spec)
+        told = [f"`{option}={value}`" for option, value in options.items() if option != "neurons"]
+        found[Variant(name, False, options).name] = ", ".join([name, *told])
+    return found
+
+
 def table(report: dict[str, Any]) -> str:
     budgets = sorted(report["budgets"], reverse=True)
     found: dict[str, dict[float, dict[str, Any]]] = {}
@@ -69,8 +84,8 @@ def table(report: dict[str, Any]) -> str:
         "|---|" + "---:|" * len(budgets),
     ]
     for variant in sorted(found, key=place):
-        name = variant.replace("+", ", ", 1)
-        control = any(point["control"] for point in found[variant].values())
+        points = list(found[variant].values())
+        name, control = points[0]["label"], points[0]["control"]
         cells = [
             "–" if (point := found[variant].get(b)) is None else _percent(point) for b in budgets
         ]

@@ -434,7 +434,7 @@ ALL = {**PRUNING, **MERGING}
 #: than about methods take them with --full only (see ``conftest.py``)
 ALIKE = {
     "apet", "hired", "hiprune", "holov", "msdg", "priortr", "prunesid", "scope", "score",
-    "sieve", "vispruner",
+    "sieve", "tops", "vispruner",
 }  # fmt: skip
 #: their cases, and variants of the kind
 ALIKE_CASES = {case for case in ALL if ALL[case][0] in ALIKE or case.endswith("-centred")}

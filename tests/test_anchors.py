@@ -81,7 +81,7 @@ def test_the_method_runs_with_its_own_part_of_the_budget() -> None:
         assert int((answer.group == own).sum()) == 1
 
 
-@pytest.mark.parametrize("family", ["llava-1.5", "llava-next", "qwen2.5-vl", "llava-onevision"])
+@pytest.mark.parametrize("family", ["llava-1.5", "llava-next", "qwen2.5-vl"])
 @pytest.mark.parametrize("name", ["fastervlm", "vispruner", "hiprune", "scope", "prunesid"])
 def test_methods_of_the_tower_choose_at_the_input(name: str, family: str) -> None:
     """The same budget as without anchors, or what the tiles show of it, and all stand for some."""

@@ -500,8 +500,8 @@ def test_pool_keeps_original_positions_of_centres(models: Any) -> None:
 ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("pitome", {}, r"exactly one of keep and ratio; got none"),
     ("pitome", {"keep": 10, "ratio": 0.9}, r"exactly one of keep and ratio; got keep=10, ratio"),
-    ("pitome", {"ratio": 0.4}, r"ratio=0.4 should be in \[0.5, 1.0\]"),
-    ("pitome", {"ratio": 1.1}, r"ratio=1.1 should be in \[0.5, 1.0\]"),
+    ("pitome", {"ratio": 0.4}, r"ratio=0.4 should be in \[0.5, 1\]"),
+    ("pitome", {"ratio": 1.1}, r"ratio=1.1 should be in \[0.5, 1\]"),
     ("pitome", {"keep": 10, "variant": "v2"}, r"variant='v2' should be one of 'v1', 'head'"),
     ("pitome", {"keep": 10, "energy": "relu"}, r"energy='relu' should be one of"),
     ("pitome", {"keep": 10, "margin": 0.9}, r"margin=0.9 should be a pair \(start, slope\)"),

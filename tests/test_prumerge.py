@@ -122,4 +122,4 @@ def test_a_model_reads_the_features_of_one_layer_merged_by_the_last() -> None:
         want = model.model.multi_modal_projector(rows)[0]
     with tokprune.compress(model, "prumerge", keep=9), torch.no_grad():
         entered = model(**inputs, output_hidden_states=True).hidden_states[0]
-    torch.testing.assert_close(entered[0, 4:13], want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(entered[0, 4:13], want, rtol=1e-4, atol=1e-5)

@@ -146,7 +146,8 @@ def compared(case: Case, checkpointing: bool) -> None:
     assert got.keys() == want.keys()
     for name, own in want.items():
         assert torch.isfinite(own).all(), name
-        torch.testing.assert_close(got[name], own, rtol=1e-4, atol=1e-6, msg=name)
+        # rectified attention takes another form in a checkpoint, which rounds differently
+        torch.testing.assert_close(got[name], own, rtol=1e-4, atol=5e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,15 @@ class _Ideal:
     def _install_encoder(self, tower: Tower) -> None:
         shape = self.lengths.encoder
         self.cut = False  # whether rows go between or after layers
+        facts = self.bound.facts.tower
+        if facts is not None and shape and shape[0][0] > facts.patches + int(facts.has_cls):
+            more = shape[0][0] - facts.patches - int(facts.has_cls)  # a stage adds some
+            self.cut = True
+            self.handles.append(
+                tower.embeddings.register_forward_hook(
+                    lambda module, args, output: F.pad(output, (0, 0, 0, more))
+                )
+            )
         for number, layer in enumerate(tower.layers):
             rows, mlp = shape[number]
             after = shape[number + 1][0] if number + 1 < len(shape) else mlp

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokprune.engine.cache import CompressedLayer
+from tokprune.engine.checkpointing import is_checkpointed
 from tokprune.engine.contracts import Rectify, SequenceView
 from tokprune.engine.layer_calls import LayerCalls, View
 from tokprune.engine.model import Block
@@ -92,7 +93,10 @@ class Rectifier:
         if self.rectify.distance:
             keys.rectified = self._rows(sequence, earlier)
         if keys.rectified is None:
-            self._hand(kwargs, keys.log_sizes, None)
+            mask = None
+            if keys.log_sizes is not None and self._recomputed(block):
+                mask = self._mask(kwargs, view, keys, None, hidden)
+            self._hand(kwargs, keys.log_sizes, mask)
             return keys
         given = self.table(kwargs, block)
         table = whole = self.once("own", lambda: self._read(given), first(given))
@@ -103,7 +107,7 @@ class Rectifier:
             ids = keys.rotary[..., :entries]
             before = self.once("before", lambda: self._made(made, ids), keys.rotary, first(made))
             whole = self.once("whole", lambda: _joined(before, table), before[0], table[0])
-        self._hand(kwargs, keys.log_sizes, self._mask(kwargs, view, keys, table, whole, hidden))
+        self._hand(kwargs, keys.log_sizes, self._mask(kwargs, view, keys, (table, whole), hidden))
         return keys
 
     def _log_sizes(self, number: int, sequence: SequenceView) -> Tensor | None:
@@ -236,7 +240,7 @@ class Rectifier:
         ids = self.once("rotary", rotary, layer.rotary, layer.entries)
         whole = self.once("whole", lambda: self._made(made, ids), ids, first(made))
         own = self.once("own", lambda: _last(whole, view.queries.shape[1]), whole[0])
-        self._hand(kwargs, log_sizes, self._mask(kwargs, view, keys, own, whole, hidden))
+        self._hand(kwargs, log_sizes, self._mask(kwargs, view, keys, (own, whole), hidden))
 
     # ------------------------------------------------------------------ both
 
@@ -248,17 +252,25 @@ class Rectifier:
             kwargs[BIAS] = log_sizes
         self.biased = BIAS in kwargs
 
+    def _recomputed(self, block: Block) -> bool:
+        """Whether a layer runs again in the backward pass, where the model may not be patched any
+        more: what its attention is handed would then be read by nobody, but its mask is."""
+        return is_checkpointed(block.module) and not self.calls.backend.startswith("flash")
+
     def _mask(
-        self, kwargs: dict[str, Any], view: View, keys: Keys, own: Table, whole: Table,
+        self, kwargs: dict[str, Any], view: View, keys: Keys, tables: tuple[Table, Table] | None,
         hidden: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The layer's mask with all terms added: [B, 1, n, m] in the dtype of its scores."""
+        """The layer's mask with all terms added: [B, 1, n, m] in the dtype of its scores.
+        ``tables``: of queries and keys, for the distance term."""
         mask, rows = kwargs.get("attention_mask"), keys.rectified
-        assert rows is not None
 
         def make() -> Tensor:
-            bias = distance_bias(own, whole, self.rectify.c).to(hidden.device)
-            bias = bias * rows.to(bias.device)[:, None, None]
+            bias = torch.zeros(*view.queries.shape, 1, device=hidden.device)
+            if tables is not None:
+                assert rows is not None
+                bias = distance_bias(*tables, self.rectify.c).to(hidden.device)
+                bias = bias * rows.to(bias.device)[:, None, None]
             if keys.log_sizes is not None:
                 bias = bias + keys.log_sizes.to(bias.device)[:, None]
             given = mask
@@ -273,7 +285,8 @@ class Rectifier:
             return bias.to(hidden.dtype)
 
         # torch.compile compares no tuples
-        made: Tensor = self.once("mask", make, mask, view, keys.log_sizes, own[0], whole[0], rows)
+        known = (None, None) if tables is None else (tables[0][0], tables[1][0])
+        made: Tensor = self.once("mask", make, mask, view, keys.log_sizes, *known, rows)
         return made
 
     def _made(self, table: Any, ids: Tensor) -> Table:

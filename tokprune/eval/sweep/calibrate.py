@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokprune.calibration import MeanTokens, fitting, mean_tokens, nearest
+from tokprune.calibration import MeanTokens, calibrate, fitting, mean_tokens, nearest
 from tokprune.errors import UnsupportedModelError, UnsupportedVideoError
 from tokprune.eval.sweep.budgets import Budget, tolerance
 from tokprune.eval.sweep.loaded_model import LoadedModel
@@ -94,6 +94,8 @@ class Calibrator:
     def match_budget(self, variant: Variant, budget: Budget, seed: int = 0) -> Matched:
         """The setting of a variant whose tokens come nearest to a budget."""
         target = budget.tokens(self.visual_tokens)
+        if variant.turn is not None:
+            return self._turned(variant, target, seed)
         keep_of: Callable[[int], int | float]
         if budget.share is not None and not self._equal:
             # a share of each image's own tokens; whole patches of a tile are among the steps
@@ -122,7 +124,25 @@ class Calibrator:
         value = self._value(seen)
         if abs(value - target) <= tolerance(target) + 1e-9:
             return Matched(method, seen)
-        return Matched(method, seen, self._reason(keep_of(found[0]), value, target))
+        what = f"keep={keep_of(found[0]):.4g}"
+        return Matched(method, seen, self._reason(what, value, target))
+
+    def _turned(self, variant: Variant, target: float, seed: int) -> Matched:
+        """A variant that meets a budget by a knob of its own, on the mean over the items."""
+        start = variant.to_turn(self.loaded.facts.decoder_layers, seed)
+        try:
+            method = calibrate(
+                self.loaded.model, start, [self.inputs], target, turn=variant.turn,
+                count="mean" if self.match == "mean" else "last",
+            )  # fmt: skip
+            seen = self.measure(method)
+        except (UnsupportedModelError, UnsupportedVideoError, ValueError) as error:
+            return Matched(None, None, str(error))
+        value = self._value(seen)
+        if abs(value - target) <= tolerance(target) + 1e-9:
+            return Matched(method, seen)
+        what = f"{variant.turn}={getattr(method, variant.turn or '', None)!r}"
+        return Matched(method, seen, self._reason(what, value, target))
 
     def match_reduced_input(self, control: str, budget: Budget) -> Reduced:
         """The setting of the control ``downsample`` or ``frames`` for a budget."""
@@ -176,7 +196,7 @@ class Calibrator:
     def _value(self, seen: MeanTokens) -> float:
         return seen.mean if self.match == "mean" else seen.last
 
-    def _reason(self, keep: int | float, value: float, target: float) -> str:
+    def _reason(self, setting: str, value: float, target: float) -> str:
         what = (
             "visual tokens per decoder layer on average"
             if self.match == "mean"
@@ -184,6 +204,6 @@ class Calibrator:
         )
         side = "above" if value > target else "below"
         return (
-            f"the nearest it can do is {value:.4g} {what} (keep={keep:.4g}), {side} the "
+            f"the nearest it can do is {value:.4g} {what} ({setting}), {side} the "
             f"{target:.4g} asked for"
         )

@@ -23,6 +23,8 @@ UNPATCHED = ("none", "blind", *REDUCED_INPUTS)
 UNBUDGETED = ("none", "blind")
 #: set to true among a variant's options: run the method with exactly these, matched to no budget
 AS_PUBLISHED = "as_published"
+#: option that says which of a method's knobs meets the budgets, where that is not ``keep``
+TURN = "turn"
 
 
 def controls(media: str = "image") -> tuple[str, ...]:
@@ -69,11 +71,29 @@ class Variant:
         return make_method(self.method, **_without(self.options, AS_PUBLISHED))
 
     @property
+    def turn(self) -> str | None:
+        """The knob that meets the budgets; None: ``keep``."""
+        turn: str | None = self.options.get(TURN)
+        return None if turn == "keep" else turn
+
+    @property
     def stochastic(self) -> bool:
         """Whether the answers depend on the seeds of a sweep."""
         if self.method is None or self.as_published:
             return False
-        return make_method(self.method, **{**self.options, "keep": 1}).stochastic
+        return self._made({} if self.turn else {"keep": 1}).stochastic
+
+    def _made(self, budget: Mapping[str, Any]) -> Method:
+        assert self.method is not None
+        return make_method(self.method, **{**_without(self.options, TURN), **budget})
+
+    def to_turn(self, decoder_layers: int, seed: int = 0) -> Method:
+        """The method object whose knob is to be turned."""
+        assert self.method is not None
+        options = available_methods()[self.method].options_for_depth(decoder_layers)
+        if self.stochastic:
+            options["seed"] = seed
+        return make_method(self.method, **{**options, **_without(self.options, TURN)})
 
     def at(self, keep: int | float, decoder_layers: int, seed: int = 0) -> Method:
         """The method object for a budget.
@@ -85,7 +105,9 @@ class Variant:
         options = available_methods()[self.method].options_for_depth(decoder_layers)
         if self.stochastic:
             options["seed"] = seed
-        return make_method(self.method, **{**options, **self.options, "keep": keep})
+        return make_method(
+            self.method, **{**options, **_without(self.options, TURN), "keep": keep}
+        )  # fmt: skip
 
 
 def _slug(value: Any) -> str:
@@ -178,6 +200,16 @@ def check_variant(name: str, options: Mapping[str, Any]) -> None:
                 f"option {AS_PUBLISHED!r} of {name} should be true, is {options[AS_PUBLISHED]!r}"
             )
         whole = _without(options, AS_PUBLISHED)
+    elif TURN in options:
+        knobs = available_methods()[name].knobs
+        if options[TURN] not in knobs:
+            raise ValueError(
+                f"option {TURN!r} of {name} should be one of {', '.join(map(repr, knobs))}, is "
+                f"{options[TURN]!r}"
+            )
+        whole = _without(options, TURN)
+        if options[TURN] == "keep":
+            whole = {**whole, "keep": 1}
     else:
         budgets = available_methods()[name].budget_options
         for option in options:
