@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from serving_case import Answer, ask, engine, model_of, questions, request
 from vllm import LLM
 
@@ -99,6 +100,15 @@ def test_engines_know_their_images_apart(engines: Any) -> None:
     assert hashes(a, **uuid) == [f"mine-tokprune-{digest}"]
     with_keep = {"mm_processor_kwargs": {"tokprune": {"keep": 9}}}
     assert len({own, *hashes(a, **with_keep), *hashes(a, **uuid, **with_keep)}) == 3
+
+
+def test_features_of_a_client_are_not_touched(engines: Any) -> None:
+    llm = engines(SETTING, enable_mm_embeds=True, enable_prefix_caching=False)
+    question, _, image = questions()[0]
+    features = torch.randn(1, 30, 192, generator=torch.Generator().manual_seed(0))
+    own = {**request(question, image), "multi_modal_data": {"image": features}}
+    got, pruned = ask(llm, [own, request(question, image)])
+    assert got.prompt == pruned.prompt - 64 + 30
 
 
 def test_tower_runs_few_images_at_a_time(engines: Any) -> None:
