@@ -17,11 +17,11 @@ def _installed() -> bool:
 # vLLM is nowhere else; other environments do not see these tests at all
 collect_ignore_glob = [] if _installed() else ["*"]
 
-#: before vLLM is imported: engines in this process, on the loopback
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_HOST_IP="127.0.0.1", VLLM_NO_USAGE_STATS="1",
-    HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING",
-)  # fmt: skip
+if _installed():  # before it is imported: engines in this process, on the loopback
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_HOST_IP="127.0.0.1", VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
