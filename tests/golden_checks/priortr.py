@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from golden_checks.case import Case
+from golden_checks.sequences import prompt
 from tokprune.engine.contracts import Attention, KeepDecision, ScoringLayer, SequenceView
 from tokprune.methods.priortr import PriorTR
 from tokprune.methods.priortr_stage import PriorTRRun
@@ -22,17 +22,6 @@ class GivenRows(Attention):
         heads, rows, length = self.given.shape[1:]
         place = index[:, None, :, None] - (length - rows)
         return self.given.gather(2, place.expand(-1, heads, -1, length))
-
-
-def prompt(length: int, start: int, image: int) -> SequenceView:
-    """One prompt of ``length`` tokens with an image at ``start``."""
-    arange = torch.arange(length)[None]
-    inside = (arange >= start) & (arange < start + image)
-    return SequenceView(
-        column=arange, position=arange, slot=arange, segment=torch.where(inside, 0, -1),
-        after=arange >= start + image, counts=[[image]], entering=[[image]],
-        text_after=[length - start - image], lengths=[length],
-    )  # fmt: skip
 
 
 def check_select(case: Case) -> None:

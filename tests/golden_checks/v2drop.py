@@ -6,19 +6,9 @@ import torch
 from torch import Tensor
 
 from golden_checks.case import Case
+from golden_checks.sequences import prompt
 from tokprune.engine.contracts import ScoringLayer, SequenceView
 from tokprune.methods.v2drop import V2Drop
-
-
-def _prompt(length: int, start: int, image: int) -> SequenceView:
-    """One prompt of ``length`` tokens with an image at ``start``."""
-    arange = torch.arange(length)[None]
-    inside = (arange >= start) & (arange < start + image)
-    return SequenceView(
-        column=arange, position=arange, slot=arange, segment=torch.where(inside, 0, -1),
-        after=arange >= start + image, counts=[[image]], entering=[[image]],
-        text_after=[length - start - image], lengths=[length],
-    )  # fmt: skip
 
 
 def check_run(case: Case) -> None:
@@ -29,7 +19,7 @@ def check_run(case: Case) -> None:
     method = V2Drop(ratios=ratios, prune_before=layers)
     (stage,) = method.plan(_Facts(p["layers"])).decoder  # type: ignore[arg-type]
     run, scoring = stage.start(), _NoAttention()
-    sequence = _prompt(hidden.shape[1], p["start"], p["image_tokens"])
+    sequence = prompt(hidden.shape[1], p["start"], p["image_tokens"])
     for layer, weight in enumerate(case["weights"]):
         if layer in stage.prune_before:
             keep = run.before_layer(layer, hidden, sequence, scoring)  # type: ignore[arg-type]
