@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from tokprune.errors import shorten
+
+Made = TypeVar("Made")
 
 FORMS = "a count of tokens (64) or a share of them (1/4, 0.25 or 25%)"
 
@@ -82,6 +86,21 @@ def split_outside(text: str, separator: str) -> list[str]:
             parts.append(text[start:at].strip())
             start = at + 1
     return [*parts, text[start:].strip()]
+
+
+def with_options(cls: type[Made], options: Mapping[str, Any], where: str) -> Made:
+    """A dataclass made with options by name; errors begin with ``where``.
+
+    Raises:
+        ValueError: an option that it does not have, or a value that does not fit.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"{where}: {unknown[0]!r} should be one of {', '.join(known)}")
+    try:
+        return cls(**options)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def option_value(name: str, text: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokprune.engine.contracts import ImageTokens, Selection
 from tokprune.operators.anchors import Place, Superior, distinctive_anchors
+from tokprune.words import with_options
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,13 @@ class Anchors:
         """
         if value is None or isinstance(value, cls):
             return value
-        known = [f.name for f in fields(cls)]
         options = {"share": value} if isinstance(value, int | float) else value
         if isinstance(options, Mapping):
-            where = f"anchors={value if options is not value else dict(value)!r}"
-            if unknown := [name for name in options if name not in known]:
-                raise ValueError(f"{where}: {unknown[0]!r} should be one of {', '.join(known)}")
-            try:
-                return cls(**options)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+            given = value if options is not value else dict(value)
+            return with_options(cls, options, f"anchors={given!r}")
         raise ValueError(
             f"anchors={value!r} should be a share of the budget in (0, 1], None, or a mapping with "
-            + ", ".join(known)
+            + ", ".join(f.name for f in fields(cls))
         )
 
     def chosen(self, budget: int) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tokprune.words import with_options
+
 FirstLayer = Literal["uniform", "size"]
 Dropped = Literal["nearest", "none"]
 
@@ -84,15 +86,9 @@ class Rectify:
             return value
         if isinstance(value, str) and value in WORDS:
             return cls(**WORDS[value])
-        known = [f.name for f in dataclasses.fields(cls)]
         if isinstance(value, Mapping):
-            where = f"rectify={dict(value)!r}"
-            if unknown := [name for name in value if name not in known]:
-                raise ValueError(f"{where}: {unknown[0]!r} should be one of {', '.join(known)}")
-            try:
-                return cls(**value)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+            return with_options(cls, value, f"rectify={dict(value)!r}")
+        known = [f.name for f in dataclasses.fields(cls)]
         raise ValueError(
             f"rectify={value!r} should be one of {', '.join(map(repr, WORDS))}, None, or a mapping "
             f"with {', '.join(known)}"
