@@ -67,6 +67,12 @@ def mean_of_steps(
     return (total + now * (layers - start)) / layers
 
 
+def of_entered(budget: int | float, entering: int | float) -> int | float:
+    """A budget of all tokens of an image as one of those that entered the decoder: a count as it
+    is, a fraction as the share of the fraction ``entering``."""
+    return min(1.0, budget / entering + 1e-9) if isinstance(budget, float) else budget
+
+
 def tokens_after(keep: BudgetSchedule, step: int, steps: int, tokens: int) -> int:
     """Tokens that a schedule leaves of an image after a step.
 

@@ -14,7 +14,7 @@ from tokprune.methods.base import Preset, check_fits, resolve_keep
 from tokprune.methods.depth import last_steps
 from tokprune.methods.options import AtLeast, Budget, BudgetSchedule, PruneBefore
 from tokprune.methods.registry import register_method
-from tokprune.methods.schedule import tokens_after
+from tokprune.methods.schedule import of_entered, tokens_after
 from tokprune.methods.scoring import DecoderScorer
 from tokprune.methods.tower_attention import PatchAttention, read_layer
 from tokprune.methods.vscan_merge import MergingStage
@@ -118,12 +118,10 @@ class VScan(DecoderScorer):
         return resolve_keep(self.entering, tokens)
 
     def count(self, step: int, tokens: int) -> int:
-        keep, entering = self.keep, self.entering
-        if isinstance(entering, float):  # of the patches: here as a share of what has entered
-            several = keep if isinstance(keep, Sequence) else (keep,)
-            keep = tuple(min(1.0, budget / entering + 1e-9) for budget in several)
-            keep = keep if len(keep) > 1 else keep[0]
-        return tokens_after(keep, step, len(self.steps), tokens)
+        several = self.keep if isinstance(self.keep, Sequence) else (self.keep,)
+        keep = tuple(of_entered(budget, self.entering) for budget in several)
+        budgets = keep if len(keep) > 1 else keep[0]
+        return tokens_after(budgets, step, len(self.steps), tokens)
 
     def scanned_layers(self, tower: TowerFacts) -> tuple[int, int]:
         """The encoder layers of the local and of the global scan.

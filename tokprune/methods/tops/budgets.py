@@ -9,6 +9,7 @@ from typing import Any
 from tokprune.methods.base import resolve_keep
 from tokprune.methods.depth import last_steps
 from tokprune.methods.options import Budget, PruneBefore
+from tokprune.methods.schedule import of_entered
 from tokprune.methods.scoring import DecoderScorer
 
 _LAYERS = (12, 24)
@@ -64,7 +65,5 @@ class NominalBudget(DecoderScorer):
         return resolve_keep(self.entering, tokens)
 
     def count(self, step: int, tokens: int) -> int:
-        budget, entering = self.budgets[step], self.entering
-        if isinstance(budget, float):  # of the patches: here as a share of what has entered
-            budget = min(1.0, budget / entering + 1e-9)
+        budget = of_entered(self.budgets[step], self.entering)
         return resolve_keep(budget, tokens) if tokens else 0
