@@ -24,8 +24,7 @@ def asking_rows(sequence: SequenceView) -> tuple[Tensor, Tensor]:
 def mean_attention(attention: Attention, rows: Tensor, counted: Tensor) -> Tensor:
     """What the rows [B, R] that are ``counted`` pay to every token, mean over them and over heads:
     [B, L] float32. Of a long text a few rows are made at a time."""
-    block = attention.rows_at_once
-    parts = zip(rows.split(block, 1), counted.split(block, 1))
+    parts = attention.parts(rows, counted)
     total = sum(rater_attention(attention.rows(part), own) for part, own in parts)
     assert isinstance(total, Tensor)
     return vision_scores(total, counted)

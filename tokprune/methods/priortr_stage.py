@@ -34,8 +34,8 @@ def question_attention(
         last = torch.arange(rows.shape[1], device=rows.device) == rows.shape[1] - 1
         enough = torch.tensor([n > _LEAST_TEXT for n in sequence.text_after])
         real = real & (last ^ enough.to(rows.device, non_blocking=True)[:, None])
-    total, block = torch.zeros((), device=rows.device), attention.rows_at_once
-    for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
+    total = torch.zeros((), device=rows.device)
+    for part, valid in attention.parts(rows, real):
         total = total + (attention.rows(part) * valid[:, None, :, None]).sum(2)
     return _over_heads(total / real.sum(1).clamp(min=1)[:, None, None], heads)
 

@@ -81,8 +81,8 @@ class SIEVE(DecoderScorer):
 
     def score(self, attention: Attention, sequence: SequenceView) -> Tensor:
         """What the text gives each token [B, L], summed over the heads of its image."""
-        received, block = None, attention.rows_at_once
-        for index, real in zip(*(part.split(block, 1) for part in self.text(sequence))):
+        received = None
+        for index, real in attention.parts(*self.text(sequence)):
             rows = attention.rows(index).masked_fill_(~real[:, None, :, None], 0.0).sum(2)
             received = rows if received is None else received + rows
         assert received is not None

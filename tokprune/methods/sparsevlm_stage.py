@@ -15,6 +15,7 @@ from tokprune.engine.contracts import (
     ScoringLayer,
     SequenceView,
 )
+from tokprune.methods.decoder_rows import asking_rows
 from tokprune.operators.sparsevlm import (
     attention_rank,
     best_heads,
@@ -55,12 +56,6 @@ class _SparseRun(DecoderRun):
         #: tokens that the newest step kept, merged ones not counted, [B, L] before its drop
         self.kept: Tensor | None = None
 
-    def _rows(self, sequence: SequenceView) -> Tensor:
-        """Places of the tokens that may rate, [B, R]: the text, and the last token where a row
-        has none."""
-        rows, _ = sequence.text_rows()
-        return rows if min(sequence.text_after) else torch.cat([rows, sequence.last_row()], dim=1)
-
     def _choose(self, hidden: Tensor, sequence: SequenceView) -> None:
         rows, real = sequence.text_rows()
         raters = text_raters(text_relevance(hidden, sequence.visual, rows, real), real)
@@ -70,10 +65,10 @@ class _SparseRun(DecoderRun):
 
     def attention(self, layer: int, attention: Attention, sequence: SequenceView) -> None:
         assert self.raters is not None
-        method, places = self.method, self._rows(sequence)
+        method, (places, _) = self.method, asking_rows(sequence)
         raters = self.raters = self.raters.to(places.device)
-        total, means, block = None, [], attention.rows_at_once
-        for part, rate in zip(places.split(block, 1), raters.split(block, 1)):
+        total, means = None, []
+        for part, rate in attention.parts(places, raters):
             rows, weight = attention.rows(part), None
             if method.uses_gravity:
                 assert attention.rotary is not None

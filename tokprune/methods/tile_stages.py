@@ -34,7 +34,7 @@ from tokprune.methods.tower_rows import (
     cells_of,
     check_equal_rows,
     shown_windows,
-    stitched_places,
+    stitched_key,
 )
 
 if TYPE_CHECKING:
@@ -164,12 +164,9 @@ class _Dropping(_Looking):
     def _key(self, tokens: TowerTokens) -> Tensor:
         """Sort keys: the base tile, the stitched crops, their class tokens where there are any."""
         facts = self.tower.facts
-        block, keys = facts.max_tiles * facts.patches, []
-        cells = tokens.slots[:, tokens.first_patch :].clamp(min=0)
-        for base, places in stitched_places(cells, self.tower):
-            keys += [base, places + block]
-        key = torch.cat(keys)
-        return pad(key, (1, 0), value=2 * block) if facts.cls_in_features else key
+        key = stitched_key(tokens.slots[:, tokens.first_patch :], self.tower)
+        last = 2 * facts.max_tiles * facts.patches
+        return pad(key, (1, 0), value=last) if facts.cls_in_features else key
 
 
 def _size(window: Window | None, n: int) -> int:

@@ -67,6 +67,16 @@ def stitched_places(slots: Tensor, tower: TowerInput) -> Iterator[tuple[Tensor, 
         yield base, raster_position(crops, grid, tower.facts.grid[0]) if tiles > 1 else crops
 
 
+def stitched_key(slots: Tensor, tower: TowerInput) -> Tensor:
+    """Sort keys [B, K] that put the base tile of every image first, and then the patches of all its
+    crops in raster order; below twice ``max_tiles × patches``. ``slots`` [B, K] as above, −1 for
+    any patch that is not to be sorted."""
+    block, keys = tower.facts.max_tiles * tower.facts.patches, []
+    for base, places in stitched_places(slots.clamp(min=0), tower):
+        keys += [base, places + block]
+    return torch.cat(keys)
+
+
 def shown_windows(tower: TowerInput) -> list[Window | None]:
     """Of every tile the cells that show the image and no padding; None: all of them (host)."""
     height, width = tower.facts.grid

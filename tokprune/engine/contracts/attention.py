@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Attention:
         takes so many at a time."""
         tokens, width = self.query.shape[2:]
         return max(1, tokens * width // max(1, self.key.shape[2]))
+
+    def parts(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tensors [B, R], the numbers of rows first, :attr:`rows_at_once` columns at a time."""
+        return zip(*(tensor.split(self.rows_at_once, 1) for tensor in tensors))
 
     def rows(self, index: Tensor) -> Tensor:
         """Softmax rows of the queries at ``index`` [B, R]: float32 [B, H, R, L].

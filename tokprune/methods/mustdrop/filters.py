@@ -66,8 +66,7 @@ class FilterRun(DecoderRun):
         total = torch.zeros(sequence.column.shape, device=rows.device)
         peak = torch.zeros_like(total)
         if rows.shape[1]:
-            block = attention.rows_at_once
-            for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
+            for part, valid in attention.parts(rows, real):
                 own, high = text_attention(attention.rows(part), valid, sequence.visual)
                 total, peak = total + own, torch.maximum(peak, high)
         self.score = self._score(total, peak, sequence)

@@ -83,8 +83,8 @@ def _of_question(attention: Attention, sequence: SequenceView) -> tuple[Tensor, 
     largest and the mean over its rows, [B, L] float32 each."""
     rows, real = sequence.text_rows()
     highest = torch.zeros(sequence.segment.shape, device=rows.device)
-    total, block = highest, attention.rows_at_once
-    for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
+    total = highest
+    for part, valid in attention.parts(rows, real):
         own = attention.rows(part).mean(1).masked_fill(~valid[:, :, None], 0.0)
         highest, total = highest.maximum(own.amax(1)), total + own.sum(1)
     return highest, total / real.sum(1, keepdim=True).clamp(min=1)

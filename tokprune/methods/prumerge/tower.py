@@ -19,8 +19,7 @@ from tokprune.engine.contracts import (
     TowerInput,
     TowerTokens,
 )
-from tokprune.errors import CompositionError
-from tokprune.methods.tower_rows import behind_class_token
+from tokprune.methods.tower_rows import behind_class_token, check_equal_rows
 from tokprune.operators.prumerge import cls_attention, merge
 
 if TYPE_CHECKING:
@@ -164,11 +163,7 @@ class _Merging(_Looking):
     def after(self, layer: int, hidden: Tensor, tokens: TowerTokens) -> Reduction | None:
         first = tokens.first_patch
         patches = hidden[:, first:]
-        if tokens.valid is not None:
-            raise CompositionError(
-                f"{self.method.name} needs tiles of equally many patches, and an earlier method "
-                "has left some tiles fewer than others; leave one of them out"
-            )
+        check_equal_rows(tokens, self.method.name)
         if self.keep is not None and self.keep >= patches.shape[1]:
             return None
         new = merge_tiles(self.method, patches, *self.seen(hidden.device), self.keep)

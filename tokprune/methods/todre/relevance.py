@@ -97,7 +97,6 @@ def _mass(attention: Attention, rows: Tensor, real: Tensor, columns: Tensor) -> 
     """Head-mean weight of some rows on some columns, summed over both: [B] float32."""
     total = torch.zeros(columns.shape[0], device=columns.device)
     one = torch.ones_like(total)
-    block = attention.rows_at_once
-    for part, valid in zip(rows.split(block, 1), real.split(block, 1)):
+    for part, valid in attention.parts(rows, real):
         total = total + ratio_from_rows(attention.rows(part), valid, columns, count=one)
     return total

@@ -23,7 +23,7 @@ from tokprune.methods.tower_rows import (
     cells_of,
     check_equal_rows,
     shown_windows,
-    stitched_places,
+    stitched_key,
 )
 from tokprune.methods.trim.tiles import Alike, Squeezed, squeeze
 
@@ -130,11 +130,9 @@ class _Run(EncoderRun):
         if not facts.tiled:
             return EncoderOutcome(unpad=False)
         # the base tile, the stitched crops, the means, class tokens where the model keeps them
-        block, keys = facts.max_tiles * facts.patches, []
+        block = facts.max_tiles * facts.patches
         slots = tokens.slots[:, tokens.first_patch :]
-        for base, places in stitched_places(slots.clamp(min=0), self.tower):
-            keys += [base, places + block]
-        key = torch.cat(keys)
+        key = stitched_key(slots, self.tower)
         tile = torch.arange(len(key), device=key.device)[:, None]
         key = torch.where(slots == self.mean_slot[:, None], 2 * block + tile, key)
         key = pad(key, (1, 0), value=3 * block) if facts.cls_in_features else key
