@@ -9,7 +9,6 @@ import pytest
 from torch import nn
 
 import tokprune
-from tokprune.cli.llava_v1 import app
 
 INSTALL = r"pip install --no-deps llava-torch==1\.2\.2\.post1 transformers==4\.37\.2"
 
@@ -34,12 +33,3 @@ def test_its_classes_are_refused_on_this_transformers(name: str) -> None:
     with pytest.raises(tokprune.UnsupportedModelError, match=f"{name} is not supported.*4\\.37"):
         tokprune.patch(model, "flowcut", keep=128)
     assert name not in tokprune.supported_models()
-
-
-def test_the_command_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        app(["--method", "flowcut", "--keep", "128", "--", "-m", "llava.eval.model_vqa_loader"])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert "llava-torch==1.2.2.post1" in err
-    assert len(err.strip().splitlines()) == 1

@@ -124,10 +124,19 @@ def test_reads_the_published_figures(home: Path) -> None:
     assert "visionzip" in done.stdout
 
 
-def test_starts_the_launcher_of_the_original_package(home: Path) -> None:
-    done = run(home, "python", "-m", "tokprune.cli.llava_v1", "--help")
+def test_runs_a_script_whose_model_it_patches(home: Path) -> None:
+    script = home / "script.py"
+    script.write_text(
+        "import torch\n"
+        "from tokprune.models import resolve\n"
+        "from transformers import LlavaForConditionalGeneration as Llava\n"
+        "model = Llava.from_pretrained(resolve('mini'))\n"
+        "ids = torch.full((1, 600), 5); ids[:, 4:580] = model.config.image_token_id\n"
+        "model(input_ids=ids, pixel_values=torch.zeros(1, 3, 192, 192))\n"
+    )
+    done = run(home, "tokprune", "exec", "--method", "grid", "--keep", "64", "--", str(script))
     assert done.returncode == 0, done.stderr
-    assert "original llava package" in done.stdout
+    assert "576 -> 64" in done.stderr
 
 
 def test_nothing_is_imported_from_the_checkout(home: Path) -> None:

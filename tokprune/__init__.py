@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from tokprune.families import supported_models
     from tokprune.integrations.clip_retrieval import FrameFeatures, reduce_frames
+    from tokprune.integrations.exec.patching import patch_on_load
     from tokprune.likelihood import Likelihood, log_likelihood
     from tokprune.loading import load
     from tokprune.methods import *  # noqa: F403
@@ -48,6 +49,7 @@ _HOME = {
     "log_likelihood": "tokprune.likelihood",
     "overlay": "tokprune.trace.overlay",
     "patch": "tokprune.api",
+    "patch_on_load": "tokprune.integrations.exec.patching",
     "reduce_frames": "tokprune.integrations.clip_retrieval",
     "register_neurons": "tokprune.registers",
     "supported_models": "tokprune.families",

@@ -1,6 +1,8 @@
-"""``python -m patches.llava``: see :mod:`tokprune.cli.llava_v1`."""
+"""``python -m patches.llava``: the same as ``tokprune exec``."""
 
-from tokprune.cli.llava_v1 import app
+import sys
+
+from tokprune.cli import app
 
 if __name__ == "__main__":
-    app()
+    app(["exec", *sys.argv[1:]], prog_name="tokprune")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +57,16 @@ def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
     )
 
 
+def setting_of(method: Method) -> dict[str, Any]:
+    """A method as a setting: the options that are not its defaults."""
+    options = {
+        field.name: plain(getattr(method, field.name))
+        for field in dataclasses.fields(method)
+        if getattr(method, field.name) != field.default
+    }
+    return {"schema": SCHEMA, "method": method.name, "options": options}
+
+
 def save_setting(setting: Mapping[str, Any], path: str | Path) -> None:
     """Write a setting as JSON."""
     Path(path).write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
@@ -75,3 +86,12 @@ def as_tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: as_tuples(item) for name, item in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    """The value of an option as JSON has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

@@ -9,8 +9,9 @@ per layer; ``trace.kept(layer)`` and the layers of ``to_dict()`` tell which toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -203,6 +204,9 @@ class Trace:
     ``torch.compile`` runs as one graph).
     """
 
+    #: called with every trace of this process that has just recorded a prefill
+    observers: ClassVar[list[Callable[[Trace], None]]] = []
+
     method: str = ""
     last: PrefillTrace | None = None
     prefills: int = 0
@@ -266,6 +270,8 @@ class Trace:
         totals = [sum(sum(c) for c in layer.counts) for layer in layers]
         self._sums = [a + b for a, b in zip(self._sums or [0] * len(totals), totals)]
         self._rows += len(layout.columns)
+        for observer in self.observers:
+            observer(self)
 
     def mean_visual_tokens(self) -> list[float]:
         """Visual tokens per decoder layer, mean over all prompts since patching."""

@@ -19,6 +19,7 @@ _NOT_ANSWERING = (
     "eval/recommend.py",
     "eval/report",
     "integrations/clip_retrieval.py",
+    "integrations/exec",
     "integrations/llava_v1",
     "testing",
     "trace/overlay.py",

@@ -25,6 +25,8 @@ INSTALL = (
     "transformers==4.37.2 tokenizers==0.15.1 && pip install 'numpy<2' 'huggingface_hub<1' "
     "accelerate einops pillow protobuf requests sentencepiece shortuuid"
 )
+#: by which the package's own scripts load their models, and where in its result the model is
+LOAD = ("llava", "llava.model.builder", "load_pretrained_model", 1)
 #: options of the package's loader
 _BUILDER = frozenset({
     "device", "device_map", "load_4bit", "load_8bit", "model_name", "use_flash_attn",

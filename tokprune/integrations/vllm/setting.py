@@ -18,7 +18,7 @@ from typing import Any
 from tokprune import __version__
 from tokprune.methods.base import Method
 from tokprune.methods.options import Budget
-from tokprune.methods.setting import SCHEMA, load_setting
+from tokprune.methods.setting import SCHEMA, load_setting, plain, setting_of
 
 #: attribute of the config, and key of a request's ``mm_processor_kwargs``
 KEY = "tokprune"
@@ -86,20 +86,16 @@ class ServedSetting:
         """The setting for ``--hf-overrides``: options that are not the method's defaults."""
         if self.method is None:
             return {"method": OFF}
-        options = {
-            field.name: _plain(getattr(self.method, field.name))
-            for field in dataclasses.fields(self.method)
-            if getattr(self.method, field.name) != field.default
-        }
-        most = {} if self.max_keep is None else {"max_keep": self.max_keep}
-        return {"method": self.method.name, "options": options, **most}
+        given = setting_of(self.method)
+        del given["schema"]
+        return given if self.max_keep is None else {**given, "max_keep": self.max_keep}
 
     @property
     def digest(self) -> str:
         """Of what decides which tokens an image leaves: all options, and this release."""
         method = self.method
         options = {} if method is None else {
-            field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)
+            field.name: plain(getattr(method, field.name)) for field in dataclasses.fields(method)
         }  # fmt: skip
         name = OFF if method is None else method.name
         text = json.dumps([__version__, name, options], sort_keys=True)
@@ -119,12 +115,3 @@ def with_keep(method: Method, keep: Any) -> Method:
             "much stays"
         )
     return dataclasses.replace(method, keep=keep)  # type: ignore[call-arg]
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
