@@ -4,6 +4,7 @@
     python3 scripts/dev.py shell --environment vllm -- python scripts/bench_vllm.py
     python scripts/bench_vllm.py --model llava-hf/llava-1.5-7b-hf --method divprune --keep 64 \\
         --dtype bfloat16 --concurrency 1,8,32 --json vllm.json       # where vLLM is installed
+    python scripts/bench_vllm.py --random 32x4096 --dtype bfloat16   # LLaVA-1.5-7B's shape
 
 Two engines in turn, round by round, are given as many requests at once as the concurrency says;
 every request shows a new image, and caches are off. On a CPU engines run in this process, so that
@@ -38,8 +39,28 @@ def options() -> argparse.Namespace:
     parser.add_argument("--prompt", default="USER: <image>\nwhat is this? ASSISTANT:")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--max-model-len", type=int, default=1024)
+    parser.add_argument(
+        "--random", metavar="LAYERSxWIDTH", type=shape,
+        help="random weights: a LLaMA of this shape behind CLIP-L's, in place of the checkpoint's",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="where results go as well")
     return parser.parse_args()
+
+
+def shape(words: str) -> dict[str, Any]:
+    """``--hf-overrides`` that make a model of this shape out of the embedded one, whose images have
+    576 patches like LLaVA-1.5's."""
+    layers, width = map(int, words.split("x"))
+    heads = max(1, width // 128)
+    text = {
+        "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": width * 43 // 16,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": width // heads,
+    }  # fmt: skip
+    vision = {
+        "num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096,
+        "num_attention_heads": 16, "projection_dim": 768,
+    }  # fmt: skip
+    return {"text_config": text, "vision_config": vision}
 
 
 @dataclass
@@ -104,13 +125,16 @@ def main() -> int:
         name: LLM(
             resolve(given.model), dtype=given.dtype, max_model_len=given.max_model_len,
             max_num_seqs=max(counts), enable_prefix_caching=False, mm_processor_cache_gb=0,
-            disable_log_stats=False, hf_overrides=own, **more,
+            disable_log_stats=False, hf_overrides={**own, **(given.random or {})},
+            load_format="dummy" if given.random else "auto", **more,
         )
         for name, own in (
             ("pruned", overrides(given.model, given.method, keep=keep)), ("whole", {}),
         )
     }  # fmt: skip
-    results: dict[str, Any] = {"setting": {"method": given.method, "keep": keep}, "rows": []}
+    results: dict[str, Any] = {
+        "setting": {"method": given.method, "keep": keep}, "random": given.random, "rows": []
+    }  # fmt: skip
     unit = "wall" if on_gpu else "cpu"
     fine = True
     for number in counts:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything that only a GPU can tell, in one command: speed first, then correctness, then growth.
 
-    python scripts/gpu_check.py [--minutes 9] [--json FILE] [--only bench,checks,operators]
+    python scripts/gpu_check.py [--minutes 9] [--json FILE] [--only bench,checks,operators,vllm]
     python scripts/gpu_check.py --rehearse      # the same code on a CPU with tiny models
 
 ``bench``: LLaVA-1.5, LLaVA-NeXT, Qwen2.5-VL and a video of 16,384 tokens on Qwen3-VL, all of 7 to 8
@@ -10,6 +10,7 @@ billion random weights, methods against no compression and the ideal, most wante
 float32; no waiting for the device in methods with fixed numbers; Triton kernels against their
 references; flash-attn where it is installed.
 ``operators``: microseconds at 576 to 16,384 tokens, and the exponent of their growth.
+``vllm``: requests per second in vLLM with pruning and without, where it is installed.
 
 The JSON (default: gpu.json, in the folder that the variable OUT names) is rewritten after every
 part, so a run that is cut short counts as far as it came. A part that fails is written down with
@@ -41,7 +42,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: seconds wanted by what comes after the bench, which leaves it that much
 CHECKS = {"waits": 15.0, "conformance": 35.0, "kernels": 35.0}
 OPERATORS = 25.0
-PARTS = ("bench", "checks", "operators")
+SERVING = 150.0
+PARTS = ("bench", "checks", "operators", "vllm")
 #: seconds that the last part may run over its share
 MARGIN = 20.0
 
@@ -101,7 +103,7 @@ def main() -> int:
     start = time.perf_counter()
     import torch
     import transformers
-    from gpu_parts import bench_part, conformance, kernels, operators, waits
+    from gpu_parts import bench_part, conformance, kernels, operators, serving, waits
     from gpu_parts.budget import Budget
     from gpu_parts.journal import Journal
     from gpu_parts.models import Models
@@ -128,6 +130,8 @@ def main() -> int:
         cases = {**{case: CORE[case] for case in ("divprune", "fastv", "pitome")}, **rectified}
     later = [*CHECKS.values()] if "checks" in given.only else []
     later += [OPERATORS] if "operators" in given.only else []
+    if "vllm" in given.only:
+        later += [SERVING if serving.has_vllm() else 1.0]
     # a rehearsal shows that everything runs: nothing is left out for want of time
     seconds = 3600.0 if given.rehearse else max(1.0, 60 * given.minutes - MARGIN)
     journal = Journal(
@@ -152,6 +156,8 @@ def main() -> int:
             kernels.run_kernels(budget.next(), journal)
         if "operators" in given.only:
             operators.run_operators(device, budget.next(), journal, small=given.rehearse)
+        if "vllm" in given.only:
+            serving.run_serving(budget.next(), journal, small=given.rehearse)
         journal.data["status"] = "complete"
     except KeyboardInterrupt:
         journal.data["status"] = "interrupted"

@@ -57,7 +57,7 @@ def test_a_rehearsal_runs_every_part(rehearsal: Any) -> None:
     assert set(statuses.values()) <= {"ok", "skipped"}
     kinds = [part["kind"] for part in data["parts"]]
     order = list(dict.fromkeys(kinds))
-    assert order == ["bench", "waits", "conformance", "kernels", "operators"]
+    assert order == ["bench", "waits", "conformance", "kernels", "operators", "serving"]
     ran = {part["kind"] for part in data["parts"] if part["status"] == "ok"}
     assert {"bench", "conformance", "operators"} <= ran
     for part in data["parts"]:
