@@ -20,6 +20,8 @@ from tokprune.cli.values import (
 )
 
 _Many = list[str] | None
+#: exit code of a sweep with a trial that is no result
+NO_RESULT = 3
 
 
 @app.command()
@@ -174,7 +176,8 @@ def sweep(
     ] = None,
 ) -> None:
     """Answer a benchmark with every method at every budget, next to the unpruned model and simple
-    controls. Results go to a run folder; a run that was stopped goes on where it was."""
+    controls. Results go to a run folder; a run that was stopped goes on where it was. The exit code
+    is 3 where a method cannot be seen to have acted (NOT A RESULT)."""
     options: dict[str, Any] = {
         "model": model, "out": None if out is None else str(out), "benchmark": benchmark,
         "images": None if images is None else str(images),
@@ -223,6 +226,11 @@ def sweep(
         f"{run.folder}: {len(run.rows)} answers in {len(run.trials)} trials"
         + (f", {failed} failed" if failed else "")
     )
+    wrong = [gate for gate in run.gates().values() if gate.outcome == "fail"]
+    for gate in wrong:
+        print(f"NOT A RESULT: {gate.trial}: {gate.reason}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(NO_RESULT)
 
 
 def _run(settings: Any) -> Any:

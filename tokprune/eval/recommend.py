@@ -62,9 +62,9 @@ def recommend(
 
     With a limit on accuracy (``max_drop``, ``min_accuracy``): the one of least cost. With limits
     on cost alone: the one of highest accuracy. Either way no other setting of the run is better in
-    both, so it lies on the Pareto frontier. Points whose answers are not complete do not compete;
-    the controls ``none``, ``downsample``, ``frames`` and ``blind`` are no settings and are never
-    recommended.
+    both, so it lies on the Pareto frontier. Points whose answers are not complete, or whose method
+    cannot be seen to have acted (:mod:`tokprune.eval.sweep.gate`), do not compete; the controls
+    ``none``, ``downsample``, ``frames`` and ``blind`` are no settings and are never recommended.
 
     Args:
         folder: run folder of ``tokprune sweep``.
@@ -88,8 +88,8 @@ def recommend(
     candidates = [r for r in analysis.results if _eligible(r, analysis)]
     if not candidates:
         raise ValueError(
-            f"{folder}: no method has all its answers and fewer FLOPs than the unpruned model; "
-            "resume or extend the sweep"
+            f"{folder}: no method has all its answers, can be seen to have acted, and needs fewer "
+            "FLOPs than the unpruned model; resume or extend the sweep"
         )
     by: Cost = minimise or "flops"
     if (max_latency is not None or by == "latency") and not any(
@@ -144,7 +144,7 @@ def _check(limits: Limits, minimise: str | None) -> None:
 def _eligible(r: Result, analysis: Analysis) -> bool:
     return (
         r.point.method is not None  # a control that is no setting of a patched model
-        and r.complete
+        and r.counts
         and not math.isnan(r.accuracy)
         and r.cost("flops") < analysis.unpruned.cost("flops")
     )

@@ -60,6 +60,12 @@ class Result:
     def complete(self) -> bool:
         return self.missing == 0
 
+    @property
+    def counts(self) -> bool:
+        """Whether it may be compared and recommended: all answers are there, and the method can be
+        seen to have acted."""
+        return self.complete and self.point.engaged
+
     def cost(self, kind: str) -> float:
         """``tokens`` (mean per layer), ``flops`` (prefill) or ``latency`` (seconds per answer)."""
         if kind == "latency":
@@ -277,8 +283,9 @@ def _adjust(results: Sequence[Result]) -> None:
 
 
 def _frontiers(results: Sequence[Result]) -> None:
-    """Mark the points on each frontier. Unfinished points and nominal budgets do not compete."""
-    fair = [r for r in results if r.complete and not r.point.nominal]
+    """Mark the points on each frontier. Unfinished points, nominal budgets and methods that did not
+    act do not compete."""
+    fair = [r for r in results if r.counts and not r.point.nominal]
     for kind in COSTS:
         on = frontier([r.cost(kind) for r in fair], [r.accuracy for r in fair])
         for result, inside in zip(fair, on):

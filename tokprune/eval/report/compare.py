@@ -53,7 +53,7 @@ class Differences:
 
 def differences(analysis: Analysis) -> Differences:
     """McNemar between all methods (no controls) at the analysis' budget, per task."""
-    here = [r for r in analysis.at_budget() if not r.point.control and r.complete]
+    here = [r for r in analysis.at_budget() if not r.point.control and r.counts]
     found: list[tuple[str, Result, Result, float]] = []
     lost, gained = [], []
     for task in analysis.data.tasks:
@@ -95,7 +95,7 @@ def contest(analysis: Analysis) -> Contest | None:
     """The best method against the control that draws at random; None where the budget has no
     finished method, or no such control."""
     here = analysis.at_budget()
-    methods = [r for r in here if not r.point.control and r.complete]
+    methods = [r for r in here if not r.point.control and r.counts]
     against = [r for r in here if r.point.control and "seed" in r.point.options]
     if not methods or not against:
         return None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokprune.eval.report.legible import legible
 
 if TYPE_CHECKING:
+    from tokprune.eval.sweep.gate import Gate
     from tokprune.eval.sweep.results import Run
 
 Floats = NDArray[np.float64]
@@ -50,7 +51,8 @@ class Point:
     first seed in the form in which they are compared, "" where missing; ``spent`` [items]: visual
     tokens of the first seed, mean over decoder layers, NaN where unknown; ``failed``: failed items
     over all seeds; ``measured``: means of :data:`MEASURED`; ``latency``: entry of latency.json;
-    ``base``: the unpruned point that this one is compared with (None for that itself).
+    ``base``: the unpruned point that this one is compared with (None for that itself);
+    ``gates``: of its trials (:mod:`tokprune.eval.sweep.gate`).
     """
 
     variant: str
@@ -75,6 +77,12 @@ class Point:
     measured: Mapping[str, float]
     latency: Mapping[str, Any] | None
     base: Point | None = None
+    gates: tuple[Gate, ...] = ()
+
+    @property
+    def engaged(self) -> bool:
+        """Whether the method can be seen to have acted, with every seed: else it is no result."""
+        return all(gate.outcome != "fail" for gate in self.gates)
 
     @property
     def name(self) -> str:
@@ -198,7 +206,9 @@ def load_run(folder: str | Path) -> RunData:
             f"{path}: no answers of the unpruned model (variant 'none'), which every comparison "
             "needs; run the sweep with its controls"
         )
+    judged = run.gates()
     for point in every:
+        point.gates = tuple(judged[trial] for trial in point.trials if trial in judged)
         fits = [p for p in plain if (p.dtype, p.batch_size) == (point.dtype, point.batch_size)]
         base = plain[0] if point.noise or not fits else fits[0]
         point.base = None if base is point else base

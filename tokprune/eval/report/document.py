@@ -30,7 +30,7 @@ class Code:
 @dataclass(frozen=True)
 class Table:
     """Rows of text. ``words``: columns that hold words, not numbers; ``strong``: rows to stand out;
-    ``folded``: hidden behind its title until asked for."""
+    ``struck``: rows that are no results; ``folded``: hidden behind its title until asked for."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -38,6 +38,7 @@ class Table:
     note: str = ""
     words: frozenset[int] = frozenset({0})
     strong: frozenset[int] = frozenset()
+    struck: frozenset[int] = frozenset()
     folded: bool = False
 
 

@@ -82,7 +82,7 @@ def within(analysis: Analysis, drop: float) -> Result | None:
     """The finished point of fewest FLOPs whose drop is no larger."""
     fair = [
         r for r in analysis.results
-        if r.flips is not None and r.complete and not r.point.nominal and r.drop <= drop
+        if r.flips is not None and r.counts and not r.point.nominal and r.drop <= drop
         and r.cost("flops") < analysis.unpruned.cost("flops")
     ]  # fmt: skip
     return min(fair, key=lambda r: (r.cost("flops"), -r.accuracy), default=None)
@@ -92,7 +92,7 @@ def _shrinking(analysis: Analysis, share: str) -> list[str]:
     """How methods do against a smaller image."""
     here = analysis.at_budget()
     shrunk = next((r for r in here if r.point.variant == "downsample"), None)
-    methods = [r for r in here if not r.point.control]
+    methods = [r for r in here if not r.point.control and r.point.engaged]
     if shrunk is None or not methods:
         return []
     better, worse = [], []
@@ -118,6 +118,13 @@ def warnings(analysis: Analysis) -> list[str]:
         lines.append("The sweep has not finished: these are results so far.")
     if data.errors:
         lines.append(f"{len(data.errors)} questions failed; they count as incorrect.")
+    inert = [r for r in analysis.results if not r.point.engaged]
+    if inert:
+        names = listed([r.point.name for r in inert])
+        lines.append(
+            f"{len(inert)} points are no results, and count nowhere: {names}. See 'Did the methods "
+            "act?'."
+        )
     short = [r for r in analysis.results if r.missing]
     if short:
         lines.append(f"{len(short)} points lack answers; see the end of the page.")

@@ -75,10 +75,19 @@ def _exhibit(exhibit: Exhibit) -> list[str]:
 def _table(table: Table) -> list[str]:
     rule = [":---" if n in table.words else "---:" for n in range(len(table.header))]
     rows = [
-        [f"**{_cell(v)}**" if n in table.strong and not c else _cell(v) for c, v in enumerate(row)]
+        [
+            _marked(_cell(v), n in table.strong and not c, n in table.struck)
+            for c, v in enumerate(row)
+        ]
         for n, row in enumerate(table.rows)
     ]
     return [f"| {' | '.join(line)} |" for line in ([_cell(h) for h in table.header], rule, *rows)]
+
+
+def _marked(text: str, strong: bool, struck: bool) -> str:
+    if struck and text:
+        return f"~~{text}~~"
+    return f"**{text}**" if strong else text
 
 
 def _cell(text: str) -> str:

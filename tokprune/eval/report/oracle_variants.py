@@ -97,7 +97,7 @@ def oracles(analysis: Analysis) -> list[VariantOracle]:
         return []
     variants: dict[str, list[Result]] = {}
     for variant, results in analysis.series().items():
-        fair = [r for r in results if r.complete and r.point.base is base.point]
+        fair = [r for r in results if r.counts and r.point.base is base.point]
         if fair and variant not in REDUCED_INPUTS:
             variants[variant] = fair
     methods = [r for results in variants.values() for r in results if not r.point.control]

@@ -263,7 +263,10 @@ def _xy(results: Sequence[Result], axis: Axis) -> tuple[list[float], list[float]
 
 
 def _line(area: Any, results: Sequence[Result], axis: Axis, look: Look, size: float = 6.5) -> None:
-    x, y = _xy(results, axis)
+    inert = [r for r in results if not r.point.engaged]
+    if inert:  # a cross, off the line: no result
+        area.plot(*_xy(inert, axis), "x", color=look.colour, ms=size + 1, mew=1.4, zorder=3)
+    x, y = _xy([r for r in results if r.point.engaged], axis)
     area.plot(
         x, y, color=look.colour, ls=look.line, lw=1.5 if look.filled else 1.2, marker=look.marker,
         ms=size, mfc=look.colour if look.filled else "white", mec="white" if look.filled else
@@ -387,6 +390,10 @@ def _extra_handles(analysis: Analysis) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=UNPRUNED, lw=1.1, label="unpruned")]
+    if not all(r.point.engaged for r in analysis.results):
+        handles.append(
+            Line2D([], [], color="#777777", ls="", marker="x", ms=7, mew=1.4, label="no result")
+        )
     if analysis.blind:
         handles.append(
             Line2D([], [], color="#777777", lw=1.1, ls=(0, (6, 3)), label="blind (no image)")

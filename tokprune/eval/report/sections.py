@@ -122,7 +122,11 @@ def _results(analysis: Analysis) -> Section:
     return Section(
         "results",
         "Results",
-        [tables.frontier_table(analysis), tables.results_table(analysis)],
+        [
+            tables.frontier_table(analysis),
+            tables.results_table(analysis),
+            *([] if (table := tables.gate_table(analysis)) is None else [table]),
+        ],
     )
 
 

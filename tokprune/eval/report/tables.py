@@ -25,15 +25,16 @@ from tokprune.eval.report.groups import GroupTable, Share
 _COSTS = {"tokens": "tokens", "flops": "FLOPs", "latency": "time"}
 
 
-#: controls are marked in every table
-_MARK = " †"
-_MARKED = "† control."
+#: controls, and methods that did not act, are marked in every table
+_MARK, _INERT = " †", " ✗"
+_MARKED = "† control; ✗ no result."
 
 
 def _variant(result: Result) -> str:
     if result.point.variant == "none":
         return "unpruned"
-    return result.point.variant + (_MARK if result.point.control else "")
+    inert = "" if result.point.engaged else _INERT
+    return result.point.variant + (_MARK if result.point.control else "") + inert
 
 
 def _budget(result: Result) -> str:
@@ -57,7 +58,7 @@ def _everyone(analysis: Analysis) -> list[Result]:
 
 def results_table(analysis: Analysis) -> Table:
     """Every point: costs, accuracy, drop, flips, p, loyalty."""
-    rows, strong = [], set()
+    rows, strong, struck = [], set(), set()
     for n, r in enumerate(_everyone(analysis)):
         lost, gained = changes(r.flips)
         compared = r.flips is not None
@@ -80,6 +81,8 @@ def results_table(analysis: Analysis) -> Table:
         ])  # fmt: skip
         if r.on:
             strong.add(n)
+        if not r.point.engaged:
+            struck.add(n)
     return Table(
         header=("variant", "budget", "tokens, mean", "tokens, last", "FLOPs ×10⁹", "time, ms",
                 "accuracy, % [95 %]", "change, points [95 %]", "correct → incorrect",
@@ -92,15 +95,47 @@ def results_table(analysis: Analysis) -> Table:
         "on the same questions; ~ no larger than what another batch size or dtype changes. Flips, "
         "exact McNemar p (adjusted for the number of points) and loyalty (same answer as the "
         "unpruned model): questions of the headline tasks. Time: median of one answer. Shaded: "
-        f"on a frontier. In parentheses: a nominal budget that saves no tokens here. {_MARKED}",
+        "on a frontier. Struck out: no result, since the method did not act (see below). In "
+        f"parentheses: a nominal budget that saves no tokens here. {_MARKED}",
         words=frozenset({0, 12}),
         strong=frozenset(strong),
+        struck=frozenset(struck),
     )  # fmt: skip
 
 
 def _change(r: Result) -> str:
     bounds = -r.drop_interval[1], -r.drop_interval[0]
     return f"{signed(-r.drop)} {between(bounds, sign=True)}"
+
+
+def gate_table(analysis: Analysis) -> Table | None:
+    """Whether every method acted, and what was seen of it."""
+    judged = [r for r in _everyone(analysis) if r.point.gates]
+    if not judged:
+        return None
+    rows = []
+    for r in judged:
+        gate = max(r.point.gates, key=lambda own: ("ok", "warn", "fail").index(own.outcome))
+        said = {check.name: check.value for check in gate.checks}
+        looks = ("kept as planned", "really shorter", "logits moved", "answers moved", "not empty",
+                 "not constant")  # fmt: skip
+        rows.append([
+            _variant(r), _budget(r), {"ok": "yes", "warn": "look", "fail": "NO"}[gate.outcome],
+            gate.reason or NOTHING, *(said.get(name) or NOTHING for name in looks),
+        ])  # fmt: skip
+    return Table(
+        header=("variant", "budget", "acted", "what is wrong", "tokens left", "cache shorter",
+                "logits moved", "answers changed", "empty", "commonest answer"),
+        rows=rows,
+        title="Did the methods act?",
+        note="Question by question against the unpruned model: the same inputs, as many tokens as "
+        "planned, a shorter cache (read from its tensors), first logits that moved by more than "
+        "ten times the noise of another batch size, answers that changed, none of them empty, "
+        "constant or of NaN. NO: not a result, and counted nowhere.",
+        words=frozenset(range(10)),
+        struck=frozenset(n for n, r in enumerate(judged) if not r.point.engaged),
+        folded=all(gate.outcome == "ok" for r in judged for gate in r.point.gates),
+    )  # fmt: skip
 
 
 def frontier_table(analysis: Analysis) -> Table:

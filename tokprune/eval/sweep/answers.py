@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokprune.eval.sweep.evidence import FirstLogits, cache_entries
 from tokprune.eval.sweep.loaded_model import LoadedModel
 
 
@@ -21,28 +22,38 @@ class Answer:
     new_tokens: int
     #: time of its batch divided by the batch size
     seconds: float
+    #: largest logits of its first token, with their ids, and whether all logits were numbers
+    ids: list[int]
+    logits: list[float]
+    finite: bool
+    #: tokens of its batch's prompts that were cached, mean over layers
+    cache: float | None
 
 
 def generate_answers(loaded: LoadedModel, inputs: Any, max_new_tokens: int) -> list[Answer]:
     """Answers to the prompts of ``inputs``, by the model in whatever state it is."""
     model, tokenizer = loaded.model, loaded.processor.tokenizer
+    first = FirstLogits()
     start = now(loaded.device)
     with torch.inference_mode():
-        tokens = model.generate(
+        out = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=tokenizer.pad_token_id,
+            logits_processor=[first],
+            return_dict_in_generate=True,
         )
-    seconds = (now(loaded.device) - start) / len(tokens)
-    new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    seconds = (now(loaded.device) - start) / len(out.sequences)
+    new_tokens = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    cache = cache_entries(out.past_key_values, len(new_tokens[0]))
     ends = end_tokens(model.generation_config.eos_token_id)
     answers = []
-    for row in new_tokens:
+    for row, (ids, logits, finite) in zip(new_tokens, first.rows(), strict=True):
         tokens = until_end(row, ends)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        answers.append(Answer(str(text).strip(), len(tokens), seconds))
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        answers.append(Answer(text, len(tokens), seconds, ids, logits, finite, cache))
     return answers
 
 

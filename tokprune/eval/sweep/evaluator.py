@@ -13,6 +13,7 @@ import torch
 from tokprune.api import compress
 from tokprune.eval.benchmarks.base import Benchmark, Item
 from tokprune.eval.sweep.answers import Answer, generate_answers
+from tokprune.eval.sweep.evidence import Evidence, input_digest, kept_digests
 from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.overlays import overlay_record
 from tokprune.eval.sweep.reduced_input import ReducedInput, blank, each
@@ -32,6 +33,7 @@ class Outcome:
     unpruned: Numbers | None = None
     error: str | None = None
     overlay: dict[str, Any] | None = None
+    evidence: Evidence | None = None
 
 
 @dataclass
@@ -80,6 +82,15 @@ class Batch:
     @cached_property
     def unpruned(self) -> list[Numbers]:
         return unpruned_numbers(self.loaded, self.inputs)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Of every question what it shows and asks."""
+        ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
+        return [
+            input_digest(row[real.bool()].tolist(), own if isinstance(own, list) else [own])
+            for row, real, own in zip(ids, mask, self.visuals, strict=True)
+        ]
 
     @cached_property
     def singles(self) -> list[Batch]:
@@ -143,16 +154,25 @@ class Evaluator:
             if trace.last is None:
                 raise RuntimeError("the method saw no image and no video: nothing was compressed")
             numbers = traced_numbers(trace.last)
+            kept: list[str] | list[None] = kept_digests(trace.last)
         else:
+            kept = [None] * len(answers)
             numbers = (
                 unpruned if trial.reduced_input is None else unpruned_numbers(self.loaded, inputs)
             )
+        changed = trial.blind or trial.reduced_input is not None
+        shown = [None] * len(answers) if changed else batch.digests
         return [
-            Outcome(answer, cost, plain, overlay=self._overlay(trial, trace, row, item.id))
+            Outcome(
+                answer, cost, plain, overlay=self._overlay(trial, trace, row, item.id),
+                evidence=Evidence(
+                    shown[row], kept[row], answer.cache, answer.ids, answer.logits, answer.finite
+                ),
+            )
             for row, (item, answer, cost, plain) in enumerate(
                 zip(batch.items, answers, numbers, unpruned, strict=True)
             )
-        ]
+        ]  # fmt: skip
 
     def _overlay(
         self, trial: Trial, trace: Trace | None, row: int, item: str
@@ -185,4 +205,5 @@ def numbers_of(outcome: Outcome) -> dict[str, Any]:
         "prompt_tokens": None if unpruned is None else unpruned.prompt_tokens,
         "new_tokens": 0 if answer is None else answer.new_tokens,
         "seconds": None if answer is None else round(answer.seconds, 6),
+        "evidence": None if outcome.evidence is None else outcome.evidence.to_dict(),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokprune import files
+from tokprune.eval.sweep.gate import Gate, gates
 from tokprune.eval.sweep.identity import canonical, row_id
 from tokprune.eval.sweep.schema import ROW, TRIAL, check_row, check_run, current_names
 
@@ -66,9 +67,14 @@ class Run:
         path = self.folder / METRICS_FILE
         return read_object(path) if path.is_file() else {}
 
+    def gates(self) -> dict[str, Gate]:
+        """Of every trial whether its method can be seen to have acted
+        (:mod:`tokprune.eval.sweep.gate`)."""
+        return gates(self.info["trials"], self.rows)
+
     def to_parquet(self, path: str | Path) -> None:
         """Write the rows as one parquet table, each with what its trial says of variant and budget
-        (``options`` as JSON text).
+        (``options`` and ``evidence`` as JSON text), and the outcome of its gate.
 
         Raises:
             ValueError: pyarrow is not installed.
@@ -81,13 +87,17 @@ class Run:
             raise ValueError(
                 "parquet needs pyarrow, which is not installed: pip install 'tokprune[sweep]'"
             ) from None
-        kinds = {**ROW, **{name: TRIAL[name] for name in _OF_TRIAL}, "options": str}
+        kinds = {**ROW, **{name: TRIAL[name] for name in _OF_TRIAL}, "options": str, "gate": str}
+        judged = {name: gate.outcome for name, gate in self.gates().items()}
         schema = pyarrow.schema([(name, _arrow_type(pyarrow, k)) for name, k in kinds.items()])
         table = []
         for row in self.rows:
             trial = self.trials[row["trial"]]
             of_trial = {name: trial[name] for name in _OF_TRIAL}
-            table.append({**row, **of_trial, "options": canonical(trial["options"])})
+            texts = {"options": canonical(trial["options"]), "gate": judged.get(row["trial"])}
+            if row["evidence"] is not None:
+                texts["evidence"] = canonical(row["evidence"])
+            table.append({**row, **of_trial, **texts})
         parquet.write_table(pyarrow.Table.from_pylist(table, schema=schema), path)
 
 
@@ -182,6 +192,8 @@ def read_lines(path: Path) -> list[Line]:
                 if not data.endswith(b"\n"):
                     raise ValueError("cut off in the middle")
                 row = current_names(files.parse_json(data))
+                if isinstance(row, dict):
+                    row.setdefault("evidence", None)  # of a release that did not write it
                 check_row(row, "row")
             except ValueError as error:
                 found.append(Line(number, data, None, f"corrupt row ({error})"))

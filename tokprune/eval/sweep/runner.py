@@ -18,6 +18,7 @@ from tokprune.eval.sweep.budgets import check_budgets
 from tokprune.eval.sweep.builtin import sharing
 from tokprune.eval.sweep.calibrate import Calibrator
 from tokprune.eval.sweep.evaluator import Batch
+from tokprune.eval.sweep.gate import gates
 from tokprune.eval.sweep.harness import Harness, Job, OpenTrial, Step, open_harness
 from tokprune.eval.sweep.identity import code_hash, row_id, runtime
 from tokprune.eval.sweep.latency import timed_trials
@@ -278,6 +279,7 @@ class Sweep:
         self.info["finished"] = all(
             self.done.keys() >= set(task.rows.values()) for task in job.trials if task.trial.runs
         )
+        self._judge()
 
     def _open_trials(self) -> list[OpenTrial]:
         """The trials that can be run, with the rows that they lack."""
@@ -338,6 +340,16 @@ class Sweep:
             self.progress.say(f"no times: {timing}")
         else:
             self.store.write_json(LATENCY_FILE, {**timing, "code": self.info["code"]})
+
+    def _judge(self) -> None:
+        """Write into every trial whether its method can be seen to have acted."""
+        self.save()
+        run = read_run(self.store.folder)
+        found = gates(run.info["trials"], run.rows)
+        for trial in [*self.noise, *self.main]:
+            trial.entry.pop("gate", None)  # of an earlier call
+            if (gate := found.get(trial.id)) is not None:
+                trial.entry["gate"] = gate.to_dict()
 
     # ------------------------------------------------------------------ record
 

@@ -48,6 +48,7 @@ ROW: dict[str, Any] = {
     "tokens_mean": (*_NUMBER, type(None)), "macs": _INT_OR_NONE, "macs_unpruned": _INT_OR_NONE,
     "kv_bytes": _INT_OR_NONE, "kv_bytes_unpruned": _INT_OR_NONE, "prompt_tokens": _INT_OR_NONE,
     "new_tokens": int, "seconds": (*_NUMBER, type(None)), "time": _NUMBER,
+    "evidence": (dict, type(None)),
 }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def make_row(
         "score": 0.0 if failed else score,
         "status": "failed" if failed else "ok",
         "error": error,
+        "evidence": None,
         **numbers,
         "time": round(now, 3),
     }
