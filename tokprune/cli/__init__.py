@@ -3,6 +3,7 @@
 # importing a command registers it
 from tokprune.cli import (  # noqa: F401
     bench,
+    export,
     methods,
     recommend,
     repair,
