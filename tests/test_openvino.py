@@ -1,8 +1,8 @@
 """Exports for OpenVINO GenAI against OpenVINO GenAI.
 
 Run in an environment of its own (OpenVINO GenAI 2026.4.1, optimum-intel 2.2.0, transformers 4.57.6,
-torch 2.13.0, Python 3.11, one CPU): no release of optimum-intel converts these models under
-transformers 5 yet.
+torch 2.13.0 without torchvision, Python 3.11, one CPU): this optimum-intel refuses to convert the
+models under transformers above 5.0.
 """
 
 from __future__ import annotations
