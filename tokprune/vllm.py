@@ -14,14 +14,12 @@ and on the command line ``tokprune vllm-overrides MODEL --setting setting.json``
 
 from __future__ import annotations
 
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 from tokprune.integrations.vllm.architectures import PREFIX, SERVED, served_by
 from tokprune.methods.base import Method
 from tokprune.methods.options import Budget
-from tokprune.methods.registry import make_method
 
 __all__ = ["overrides", "served_models"]
 
@@ -56,16 +54,10 @@ def overrides(
 
     from tokprune.integrations.vllm.hosts import Hosts
     from tokprune.integrations.vllm.setting import KEY, ServedSetting
-    from tokprune.methods.setting import load_setting
+    from tokprune.methods.setting import method_of
     from tokprune.models import resolve
 
-    named = isinstance(setting, str) and not (setting.endswith(".json") or Path(setting).is_file())
-    if named or isinstance(setting, Method):
-        method = make_method(setting, **options)  # type: ignore[arg-type]
-    elif options:
-        raise ValueError(f"options={options!r} stand beside a setting, which has its own")
-    else:
-        method = load_setting(setting if isinstance(setting, dict) else fspath(setting))
+    method = method_of(setting, **options)
     served = ServedSetting.read({**ServedSetting(method).as_json(), "max_keep": max_keep})
     config = AutoConfig.from_pretrained(resolve(model))
     name = PREFIX + served_by(config.architectures)

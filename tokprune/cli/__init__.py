@@ -4,6 +4,7 @@
 from tokprune.cli import (  # noqa: F401
     bench,
     exec,
+    export,
     methods,
     recommend,
     repair,

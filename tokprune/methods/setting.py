@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,25 @@ def setting_of(method: Method) -> dict[str, Any]:
         if getattr(method, field.name) != field.default
     }
     return {"schema": SCHEMA, "method": method.name, "options": options}
+
+
+def method_of(setting: str | PathLike[str] | Mapping[str, Any] | Method, **options: Any) -> Method:
+    """A method from any form of it.
+
+    Args:
+        setting: file of ``tokprune recommend``, what is in one, the name of a method with its
+            ``options``, or a method.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, TypeError: a bad setting, or options beside one that has its own.
+    """
+    named = isinstance(setting, str) and not (setting.endswith(".json") or Path(setting).is_file())
+    if named or isinstance(setting, Method):
+        return make_method(setting, **options)  # type: ignore[arg-type]
+    if options:
+        raise ValueError(f"options={options!r} stand beside a setting, which has its own")
+    return load_setting(setting if isinstance(setting, Mapping) else fspath(setting))  # type: ignore[arg-type]
 
 
 def save_setting(setting: Mapping[str, Any], path: str | Path) -> None:
