@@ -54,6 +54,7 @@ def answers(name: str, changed: int = 0, moved: int = N, **changes: Any) -> list
                 "inputs": f"in{n}", "kept": None if plain else f"{name}{n}",
                 "cache": 40.0 if plain else 13.0, "ids": [5, 6, 7],
                 "logits": [10.0 + (n < moved and not plain), 4.0, 1.0], "finite": True,
+                "images": 1,
             },
         }  # fmt: skip
         rows.append({**row, **changes})
@@ -140,6 +141,16 @@ def test_known_failures(rows: list[dict[str, Any]], outcome: str, reason: str) -
     gate = judge(rows)
     assert gate.outcome == outcome, gate
     assert reason in gate.reason
+
+
+def test_budgets_are_those_of_an_image() -> None:
+    rows = evidence(answers("todre@9", 5, tokens_mean=18.0, tokens_in=72), images=2)
+    assert judge(rows).outcome == "ok"
+    told = [{**row, "evidence": None} for row in rows]  # nobody says how many images there were
+    assert judge(told).outcome == "warn"
+    unknown = [{**row, "evidence": None, "tokens_mean": None} for row in rows]
+    assert "40 answers have no record" in judge(unknown).reason
+    assert judge(unknown).outcome == "warn"
 
 
 def test_noise_decides_what_has_moved() -> None:

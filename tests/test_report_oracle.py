@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tokprune.eval.report import RunData, analyse, build_report, load_run
+from tokprune.eval.report.data import Point
 from tokprune.eval.report.highlights import highlights
 from tokprune.eval.report.oracle import chance, choose, oracle
 from tokprune.eval.report.oracle_section import oracle_section
@@ -284,7 +285,10 @@ def test_failed_questions_are_wrong_whatever_they_took(folder: Path, data: RunDa
     assert (point.spent[~where] == 16).all()
 
 
-def test_budget_stands_for_tokens_that_no_answer_tells(tmp_path: Path) -> None:
+def test_budget_stands_for_tokens_that_no_answer_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Point, "engaged", True)  # such a point is no result, and would not count
     made = fake_run.make_run(tmp_path, methods=("todre",), controls=(), failed=90)
     (own,) = oracles(analyse(load_run(made), draws=20))
     assert [c.tokens for c in own.trials] == [16, 64, 144, 576]

@@ -41,7 +41,8 @@ def row(item: str, **changes: Any) -> dict[str, Any]:
         "task": "all", "question": "ä?", "answers": ["x"], "answer": "x", "score": 1.0,
         "status": "ok", "error": None, "tokens_in": 36, "tokens_last": 9.0, "tokens_mean": 9.5,
         "macs": 10, "macs_unpruned": 20, "kv_bytes": 5, "kv_bytes_unpruned": 6,
-        "prompt_tokens": 40, "new_tokens": 2, "seconds": 0.1, "time": 1.0, **changes,
+        "prompt_tokens": 40, "new_tokens": 2, "seconds": 0.1, "time": 1.0, "evidence": None,
+        **changes,
     }  # fmt: skip
 
 

@@ -166,7 +166,8 @@ class Evaluator:
             Outcome(
                 answer, cost, plain, overlay=self._overlay(trial, trace, row, item.id),
                 evidence=Evidence(
-                    shown[row], kept[row], answer.cache, answer.ids, answer.logits, answer.finite
+                    shown[row], kept[row], answer.cache, answer.ids, answer.logits, answer.finite,
+                    batch.shown[row],
                 ),
             )
             for row, (item, answer, cost, plain) in enumerate(

@@ -88,7 +88,7 @@ class Evidence:
     """Of one answer. ``inputs``: of :func:`input_digest`, None where images are made smaller on
     purpose; ``kept``: of :func:`kept_digests`, None without a method; ``cache``: of
     :func:`cache_entries`; ``ids``, ``logits``: the largest of the first answer token; ``finite``:
-    no logit of any token was NaN or infinite."""
+    no logit of any token was NaN or infinite; ``images``: in the prompt (1 for a video)."""
 
     inputs: str | None
     kept: str | None
@@ -96,6 +96,7 @@ class Evidence:
     ids: list[int]
     logits: list[float]
     finite: bool
+    images: int
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -106,4 +107,5 @@ class Evidence:
             # JSON has no NaN
             "logits": [round(v, 4) if abs(v) < float("inf") else None for v in self.logits],
             "finite": self.finite,
+            "images": self.images,
         }

@@ -68,10 +68,16 @@ def kept_as_planned(pair: Pair) -> Check | None:
     if not pair.patched or not pair.both:
         return None
     name = f"tokens_{pair.trial['match']}"
-    left = [row[name] for row, _ in pair.both if row[name] is not None]
-    if len(left) < len(pair.both) or not left:
-        lacking = len(pair.both) - len(left)
-        return Check("kept as planned", "fail", f"{lacking} answers have no record of the method")
+    # a budget is that of an image; another harness may not say how many there were
+    images = [evidence(row, "images") for row, _ in pair.both]
+    left = [
+        row[name] / (n or 1)
+        for (row, _), n in zip(pair.both, images, strict=True)
+        if row[name] is not None
+    ]
+    if lacking := len(pair.both) - len(left):
+        text = f"{lacking} answers have no record of the method"
+        return Check("kept as planned", "fail" if any(images) else "warn", text)
     budget, mean = float(pair.trial["budget"]), sum(left) / len(left)
     off = abs(mean - budget)
     text = f"{mean:.1f} tokens of {budget:g}"
@@ -79,7 +85,8 @@ def kept_as_planned(pair: Pair) -> Check | None:
     if off <= max(0.02 * budget, 0.5):
         return Check("kept as planned", "ok", text, short)
     # where images differ in size, or the method decides by them, a mean over others is another
-    varies = len(set(left)) > 1 or len({base["tokens_in"] for _, base in pair.both}) > 1
+    full = {base["tokens_in"] for _, base in pair.both}
+    varies = len(set(left)) > 1 or len(full) > 1 or not any(images)
     return Check("kept as planned", "warn" if varies else "fail", text, short)
 
 

@@ -42,7 +42,11 @@ class Pair:
     @cached_property
     def keeps_all(self) -> bool:
         """Whether the budget is as much as the images have."""
-        full = [base["tokens_in"] for _, base in self.both if base["tokens_in"] is not None]
+        full = [
+            base["tokens_in"] / (evidence(base, "images") or 1)
+            for _, base in self.both
+            if base["tokens_in"] is not None
+        ]
         return bool(full) and self.trial["budget"] >= max(full)
 
     @cached_property
