@@ -74,26 +74,27 @@ def _answers(folder: str, trace: Any, asked: Sequence[Any]) -> list[Answer]:
     found = []
     for question, image in asked:
         inputs = processor(images=image, text=prompt_of(question), return_tensors="pt")
-        whole = inputs["input_ids"].shape[1]
-        with torch.no_grad():
-            out = model.generate(
-                **inputs, do_sample=False, max_new_tokens=LONGEST, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        text = processor.decode(out.sequences[0, whole:], skip_special_tokens=True)
-        first = out.logits[0][0].float().log_softmax(-1).topk(3)
-        left, length = None, whole
+        own = generate(model, processor, inputs)
         if trace is not None:
             (image_trace,) = trace.last.images
             left = image_trace.entered.column - image_trace.columns[0]
-            length = whole - len(image_trace.columns) + len(left)
-        found.append(
-            Answer(
-                text.strip(), length, dict(zip(first.indices.tolist(), first.values.tolist())),
-                None if left is None else left.tolist(),
-            )
-        )  # fmt: skip
+            own.prompt += len(left) - len(image_trace.columns)
+            own.kept = left.tolist()
+        found.append(own)
     return found
+
+
+def generate(model: Any, processor: Any, inputs: Any) -> Answer:
+    """The answer of a model of transformers to inputs of its processor."""
+    whole = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=LONGEST, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    text = processor.decode(out.sequences[0, whole:], skip_special_tokens=True)
+    first = out.logits[0][0].float().log_softmax(-1).topk(3)
+    return Answer(text.strip(), whole, dict(zip(first.indices.tolist(), first.values.tolist())))
 
 
 # -------------------------------------------------------------------------------------- vLLM
