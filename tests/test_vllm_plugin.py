@@ -18,6 +18,7 @@ from transformers import AutoConfig
 import tokprune
 from tokprune.cli import app
 from tokprune.engine.encoder import EncoderHooks
+from tokprune.engine.model import Tiles
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind
 from tokprune.integrations.vllm.architectures import PREFIX, SERVED, served_by
@@ -169,6 +170,16 @@ def test_counts_of_requests() -> None:
         Hosts(config(method="divprune", keep=64)).count(layout, 65)
 
 
+def test_counts_of_tiles() -> None:
+    made = tiny_family("internvl").build().config
+    made.architectures = ["TokpruneInternVLForConditionalGeneration"]
+    made.tokprune = {"method": "divprune", "keep": 0.5}
+    hosts = Hosts(made)
+    assert [hosts.count(hosts.tiles(number)) for number in (1, 4)] == [4, 18]
+    told = [(words, layout.count) for words, layout in hosts.examples()]
+    assert told == [("1 tile", 9), ("5 tiles", 45)]
+
+
 # -------------------------------------------------------------------------------- refusals
 
 
@@ -306,7 +317,7 @@ ON_FEATURES = {
 
 
 @pytest.mark.parametrize("name", ON_FEATURES)
-@pytest.mark.parametrize("family", ["qwen3-vl"])
+@pytest.mark.parametrize("family", ["qwen3-vl", "internvl", "gemma3"])
 @torch.no_grad()
 def test_host_on_features_of_an_encoder(family: str, name: str) -> None:
     """The same of models whose encoder is out of reach; and further features, such as those of
@@ -324,6 +335,8 @@ def test_host_on_features_of_an_encoder(family: str, name: str) -> None:
     host = PlanHost(make_method(name, **ON_FEATURES[name]), bound)
     layouts = bound.family.images(bound.parts, bound.facts, inputs)
     packed = whole[start : start + len(image.columns)]
+    if isinstance(layouts, Tiles):
+        layouts = [layouts.image(len(packed) // layouts.per_tile)]
     (left,) = host.reduce(layouts, [packed])
     assert left.place.tolist() == place.tolist()
     torch.testing.assert_close(left.features, want[start : start + len(place)])

@@ -189,3 +189,12 @@ def furthest(got: Answer, want: Answer) -> float:
         abs(got.first[token] - want.first[token]) / max(1.0, abs(want.first[token]))
         for token in both
     )
+
+
+def assert_alike(plain: LLM, others: Sequence[LLM], requests: Sequence[dict[str, Any]]) -> None:
+    """Answers of engines to requests together are those of another one to each alone."""
+    alone = [own for each in requests for own in ask(plain, [each])]
+    for llm in others:
+        for got, want in zip(ask(llm, requests), alone, strict=True):
+            assert (got.text, got.prompt) == (want.text, want.prompt)
+            assert furthest(got, want) < 1e-4

@@ -15,6 +15,7 @@ from serving_case import (
     Answer,
     ask,
     ask_questions,
+    assert_alike,
     furthest,
     generate,
     in_transformers,
@@ -108,11 +109,7 @@ def test_chunks_and_several_images(kind: str, folders: Any, engines: Any) -> Non
         for n in range(4)
     ]  # fmt: skip
     requests[1]["mm_processor_kwargs"] = {"tokprune": {"keep": 20}}
-    alone = [own for each in requests for own in ask(whole, [each])]
-    for llm in (whole, short, short):
-        for got, want in zip(ask(llm, requests), alone, strict=True):
-            assert (got.text, got.prompt) == (want.text, want.prompt)
-            assert furthest(got, want) < 1e-4
+    assert_alike(whole, [whole, short, short], requests)
 
 
 VIDEO = PROMPT.replace("image", "video")

@@ -18,11 +18,15 @@ SERVED: dict[str, str] = {
     "Qwen2_5_VLForConditionalGeneration": "qwen",
     "Qwen3VLForConditionalGeneration": "qwen3",
     "Qwen3VLMoeForConditionalGeneration": "qwen3",
+    "InternVLForConditionalGeneration": "internvl",
 }
 #: names of the families of tokprune behind them; a class may hold models of others, too
 FAMILIES = frozenset(
-    {"llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl"}
-)
+    {
+        "llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl",
+        "internvl",
+    }
+)  # fmt: skip
 
 
 def served_by(architectures: Sequence[str] | None) -> str:
