@@ -178,6 +178,11 @@ def test_counts_of_tiles() -> None:
     assert [hosts.count(hosts.tiles(number)) for number in (1, 4)] == [4, 18]
     told = [(words, layout.count) for words, layout in hosts.examples()]
     assert told == [("1 tile", 9), ("5 tiles", 45)]
+    made = tiny_family("gemma3").build().config
+    made.architectures = ["TokpruneGemma3ForConditionalGeneration"]
+    made.tokprune = {"method": "divprune", "keep": 0.5}
+    ((words, layout),) = Hosts(made).examples()
+    assert (words, layout.count) == ("32×32 pixels", 16)
 
 
 # -------------------------------------------------------------------------------- refusals

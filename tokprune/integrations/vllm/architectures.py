@@ -19,12 +19,13 @@ SERVED: dict[str, str] = {
     "Qwen3VLForConditionalGeneration": "qwen3",
     "Qwen3VLMoeForConditionalGeneration": "qwen3",
     "InternVLForConditionalGeneration": "internvl",
+    "Gemma3ForConditionalGeneration": "gemma3",
 }
 #: names of the families of tokprune behind them; a class may hold models of others, too
 FAMILIES = frozenset(
     {
         "llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl",
-        "internvl",
+        "internvl", "gemma3",
     }
 )  # fmt: skip
 
