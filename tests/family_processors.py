@@ -4,6 +4,7 @@ models, a word per token."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,11 @@ def tokenizer(special: dict[str, int], names: dict[str, str]) -> PreTrainedToken
     )  # fmt: skip
 
 
-def save(folder: Path, family: str) -> Path:
-    """Write a tiny model and the files of its processor."""
+def save(folder: Path, family: str, more: Mapping[str, int] | None = None) -> Path:
+    """Write a tiny model and the files of its processor; ``more``: tokens of its tokenizer."""
     special, names, files = _FAMILIES[family]
     tiny_family(family).build().save_pretrained(folder)
-    tokenizer(special, names).save_pretrained(folder)
+    tokenizer({**special, **(more or {})}, names).save_pretrained(folder)
     config = folder / "tokenizer_config.json"
     told = {**json.loads(config.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
     config.write_text(json.dumps(told))  # else it is read as the tokenizer of the family

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 import tokprune
 from tokprune.cli import app
 from tokprune.engine.encoder import EncoderHooks
+from tokprune.engine.model import Tiles
 from tokprune.errors import UnsupportedModelError
 from tokprune.families import bind
 from tokprune.integrations.vllm.architectures import PREFIX, SERVED, served_by
@@ -169,6 +170,21 @@ def test_counts_of_requests() -> None:
         Hosts(config(method="divprune", keep=64)).count(layout, 65)
 
 
+def test_counts_of_tiles() -> None:
+    made = tiny_family("internvl").build().config
+    made.architectures = ["TokpruneInternVLForConditionalGeneration"]
+    made.tokprune = {"method": "divprune", "keep": 0.5}
+    hosts = Hosts(made)
+    assert [hosts.count(hosts.tiles(number)) for number in (1, 4)] == [4, 18]
+    told = [(words, layout.count) for words, layout in hosts.examples()]
+    assert told == [("1 tile", 9), ("5 tiles", 45)]
+    made = tiny_family("gemma3").build().config
+    made.architectures = ["TokpruneGemma3ForConditionalGeneration"]
+    made.tokprune = {"method": "divprune", "keep": 0.5}
+    ((words, layout),) = Hosts(made).examples()
+    assert (words, layout.count) == ("32×32 pixels", 16)
+
+
 # -------------------------------------------------------------------------------- refusals
 
 
@@ -272,15 +288,8 @@ def test_host_leaves_what_the_patched_model_leaves(own: str) -> None:
     tiny = tiny_family("llava-1.5")
     model = tiny.build()
     inputs = tiny.inputs(model, [[4, "image", 6], [3, "image", 9]])
-    want: list[torch.Tensor] = []
     with tokprune.compress(model, name, **options) as trace:
-        decoder = model.model.language_model.layers[0]
-        handle = decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: want.append(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-        model(**inputs)
-        handle.remove()
+        want = entering(model, inputs)
     places = [image.entered.column - image.columns[0] for image in trace.last.images]
 
     bound = bind(model)
@@ -289,8 +298,54 @@ def test_host_leaves_what_the_patched_model_leaves(own: str) -> None:
     left = host.reduce(layouts, *encode(host, bound, layouts, inputs["pixel_values"]))
     for row, (here, place) in enumerate(zip(left, places)):
         assert here.place.tolist() == place.tolist()
-        end = want[0].shape[1] - (6, 9)[row]  # where the text behind the image begins
-        torch.testing.assert_close(here.features, want[0][row, end - len(place) : end])
+        end = want.shape[1] - (6, 9)[row]  # where the text behind the image begins
+        torch.testing.assert_close(here.features, want[row, end - len(place) : end])
+
+
+def entering(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What enters the decoder [B, L, D]."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+#: methods that look at the features of an image alone
+ON_FEATURES = {
+    "divprune": {"keep": 5}, "cdpruner": {"keep": 5}, "grid": {"keep": 5}, "random": {"keep": 5},
+    "pool": {"window": 2}, "todre": {"keep": 5, "stage2": False, "pivot": "farthest"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("family", ["qwen3-vl", "internvl", "gemma3"])
+@torch.no_grad()
+def test_host_on_features_of_an_encoder(family: str, name: str) -> None:
+    """The same of models whose encoder is out of reach; and further features, such as those of
+    deepstack, move and merge with the tokens."""
+    tiny = tiny_family(family)
+    model = tiny.build()
+    inputs = tiny.inputs(model, [[4, "image", 6]])
+    whole = entering(model, inputs)[0]
+    with tokprune.compress(model, name, **ON_FEATURES[name]) as trace:
+        want = entering(model, inputs)[0]
+    (image,) = trace.last.images
+    start, place = int(image.columns[0]), image.entered.column - image.columns[0]
+
+    bound = bind(model)
+    host = PlanHost(make_method(name, **ON_FEATURES[name]), bound)
+    layouts = bound.family.images(bound.parts, bound.facts, inputs)
+    packed = whole[start : start + len(image.columns)]
+    if isinstance(layouts, Tiles):
+        layouts = [layouts.image(len(packed) // layouts.per_tile)]
+    (left,) = host.reduce(layouts, [packed])
+    assert left.place.tolist() == place.tolist()
+    torch.testing.assert_close(left.features, want[start : start + len(place)])
+    torch.testing.assert_close(left.follow(packed), left.features)
 
 
 def encode(host: PlanHost, bound: Any, layouts: Any, pixels: torch.Tensor) -> tuple[Any, ...]:

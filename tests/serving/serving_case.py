@@ -74,26 +74,27 @@ def _answers(folder: str, trace: Any, asked: Sequence[Any]) -> list[Answer]:
     found = []
     for question, image in asked:
         inputs = processor(images=image, text=prompt_of(question), return_tensors="pt")
-        whole = inputs["input_ids"].shape[1]
-        with torch.no_grad():
-            out = model.generate(
-                **inputs, do_sample=False, max_new_tokens=LONGEST, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        text = processor.decode(out.sequences[0, whole:], skip_special_tokens=True)
-        first = out.logits[0][0].float().log_softmax(-1).topk(3)
-        left, length = None, whole
+        own = generate(model, processor, inputs)
         if trace is not None:
             (image_trace,) = trace.last.images
             left = image_trace.entered.column - image_trace.columns[0]
-            length = whole - len(image_trace.columns) + len(left)
-        found.append(
-            Answer(
-                text.strip(), length, dict(zip(first.indices.tolist(), first.values.tolist())),
-                None if left is None else left.tolist(),
-            )
-        )  # fmt: skip
+            own.prompt += len(left) - len(image_trace.columns)
+            own.kept = left.tolist()
+        found.append(own)
     return found
+
+
+def generate(model: Any, processor: Any, inputs: Any) -> Answer:
+    """The answer of a model of transformers to inputs of its processor."""
+    whole = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, do_sample=False, max_new_tokens=LONGEST, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    text = processor.decode(out.sequences[0, whole:], skip_special_tokens=True)
+    first = out.logits[0][0].float().log_softmax(-1).topk(3)
+    return Answer(text.strip(), whole, dict(zip(first.indices.tolist(), first.values.tolist())))
 
 
 # -------------------------------------------------------------------------------------- vLLM
@@ -188,3 +189,12 @@ def furthest(got: Answer, want: Answer) -> float:
         abs(got.first[token] - want.first[token]) / max(1.0, abs(want.first[token]))
         for token in both
     )
+
+
+def assert_alike(plain: LLM, others: Sequence[LLM], requests: Sequence[dict[str, Any]]) -> None:
+    """Answers of engines to requests together are those of another one to each alone."""
+    alone = [own for each in requests for own in ask(plain, [each])]
+    for llm in others:
+        for got, want in zip(ask(llm, requests), alone, strict=True):
+            assert (got.text, got.prompt) == (want.text, want.prompt)
+            assert furthest(got, want) < 1e-4

@@ -34,8 +34,8 @@ def environment(**more: str) -> dict[str, str]:
     """As vLLM has it by itself: engine and workers in processes of their own."""
     own = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     here = str(Path(__file__).parent)
-    path = os.pathsep.join([here, str(Path(here).parent)])
-    return {**own, "PYTHONPATH": path, **more}
+    path = [here, str(Path(here).parent), *filter(None, [own.get("PYTHONPATH")])]
+    return {**own, "PYTHONPATH": os.pathsep.join(path), **more}
 
 
 def post(port: int, body: dict[str, Any]) -> dict[str, Any]:

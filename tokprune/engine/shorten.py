@@ -275,19 +275,22 @@ def merge_deep(deep: Deep, drop: InputDrop) -> Deep:
     parts, count = [values], values.shape[0]
     for own in drop.merged:
         k = own.slots.shape[0]
-        group = torch.where(own.group < 0, k, own.group)
-        weight = own.weight
-        if weight is None:
-            members = torch.zeros(k + 1, device=group.device)
-            members = members.index_add(0, group, torch.ones_like(group, dtype=members.dtype))
-            weight = 1 / members[group]
         source = deep.row.flatten()[own.sources.to(device)]
-        rows = values[source.clamp(min=0)].float() * weight.to(device)[:, None]
-        rows.masked_fill_((source < 0)[:, None], 0)
-        total = torch.zeros(k + 1, values.shape[1], device=device)
-        total = total.index_add(0, group.to(device), rows)
-        parts.append(total[:-1].to(values.dtype))
+        rows = values[source.clamp(min=0)].float().masked_fill((source < 0)[:, None], 0)
+        parts.append(merged_rows(rows, own.group, own.weight, k).to(values.dtype))
         row[own.slots.to(device)] = torch.arange(count, count + k, device=device)
         count += k
     values = torch.cat(parts) if drop.merged else values
     return replace(deep, values=values, row=row.view_as(deep.row))
+
+
+def merged_rows(rows: Tensor, group: Tensor, weight: Tensor | None, k: int) -> Tensor:
+    """Float rows [n, D] of an image's tokens as those of the ``k`` that they merge to, by ``group``
+    and ``weight`` [n] of a :class:`Selection`: [k, D]."""
+    group = torch.where(group < 0, k, group)
+    if weight is None:
+        members = torch.zeros(k + 1, device=group.device)
+        members = members.index_add(0, group, torch.ones_like(group, dtype=members.dtype))
+        weight = 1 / members[group]
+    total = torch.zeros(k + 1, rows.shape[1], device=rows.device)
+    return total.index_add(0, group.to(rows.device), rows * weight.to(rows.device)[:, None])[:-1]

@@ -16,9 +16,18 @@ SERVED: dict[str, str] = {
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
     "Qwen2VLForConditionalGeneration": "qwen",
     "Qwen2_5_VLForConditionalGeneration": "qwen",
+    "Qwen3VLForConditionalGeneration": "qwen3",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3",
+    "InternVLForConditionalGeneration": "internvl",
+    "Gemma3ForConditionalGeneration": "gemma3",
 }
 #: names of the families of tokprune behind them; a class may hold models of others, too
-FAMILIES = frozenset({"llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl"})
+FAMILIES = frozenset(
+    {
+        "llava-1.5", "llava-next", "llava-onevision", "qwen2-vl", "qwen2.5-vl", "qwen3-vl",
+        "internvl", "gemma3",
+    }
+)  # fmt: skip
 
 
 def served_by(architectures: Sequence[str] | None) -> str:

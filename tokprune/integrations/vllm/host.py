@@ -14,7 +14,7 @@ from tokprune.engine.encoder import TowerPass
 from tokprune.engine.family import BoundModel
 from tokprune.engine.images import ImageRecord, build_records
 from tokprune.engine.model import ImageLayout
-from tokprune.engine.shorten import run_stages
+from tokprune.engine.shorten import merged_rows, run_stages
 from tokprune.errors import ContractError
 from tokprune.integrations.vllm import refusals
 from tokprune.methods.base import Method
@@ -27,6 +27,18 @@ class Left:
 
     features: Tensor
     place: Tensor
+    #: of every token of the whole image the one that it has merged into, and its weight there
+    group: Tensor | None = None
+    weight: Tensor | None = None
+
+    def follow(self, values: Tensor) -> Tensor:
+        """What becomes of further features [n, D] of the whole image: they move and merge with its
+        tokens, [k, D]."""
+        if self.group is None:
+            return values[self.place]
+        return merged_rows(values.float(), self.group, self.weight, len(self.place)).to(
+            values.dtype
+        )
 
 
 class PlanHost:
@@ -105,18 +117,25 @@ class PlanHost:
             columns = torch.arange(record.count, device=kept.device)
             images.append(record.tokens(kept, columns))
             wholes.append(kept)
-        images, _ = run_stages(
+        images, answers = run_stages(
             images, [False] * len(images), self.plan.prompt, self.contracts, None
         )
         left = []
-        for layout, image, whole in zip(layouts, images, wholes):
+        for layout, image, whole, answer in zip(layouts, images, wholes, answers):
             told = self.count(layout)
             if image.count != told:
                 raise ContractError(
                     f"{self.contracts.method} leaves {image.count} tokens of an image of which "
                     f"fixed_count says {told}; both should be the same"
                 )
-            left.append(Left(image.features.to(whole.dtype), image.column))
+            merged = answer if answer is not None and answer.features is not None else None
+            left.append(
+                Left(
+                    image.features.to(whole.dtype), image.column,
+                    None if merged is None else merged.group,
+                    None if merged is None else merged.weight,
+                )
+            )  # fmt: skip
         return left
 
     def _records(

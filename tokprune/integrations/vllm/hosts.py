@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokprune.engine.model import ImageLayout
+from tokprune.engine.model import ImageLayout, Tiles
 from tokprune.families.grids import image_of
 from tokprune.integrations.vllm.host import PlanHost
 from tokprune.integrations.vllm.setting import KEY, ServedSetting, with_keep
@@ -31,6 +31,7 @@ class Hosts:
         self.most: PlanHost | None = None
         self.of = functools.lru_cache(maxsize=64, typed=True)(self._of)  # 1 is not 1.0
         self.layout = functools.lru_cache(maxsize=4096)(self._layout)
+        self.tiles = functools.lru_cache(maxsize=64)(self._tiles)
         method, most = self.setting.method, self.setting.max_keep
         if method is not None:
             self.own = self.most = PlanHost(method, self.bound)
@@ -51,16 +52,28 @@ class Hosts:
 
     def _layout(self, height: int, width: int) -> ImageLayout:
         """How the model packs an image of so many pixels, where its size alone tells."""
-        bound = self.bound
-        call = {bound.family.pixels: torch.empty(1, 0), "image_sizes": [[height, width]]}
-        images = bound.family.images(bound.parts, bound.facts, call)
+        images = self._images(image_sizes=[[height, width]])
         return images[0] if isinstance(images, list) else images.image(1)
+
+    def _tiles(self, number: int) -> ImageLayout:
+        """An image of so many tiles, of a model that knows of its images the tiles alone."""
+        images = self._images()
+        assert isinstance(images, Tiles)
+        return images.image(number)
+
+    def _images(self, **more: Any) -> list[ImageLayout] | Tiles:
+        """Of a call with one image, or tile."""
+        bound = self.bound
+        call = {bound.family.pixels: torch.empty(1, 0), **more}
+        return bound.family.images(bound.parts, bound.facts, call)
 
     def examples(self) -> list[tuple[str, ImageLayout]]:
         """Images in words: the smallest and the largest that a model tells apart, or some one."""
         config: Any = self.bound.model.config
-        if self.bound.facts.tower is None:
+        if self.bound.facts.axes > 1:
             return [("24×24 tokens", image_of(24, 24))]
+        if self.bound.facts.tower is None and isinstance(self._images(), Tiles):
+            return [("1 tile", self.tiles(1)), ("5 tiles", self.tiles(5))]
         side = int(config.vision_config.image_size)
         sizes = [(side, side)]
         if places := getattr(config, "image_grid_pinpoints", None):

@@ -18,6 +18,10 @@ COLUMNS = 4
 #: the largest row or column that the narrowest dtype, bfloat16, can tell from its neighbours
 LARGEST = 256
 
+#: an image, a video or a frame with text around it: place of the first token, number of tokens,
+#: whether it is an image, grid (frames, height, width), and seconds a frame stands for
+Media = tuple[int, int, bool, tuple[int, int, int], float]
+
 
 def with_places(features: Tensor, cell: Tensor, width: int) -> Tensor:
     """Features [k, D] with the columns of the cells [k] of a grid that they stand for."""
@@ -31,17 +35,13 @@ def without_places(features: Tensor) -> Tensor:
     return torch.cat([features, features.new_zeros(len(features), COLUMNS)], dim=1)
 
 
-def prompt_positions(
-    length: int, media: Iterable[tuple[int, int, bool, tuple[int, int, int], float]]
-) -> tuple[Tensor, int]:
+def prompt_positions(length: int, media: Iterable[Media]) -> tuple[Tensor, int]:
     """Positions [3, L] of a prompt before any image is encoded, and what is added to a token's
     number behind it.
 
     Args:
         length: L.
-        media: images and videos in order: place of the first token, number of tokens, whether it is
-            an image, grid (frames, height, width) and seconds a frame stands for. All tokens of an
-            image get the position of its first.
+        media: in order. All tokens of an image get the position of its first.
     """
     parts: list[Tensor] = []
     done = following = 0
@@ -98,10 +98,10 @@ def placed(
     return clean, positions, last + 1 - length
 
 
-def grids(model: Any, features: Sequence[Any]) -> list[Any]:
-    """Images and videos of a prompt as :func:`prompt_positions` takes them."""
+def grids(model: Any, features: Sequence[Any]) -> list[Media]:
+    """Images and videos of a prompt, by what a model of vLLM says of their grids."""
     ordered = sorted(features, key=lambda own: own.mm_position.offset)
-    found = []
+    found: list[Media] = []
     for own, (offset, frames, height, width, factor) in zip(
         ordered, model.iter_mm_grid_thw(features), strict=True
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -105,15 +106,24 @@ class Counting(Processor):
         return [shorter(own) if own.modality == "image" else own for own in updates]
 
 
-def shortened(tokens: list[int], count: int, left: int) -> list[int]:
-    """The placeholders of an image with ``left`` of them instead of ``count``.
+def shortened(whole: Any, count: int, left: int) -> Any:
+    """What stands for an image in a prompt, a list of tokens or more details, with ``left``
+    placeholders instead of ``count`` in every run of them.
 
     Raises:
         RuntimeError: vLLM does not make as many as the model of transformers.
     """
-    if len(tokens) != count or len(set(tokens)) > 1:
-        raise RuntimeError(
-            f"tokprune in vLLM: {len(tokens)} placeholders for an image of which the model of "
-            f"transformers makes {count} tokens; please report this"
-        )
-    return tokens[:1] * left
+    alone = isinstance(whole, list)
+    tokens: list[int] = whole if alone else whole.full
+    every = alone or whole.is_embed is None
+    embeds = [True] * len(tokens) if every else whole.is_embed(tokens).tolist()
+    found: list[int] = []
+    for is_embed, pairs in itertools.groupby(zip(tokens, embeds), key=lambda own: own[1]):
+        run = [token for token, _ in pairs]
+        if is_embed and (len(run) != count or len(set(run)) > 1):
+            raise RuntimeError(
+                f"tokprune in vLLM: {len(run)} placeholders for an image of which the model of "
+                f"transformers makes {count} tokens; please report this"
+            )
+        found += run[:1] * left if is_embed else run
+    return found if alone else replace(whole, full=found)
