@@ -198,3 +198,15 @@ def assert_alike(plain: LLM, others: Sequence[LLM], requests: Sequence[dict[str,
         for got, want in zip(ask(llm, requests), alone, strict=True):
             assert (got.text, got.prompt) == (want.text, want.prompt)
             assert furthest(got, want) < 1e-4
+
+
+@contextmanager
+def not_numbers(model: Any, part: str) -> Iterator[None]:
+    """A model of which the last weight of this part is NaN."""
+    *_, weight = (own for name, own in model.named_parameters() if part in name)
+    before = weight.data.clone()
+    weight.data.fill_(float("nan"))
+    try:
+        yield
+    finally:
+        weight.data.copy_(before)

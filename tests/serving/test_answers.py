@@ -6,7 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from serving_case import ask_questions, furthest, reference
+from serving_case import (
+    ask_questions,
+    furthest,
+    model_of,
+    not_numbers,
+    questions,
+    reference,
+)
 
 #: of methods at the language-model input, at the tower's feature layer, and looking at its last one
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,3 +46,14 @@ def test_switched_off(text: str, engines: Any) -> None:
     assert [own.prompt for own in got] == [own.prompt for own in want]
     assert min(own.prompt for own in got) > 576
     assert max(furthest(a, b) for a, b in zip(got, want)) < TOLERANCE
+
+
+def test_features_that_are_no_numbers(engines: Any) -> None:
+    """They cannot be ranked, and do not end the server: as many rows as are waited for, and a
+    word."""
+    text = json.dumps(SETTINGS["visionzip"])
+    llm = engines(text, max_num_seqs=2)  # of its own: NaN stays in vLLM's caches
+    with not_numbers(model_of(llm), "multi_modal_projector"):
+        got = ask_questions(llm, questions()[:2])
+    assert [own.prompt for own in got] == [own.prompt for own in reference(text)[:2]]
+    assert [own.kept for own in got] == [[0] * 64] * 2

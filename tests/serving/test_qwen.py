@@ -21,6 +21,7 @@ from serving_case import (
     in_transformers,
     loaded,
     model_of,
+    not_numbers,
     prompting,
 )
 from vllm.distributed import parallel_state
@@ -94,6 +95,15 @@ def test_as_in_transformers(kind: str, setting: Any, folders: Any, engines: Any)
         if setting["method"] == "divprune":
             assert [own.kept for own in got] == [own.kept for own in want]
         compare(ask_questions(llm, ASKED), want)  # from the prefix cache
+
+
+def test_features_that_are_no_numbers(folders: Any, engines: Any) -> None:
+    llm = engines(json.dumps(DIVPRUNE), folders["qwen3-vl"], f"Tokprune{CLASSES['qwen3-vl']}",
+                  max_num_seqs=2, **OPTIONS)  # fmt: skip
+    asked = [("w3 w9", "nan", picture(6, 6, 99))]
+    with prompting(PROMPT), not_numbers(model_of(llm), "visual"):
+        (got,) = ask_questions(llm, asked)
+    assert got.kept == [0] * 12
 
 
 @pytest.mark.parametrize("kind", [KIND, "qwen3-vl"])

@@ -54,7 +54,9 @@ class PrunedProjected(Pruned):
                 result.append(own)
                 continue
             layouts = self.runs(tiles)
-            left = host.reduce(layouts, own.split([layout.count for layout in layouts]))
+            left = self.unusable(host, layouts, own)
+            if left is None:
+                left = host.reduce(layouts, own.split([layout.count for layout in layouts]))
             self.watch(left)
             result.append(torch.cat([part.features for part in left]))
         return result

@@ -43,6 +43,23 @@ class Pruned(Model):
         values = torch.as_tensor(self._keeps).flatten().tolist()
         return [self.hosts.of(decoded(value)) for value in values]
 
+    @staticmethod
+    def unusable(host: PlanHost, layouts: Sequence[ImageLayout], rows: Tensor) -> list[Left] | None:
+        """What is left of images whose features [n, D] hold NaN or infinity; None where they are
+        fine. Such rows cannot be ranked, and an error would end the server, for all who use it: as
+        many are handed over as are waited for, as vLLM does without us."""
+        if bool(rows.isfinite().all()):
+            return None
+        logger.error(
+            "tokprune: image features hold NaN or infinite values, and no ranking of tokens means "
+            "anything there; the first one is repeated. float16 may overflow: try bfloat16"
+        )
+        counts = (host.count(layout) for layout in layouts)
+        return [
+            Left(rows[:1].expand(n, -1), torch.zeros(n, dtype=torch.long, device=rows.device))
+            for n in counts
+        ]
+
     def watch(self, left: list[Left]) -> None:
         """What is left of some images: for tests to look at."""
 
@@ -133,24 +150,11 @@ class PrunedLlava(Pruned):
         if not tower.reduced:
             parts = projected.split([layout.tiles for layout in layouts])
             packed = [self.pack(own, layout) for own, layout in zip(parts, layouts, strict=True)]
-        if not bool(projected.isfinite().all()):
-            return self._not_finite(host, layouts, projected)
-        left = host.reduce(layouts, packed, tower, projected, self.newline)
+        left = self.unusable(host, layouts, projected.flatten(0, 1))
+        if left is None:
+            left = host.reduce(layouts, packed, tower, projected, self.newline)
         self.watch(left)
         return [own.features for own in left]
-
-    @staticmethod
-    def _not_finite(
-        host: PlanHost, layouts: Sequence[ImageLayout], projected: Tensor
-    ) -> list[Tensor]:
-        """Rows of NaN or infinity cannot be ranked. An error would end the server, for all who use
-        it: they are served as they are, as vLLM does without us."""
-        logger.error(
-            "tokprune: image features hold NaN or infinite values, and no ranking of tokens means "
-            "anything there; the first ones are kept. float16 may overflow: try bfloat16"
-        )
-        rows = projected.flatten(0, 1)
-        return [rows[:1].expand(host.count(layout), -1) for layout in layouts]
 
 
 class PrunedTiles(PrunedLlava):

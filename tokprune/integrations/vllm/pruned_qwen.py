@@ -120,7 +120,7 @@ class PrunedQwen(Pruned):
             if host is None:
                 left = Left(own, torch.arange(len(own), device=own.device))
             else:
-                left = self.reduced(host, layout, own)
+                (left,) = self.unusable(host, [layout], own) or [self.reduced(host, layout, own)]
                 self.watch([left])
             result.append(with_places(left.features, left.place, grid_of(layout)[1]))
         return tuple(result)
