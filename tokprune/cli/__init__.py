@@ -11,6 +11,7 @@ from tokprune.cli import (  # noqa: F401
     report,
     reproduce,
     run,
+    second_question,
     sweep,
     vllm,
 )

@@ -61,14 +61,16 @@ def report(
         as_model = model_key(as_model)
         if as_model not in MODELS:
             raise BadInput(f"--as {as_model} is not in the ledger; it has {', '.join(MODELS)}")
-    further: list[Any] = []
+    from tokprune.eval.second_question.section import second_question_section
+
+    further: list[Any] = [second_question_section]
     if published is not None:
         from functools import partial
 
         from tokprune.eval.published.section import published_section
 
         papers = [part.strip() for part in published.split(",")]
-        further = [partial(published_section, papers=papers, model=as_model)]
+        further.append(partial(published_section, papers=papers, model=as_model))
     built = build_report(run[0], out, groups_from=groups_from, at=budget, further=further)
     _print(built)
     if show:

@@ -65,6 +65,30 @@ def prompt_text(processor: Any, question: str, images: int = 1, videos: int = 0)
     return text
 
 
+def conversation_text(
+    processor: Any, turns: Sequence[str], images: int = 1, videos: int = 0
+) -> str:
+    """The prompt of a conversation about some images and videos, which stand before it.
+
+    Args:
+        turns: what the user and the model say, in turns; the user has the last word.
+
+    Raises:
+        ChatTemplateError: the model's chat template fails.
+    """
+    shown = [("image", "")] * images + [("video", "")] * videos
+    return _rendered(
+        processor,
+        [
+            (
+                "assistant" if number % 2 else "user",
+                [*([] if number else shown), ("text", text)],
+            )
+            for number, text in enumerate(turns)
+        ],
+    )
+
+
 #: (role, [("text", words), ("image", ""), …]) of every turn
 _Turns = Sequence[tuple[str, Sequence[tuple[str, str]]]]
 

@@ -44,7 +44,7 @@ def build_report(
     *,
     groups_from: str | Path | None = None,
     at: float | None = None,
-    further: Sequence[Callable[[Analysis], Section]] = (),
+    further: Sequence[Callable[[Analysis], Section | None]] = (),
     benchmark: Benchmark | None = None,
     draws: int = 4000,
     seed: int = 0,
@@ -58,7 +58,8 @@ def build_report(
             report or run folder.
         at: budget for pairwise comparisons, heat map and gallery: a count, or a fraction of the
             visual tokens; default 11 %.
-        further: make sections of the page from the numbers of the run, for example
+        further: make sections of the page from the numbers of the run (None: no section), for
+            example
             :func:`tokprune.eval.published.section.published_section`.
         benchmark: for the images of the gallery; default: by the name in run.json.
         draws, seed: of the bootstrap.
@@ -83,7 +84,7 @@ def build_report(
     found, against = differences(analysis), contest(analysis)
     best = oracles(analysis)
     gallery, notes = _gallery(analysis, data, benchmark)
-    others = [make(analysis) for make in further]
+    others = [section for make in further if (section := make(analysis)) is not None]
 
     from tokprune.eval.report.html import write_html
     from tokprune.eval.report.markdown import write_markdown
