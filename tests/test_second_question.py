@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import family_processors
 import numpy as np
 import pytest
 import sweep_case
@@ -140,6 +141,34 @@ def test_a_second_question_in_a_conversation(prompts: Prompts) -> None:
             inputs = model_inputs(processor, [text], [prompts.visual], model=prompts.loaded.model)
             row = found["none", first.id, second.id]
             assert row.answer == generated(prompts, dict(inputs))
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("history", ["none", "own"])
+def test_other_families(family: str, history: str, folder: Path, tmp_path: Path) -> None:
+    """Positions of three axes, and image tokens that see each other both ways."""
+    loaded = LoadedModel.load(str(family_processors.save(tmp_path, family)), "auto", "cpu")
+    benchmark = load_benchmark(str(folder / "questions" / "small.jsonl"))
+    benchmark.max_new_tokens = 4
+    items = benchmark.items()
+    prompts = Prompts(loaded, benchmark, [i for i in items if i.image_id == items[0].image_id][:3])
+    if (family, history) == ("gemma3", "none"):  # its layers slide a window
+        with pytest.raises(ValueError, match=r"cannot be cut back.*use history='own'"):
+            asked(prompts, DivPrune(keep=4), history)
+        return
+    found = asked(prompts, DivPrune(keep=4), history)
+    for (trial, first, second), row in found.items():
+        numbers = [
+            next(n for n, i in enumerate(prompts.items) if i.id == q) for q in (first, second)
+        ]
+        own, other = numbers
+        if trial == "none" and (history == "none" or own == other):
+            assert row.answer == generated(prompts, prompts.inputs[other])
+        elif trial == "none":
+            told = found["none", first, first].answer
+            assert row.answer == generated(prompts, prompts.conversation(own, told, other))
+        elif history == "none":
+            assert row.answer == found[trial, second, second].answer
 
 
 def test_prompts_that_part_before_the_image(prompts: Prompts, monkeypatch: Any) -> None:

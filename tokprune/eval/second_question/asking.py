@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from tokprune.api import compress
 from tokprune.engine.cache import cache_argument
@@ -61,7 +62,9 @@ class Prompts:
             family.video_pixels if benchmark.media == "video" else family.pixels
         ]
         for own in self.inputs:  # one tensor, so that the encoder's output can be shared
-            own.update({n: v for n, v in self.inputs[0].items() if n not in _TEXT})
+            length = own["input_ids"].shape
+            shared = [n for n, value in own.items() if value.shape[:2] != length]
+            own.update({name: self.inputs[0][name] for name in shared})
         ids = [own["input_ids"][0].tolist() for own in self.inputs]
         #: columns of all prompts up to where they part
         self.prefix = sum(1 for _ in takewhile(lambda c: len(set(c)) == 1, zip(*ids)))
@@ -91,7 +94,7 @@ class Prompts:
         made = model_inputs(
             self.loaded.processor, [text], images, videos, model=self.loaded.model
         ).to(self.loaded.device)
-        own = {**self.inputs[first], **{n: made[n] for n in _TEXT if n in made}}
+        own = dict(made)
         length = self.inputs[first]["input_ids"].shape[1]
         if not torch.equal(own["input_ids"][:, :length], self.inputs[first]["input_ids"]):
             raise ValueError(
@@ -130,10 +133,10 @@ def _ask(
     numbers = range(len(prompts.items))
     caches = []
     for first in numbers:
-        cache = _prefill(prompts, prompts.inputs[first])
+        cache, begun = _prefill(prompts, prompts.inputs[first])
         kept.append(_kept(trace))
-        found[first, first] = _answer(prompts, prompts.inputs[first], _cut(prompts, cache, first))
         caches.append(cache)
+        found[first, first] = _answer(prompts, begun, copy.deepcopy(cache), begun=1)
         if trial == "none":  # the history of what follows
             yield _row(prompts, trial, first, first, found, None)
     for first in numbers:
@@ -169,39 +172,65 @@ def _row(
     return Answered(trial, prompts.items[first], item, answer, score, overlap, error)
 
 
-def _prefill(prompts: Prompts, inputs: Mapping[str, Any]) -> Any:
-    """The cache of a prompt."""
+def _prefill(prompts: Prompts, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The cache of a prompt, and its text with the first token of the answer."""
     with torch.inference_mode():
         out = prompts.loaded.model.generate(
             **inputs, max_new_tokens=1, do_sample=False, num_beams=1, return_dict_in_generate=True,
             pad_token_id=prompts.loaded.processor.tokenizer.pad_token_id,
         )  # fmt: skip
-    return out.past_key_values
+    text = {name: inputs[name] for name in _TEXT if name in inputs}
+    more = {name: torch.zeros_like(value[:, :1]) for name, value in text.items()}
+    more["input_ids"] = out.sequences[:, -1:]
+    more["attention_mask"] = torch.ones_like(more["input_ids"])
+    begun = {name: torch.cat([value, more[name]], dim=1) for name, value in text.items()}
+    return out.past_key_values, begun
 
 
 def _cut(prompts: Prompts, cache: Any, first: int) -> Any:
-    """A copy of a cache without the question."""
+    """A copy of a cache without the question.
+
+    Raises:
+        ValueError: the model's layers have forgotten what stood before it.
+    """
     own = copy.deepcopy(cache)
-    own.crop(-(prompts.inputs[first]["input_ids"].shape[1] - prompts.prefix))
+    try:
+        own.crop(-(prompts.inputs[first]["input_ids"].shape[1] - prompts.prefix))
+    except (RuntimeError, ValueError) as error:  # of a sliding window
+        raise ValueError(
+            "history='none': the cache of this model cannot be cut back to the image "
+            f"({' '.join(str(error).split())[:160]}); use history='own'"
+        ) from error
     return own
 
 
-def _answer(prompts: Prompts, inputs: Mapping[str, Any], cache: Any) -> tuple[str, str | None]:
-    """(answer, error) of a prompt of which the cache has the beginning."""
+def _answer(
+    prompts: Prompts, inputs: Mapping[str, Any], cache: Any, begun: int = 0
+) -> tuple[str, str | None]:
+    """(answer, error) of a prompt of which the cache has the beginning, and whose last tokens are
+    those with which the answer has ``begun``."""
     model, tokenizer = prompts.loaded.model, prompts.loaded.processor.tokenizer
     text = {name: inputs[name] for name in _TEXT if name in inputs}
+    ends = end_tokens(model.generation_config.eos_token_id)
+    start = text["input_ids"].shape[1] - begun
+    more = prompts.benchmark.max_new_tokens - begun
+    out = text["input_ids"]
+    if begun and (not more or int(out[0, -1]) in ends):
+        return _text(tokenizer, out[0, start:].tolist(), ends), None
     try:
         with torch.inference_mode():
             out = model.generate(
                 **text, **{cache_argument(model): cache}, do_sample=False, num_beams=1,
-                max_new_tokens=prompts.benchmark.max_new_tokens,
+                max_new_tokens=more,
                 pad_token_id=tokenizer.pad_token_id,
             )  # fmt: skip
     except Exception as error:
         return "", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    new = out[0, text["input_ids"].shape[1] :].tolist()
-    new = until_end(new, end_tokens(model.generation_config.eos_token_id))
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip(), None
+    return _text(tokenizer, out[0, start:].tolist(), ends), None
+
+
+def _text(tokenizer: Any, tokens: list[int], ends: set[int]) -> str:
+    return str(tokenizer.decode(until_end(tokens, ends), skip_special_tokens=True)).strip()
 
 
 def _kept(trace: Trace | None) -> frozenset[int]:
