@@ -146,6 +146,8 @@ def _tasks(analysis: Analysis) -> Section:
         blocks.append(tables.group_averages(analysis, here))
     if (table := tables.harness_metrics(analysis, here)) is not None:
         blocks.append(table)
+    if (table := tables.yes_no_table(analysis, here)) is not None:
+        blocks.append(table)
     blocks.append(tables.task_table(analysis, here, f"By task, at {analysis.at:g} tokens"))
     for budget in analysis.budgets:
         if budget != analysis.at:

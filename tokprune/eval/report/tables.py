@@ -21,6 +21,7 @@ from tokprune.eval.report.formatting import (
     with_interval,
 )
 from tokprune.eval.report.groups import GroupTable, Share
+from tokprune.eval.report.yes_no import yes_no, yes_no_tasks
 
 _COSTS = {"tokens": "tokens", "flops": "FLOPs", "latency": "time"}
 
@@ -230,6 +231,30 @@ def group_averages(analysis: Analysis, results: Sequence[Result]) -> Table:
         "questions about one image are not independent). "
         + "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in analysis.data.groups.items())
         + ".",
+    )  # fmt: skip
+
+
+def yes_no_table(analysis: Analysis, results: Sequence[Result]) -> Table | None:
+    """Precision and recall of "yes"; None without a task of yes and no."""
+    tasks = yes_no_tasks(analysis.data)
+    if not tasks:
+        return None
+    rows = []
+    for r in [analysis.unpruned, *analysis.blind, *results]:
+        own = yes_no(analysis, r, tasks)
+        rows.append([
+            _variant(r),
+            *(percent(v) for v in (own.accuracy, own.precision, own.recall, own.f1, own.yes)),
+            percent(own.other), number(own.n),
+        ])  # fmt: skip
+    return Table(
+        header=("variant", "accuracy, %", "precision, %", "recall, %", "F1, %", "yes, %",
+                "neither, %", "questions"),
+        rows=rows,
+        title=f"Yes or no, at {analysis.at:g} tokens",
+        note="Of the answer “yes”, over all questions of "
+        f"{', '.join(tasks)} together, first seeds. An accuracy that stays while “yes” moves hides "
+        f"a bias. {_MARKED}",
     )  # fmt: skip
 
 
