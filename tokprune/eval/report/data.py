@@ -52,7 +52,8 @@ class Point:
     tokens of the first seed, mean over decoder layers, NaN where unknown; ``failed``: failed items
     over all seeds; ``measured``: means of :data:`MEASURED`; ``latency``: entry of latency.json;
     ``base``: the unpruned point that this one is compared with (None for that itself);
-    ``gates``: of its trials (:mod:`tokprune.eval.sweep.gate`).
+    ``gates``: of its trials (:mod:`tokprune.eval.sweep.gate`); ``places``: kept tokens by where
+    they stand (:mod:`tokprune.eval.sweep.places`), of the first seed.
     """
 
     variant: str
@@ -78,6 +79,7 @@ class Point:
     latency: Mapping[str, Any] | None
     base: Point | None = None
     gates: tuple[Gate, ...] = ()
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict, repr=False)
 
     @property
     def engaged(self) -> bool:
@@ -309,6 +311,7 @@ def _point(
     sums = dict.fromkeys(MEASURED, 0.0)
     n = dict.fromkeys(MEASURED, 0)
     failed = 0
+    places: dict[str, list[int]] = {}
     for s, trial in enumerate(trials):
         for i, item in enumerate(items):
             row = rows.get((trial["trial"], item.id))
@@ -322,6 +325,9 @@ def _point(
                 answered[i] = not bad
                 if not bad and row["tokens_mean"] is not None:
                     spent[i] = row["tokens_mean"]
+                for name, counts in ((row["evidence"] or {}).get("places") or {}).items():
+                    before = places.get(name, [0] * len(counts))
+                    places[name] = [a + b for a, b in zip(before, counts, strict=True)]
             for name in MEASURED:
                 value = row[name]
                 if isinstance(value, (int, float)) and not bad:
@@ -351,6 +357,7 @@ def _point(
         failed=failed,
         measured={k: sums[k] / n[k] if n[k] else math.nan for k in MEASURED},
         latency=next((timed[c["trial"]] for c in trials if c["trial"] in timed), None),
+        places=places,
     )
 
 

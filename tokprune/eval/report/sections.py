@@ -23,6 +23,7 @@ from tokprune.eval.report.groups import GroupTable
 from tokprune.eval.report.highlights import highlights, versus_random, warnings
 from tokprune.eval.report.oracle_section import oracle_section
 from tokprune.eval.report.oracle_variants import VariantOracle
+from tokprune.eval.report.places_plot import placed, places_plot
 
 _WHERE = {
     "tokens": "Accuracy against visual tokens. Hollow grey markers are controls; a down-sampled "
@@ -219,6 +220,16 @@ def _noise(analysis: Analysis) -> Section:
 
 def _gallery(gallery: Gallery | None, notes: Sequence[str], analysis: Analysis) -> Section:
     blocks: list[Block] = []
+    here = placed(analysis.at_budget())
+    if here and (plot := plots.styled(places_plot, here)) is not None:
+        blocks.append(
+            Figure(
+                plot,
+                f"Where kept tokens stand, at {analysis.at:g} tokens: tokens in each eighth of the "
+                "image (and of the video's frames), 1 = an even spread. Of tiled images, the tile "
+                "that shows all of it.",
+            )
+        )
     if gallery is not None:
         blocks += [
             Text(

@@ -16,6 +16,7 @@ from tokprune.eval.sweep.answers import Answer, generate_answers
 from tokprune.eval.sweep.evidence import Evidence, input_digest, kept_digests
 from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.overlays import overlay_record
+from tokprune.eval.sweep.places import kept_places
 from tokprune.eval.sweep.reduced_input import ReducedInput, blank, each
 from tokprune.eval.sweep.trials import Trial
 from tokprune.inputs.pictures import read_picture
@@ -124,11 +125,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Runs trials on batches. ``gallery``: (item ids, trial ids) to record overlays of."""
+    """Runs trials on batches. ``gallery``: (item ids, trial ids) to record overlays of; ``placed``:
+    items of which the places of kept tokens are recorded."""
 
     loaded: LoadedModel
     benchmark: Benchmark
     gallery: tuple[set[str], set[str]] = (set(), set())
+    placed: frozenset[str] = frozenset()
 
     def evaluate(self, trial: Trial, batch: Batch) -> list[Outcome]:
         """One outcome per question of the batch. An exception makes the questions run one by one;
@@ -167,7 +170,7 @@ class Evaluator:
                 answer, cost, plain, overlay=self._overlay(trial, trace, row, item.id),
                 evidence=Evidence(
                     shown[row], kept[row], answer.cache, answer.ids, answer.logits, answer.finite,
-                    batch.shown[row],
+                    batch.shown[row], self._places(trace, row, item.id),
                 ),
             )
             for row, (item, answer, cost, plain) in enumerate(
@@ -182,6 +185,11 @@ class Evaluator:
         if trace is None or item not in items or trial.id not in trials:
             return None
         return overlay_record(trace, row, item, trial.id)
+
+    def _places(self, trace: Trace | None, row: int, item: str) -> dict[str, list[int]] | None:
+        if trace is None or trace.last is None or item not in self.placed:
+            return None
+        return kept_places(trace.last, row)
 
     def _failed(self, batch: Batch, error: Exception) -> Outcome:
         text = " ".join(str(error).split())

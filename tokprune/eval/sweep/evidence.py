@@ -88,7 +88,8 @@ class Evidence:
     """Of one answer. ``inputs``: of :func:`input_digest`, None where images are made smaller on
     purpose; ``kept``: of :func:`kept_digests`, None without a method; ``cache``: of
     :func:`cache_entries`; ``ids``, ``logits``: the largest of the first answer token; ``finite``:
-    no logit of any token was NaN or infinite; ``images``: in the prompt (1 for a video)."""
+    no logit of any token was NaN or infinite; ``images``: in the prompt (1 for a video);
+    ``places``: of :func:`tokprune.eval.sweep.places.kept_places`, for some of the questions."""
 
     inputs: str | None
     kept: str | None
@@ -97,6 +98,7 @@ class Evidence:
     logits: list[float]
     finite: bool
     images: int
+    places: dict[str, list[int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -108,4 +110,5 @@ class Evidence:
             "logits": [round(v, 4) if abs(v) < float("inf") else None for v in self.logits],
             "finite": self.finite,
             "images": self.images,
+            **({} if self.places is None else {"places": self.places}),
         }
