@@ -37,6 +37,7 @@ class BuiltinHarness:
     split: str | None
     runtime: dict[str, str] = field(default_factory=dict)
     own_processes: bool = False
+    rereads_sources: bool = False
 
     @classmethod
     def open(cls, settings: Settings) -> BuiltinHarness:
