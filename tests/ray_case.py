@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ class Written(Worker):
 
 
 class Poisoned:
-    """A worker without a model that dies of the second batch."""
+    """A worker without a model that dies of what it is asked."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -78,12 +79,8 @@ class Poisoned:
     def load(self, *_: Any) -> dict[str, str]:
         return {}
 
-    def answer(self, task: Any, start: int, stop: int) -> Any:
-        if start == 3:
-            os._exit(1)
-        from tokprune.eval.sweep.harness import Step
-
-        return Step()
+    def answer(self, *_: Any) -> Any:
+        os._exit(1)
 
 
 class Elsewhere(Poisoned):
@@ -129,9 +126,10 @@ def losses(head: Any, second: Any) -> dict[str, Any]:
     diary = Diary({
         6: lambda: kill_worker_of(head), 18: lambda: CLUSTER.remove_node(second, False),
     })  # fmt: skip
-    began = time.monotonic()
     with workers(Written):
-        there = run_sweep(settings("ray", executor="ray"), progress=diary)
+        there = run_sweep(
+            settings("ray", executor="ray", latency=True, latency_rounds=1), progress=diary
+        )
     asked = Counter((HOME / "asked").read_text().splitlines())
     # the folder is finished for the other executor
     again = run_sweep(settings("ray"))
@@ -141,11 +139,11 @@ def losses(head: Any, second: Any) -> dict[str, Any]:
         "twice": there.duplicates,
         "overlays": [len(local.overlays()), local.overlays() == there.overlays()],
         "finished": there.info["finished"],
+        "timed": sorted((there.latency or {"trials": ()})["trials"]),
         "gates": [{k: v.outcome for k, v in run.gates().items()} for run in (local, there)],
         "pieces": len(asked),
         "repeated": sum(asked.values()) - len(asked),
         "said": diary.said,
-        "seconds": time.monotonic() - began,
     }
 
 
@@ -153,9 +151,11 @@ def interrupted() -> dict[str, Any]:
     """A folder that this process began, Ray went on with until Ctrl-C, and this one finished."""
     few: dict[str, Any] = {"noise": False, "methods": ("fastv",)}
     counts = []
-    for executor in ("local", "ray"):
-        diary = Diary({6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-        with suppress(KeyboardInterrupt):
+    me = os.getpid()
+    soon = threading.Timer(0.1, os.kill, (me, signal.SIGINT))  # while it waits for workers
+    for executor, stop in (("local", lambda: os.kill(me, signal.SIGTERM)), ("ray", soon.start)):
+        diary = Diary({6 if executor == "local" else 1: stop})
+        with suppress(KeyboardInterrupt), workers(Written):
             run_sweep(settings("turns", executor=executor, **few), progress=diary)
             raise AssertionError("not interrupted")
         counts.append(len(read_run(HOME / "turns").rows))
@@ -173,7 +173,7 @@ def interrupted() -> dict[str, Any]:
 
 def poisoned() -> str:
     work_module.MOST_LOSSES = 2  # each takes a worker's start
-    return refused(Poisoned)
+    return refused(Poisoned, limit=3)
 
 
 def refused(kind: type, **changes: Any) -> str:

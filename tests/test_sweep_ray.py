@@ -191,6 +191,23 @@ def test_workers_that_only_die_are_not_started_for_ever() -> None:
     assert Dead.started == 2 * MOST_LOST
 
 
+def test_a_batch_that_workers_die_of_is_named_and_all_others_answered() -> None:
+    class Poisoned(Good):
+        def answer(self, task: OpenTrial, start: int, stop: int) -> Any:
+            if start == 3:
+                raise LostError("killed")
+            return super().answer(task, start, stop)
+
+    steps = crew(Poisoned)[1].run()
+    rows: list[str] = []
+    with pytest.raises(
+        TrialsFailedError, match=r"^3 workers .* q3, q4, q5 \(last [ab] on 10.0.0.5"
+    ):
+        for step in steps:
+            rows += [row["item"] for row in step.rows]
+    assert sorted(rows) == sorted(["q0", "q1", "q2", "q6"] * 2)
+
+
 def test_a_cluster_without_room_is_not_waited_for_for_ever(monkeypatch: Any) -> None:
     class Pending(Good):
         runs = False
@@ -284,11 +301,13 @@ def test_rows_survive_a_killed_worker_and_a_removed_node(outcomes: dict[str, Any
     assert told["twice"] == 0
     assert told["overlays"] == [6, True]
     assert told["finished"]
+    assert told["timed"] == ["fastv@9", "none", "todre@9"]  # by a model loaded again
     assert told["gates"][0] == told["gates"][1]
     assert told["pieces"] == 7 + 3 + 3 * 3  # batches of one, of three, and three trials on three
     assert told["repeated"] <= 2  # what the killed worker and the removed node had in hand
     assert told["said"][0] == "2 workers on Ray, 1 core each"
-    assert sum("was lost" in line for line in told["said"]) == 2
+    # and at times a third, which Ray had started on the node while that went
+    assert sum("was lost" in line for line in told["said"]) >= 2
 
 
 @with_ray
@@ -308,7 +327,7 @@ def test_a_folder_goes_from_one_executor_to_the_other(outcomes: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("scene", "words"),
     [
-        ("poisoned", ["TrialsFailedError: 2 workers were lost", "q3, q4, q5", "all others are"]),
+        ("poisoned", ["TrialsFailedError: 2 workers were lost", "questions q0, q1, q2 (last none"]),
         ("elsewhere", ["ValueError: the worker on 10.0.0.7 has another tokprune (0.0.1)"]),
         ("too many threads", ["ValueError", "has room for a worker (3 cores; nodes have 1 core)"]),
         ("nobody there", ["ConnectionError: address='127.0.0.1:9': ", "should be host:port"]),
