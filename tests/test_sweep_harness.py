@@ -52,6 +52,7 @@ LMMS: dict[str, Any] = {**BASE, "harness": "lmms-eval", "tasks": ("pope",)}
         ({**LMMS, "benchmark": "small.jsonl"}, "belongs to harness builtin, and harness is lmms"),
         ({**LMMS, "split": "val"}, "split='val' belongs to harness builtin"),
         ({**LMMS, "share": False}, "share=False belongs to harness builtin"),
+        ({**LMMS, "executor": "ray"}, "executor='ray' belongs to harness builtin.* by processes"),
         ({**LMMS, "latency_rounds": 2}, "latency_rounds=2 belongs to harness builtin"),
         ({**LMMS, "tasks": None}, "tasks is missing"),
         ({**LMMS, "processes": 0}, "processes=0 should be a whole number, at least 1"),

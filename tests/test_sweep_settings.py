@@ -67,6 +67,11 @@ BAD_SETTINGS = [
     ({"limit": 0}, "limit=0 should be"),
     ({"noise": "yes"}, "noise='yes' should be true or false"),
     ({"model": ""}, "model='' should be text"),
+    ({"executor": "dask"}, "executor='dask' should be one of local, ray"),
+    ({"address": "a:1"}, "address='a:1' belongs to executor ray, and executor is local"),
+    ({"workers": 2}, "workers=2 belongs to executor ray, and executor is local"),
+    ({"executor": "ray", "workers": 0}, "workers=0 should be a whole number, at least 1"),
+    ({"executor": "ray", "address": ""}, "address='' should be text"),
     ({"keep": 4.5}, "share in"),
     ({"seeds": 1.5}, "seeds: 1.5"),
 ]  # fmt: skip

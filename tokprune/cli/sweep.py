@@ -143,6 +143,24 @@ def sweep(
     parquet: Annotated[
         Path | None, typer.Option(help="Write the rows to this file as well.")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="Where answers are made: in this process ('local', the default), or on the "
+            "machines of a Ray cluster ('ray')."
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: host:port of the cluster, or 'local' for this machine alone. Default: "
+            "RAY_ADDRESS, or the cluster that this machine is in."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="ray: most workers, with one model each. Default: all that fit."),
+    ] = None,
     harness: Annotated[
         str | None,
         typer.Option(help="Who asks: tokprune itself (builtin), or lmms-eval with its tasks."),
@@ -193,6 +211,7 @@ def sweep(
         "controls": False if no_controls else None,
         "noise": False if no_noise else None, "latency": False if no_latency else None,
         "share": False if no_share else None, "fresh": fresh or None,
+        "executor": executor, "address": address, "workers": workers,
         "harness": harness, "base": base,
         "processes": processes, "launch": launch, "launcher": launcher,
         "include_path": include_path or None, "model_args": model_args or None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,13 +10,19 @@ from typing import Any
 from tokprune.engine.shared_encoder import SharedEncoder
 from tokprune.eval.benchmarks import load_benchmark
 from tokprune.eval.benchmarks.base import Benchmark, Item
-from tokprune.eval.sweep.evaluator import Batch, Evaluator, numbers_of
+from tokprune.eval.sweep.batches import (
+    NoRoomError,
+    answer_batch,
+    chunks,
+    gallery_of,
+    is_open,
+    second_copy,
+    unreachable,
+)
+from tokprune.eval.sweep.evaluator import Batch, Evaluator
 from tokprune.eval.sweep.harness import Job, OpenTrial, Step
 from tokprune.eval.sweep.latency import measure_latency, timed_trials
 from tokprune.eval.sweep.loaded_model import LoadedModel
-from tokprune.eval.sweep.overlays import gallery_items, gallery_trials, overlay_name
-from tokprune.eval.sweep.results import OVERLAYS
-from tokprune.eval.sweep.schema import make_row
 from tokprune.eval.sweep.settings import Settings
 from tokprune.eval.sweep.trials import Trial, TrialMaker
 from tokprune.inputs.frames_processor import FramesProcessor
@@ -32,6 +37,7 @@ class BuiltinHarness:
     split: str | None
     runtime: dict[str, str] = field(default_factory=dict)
     own_processes: bool = False
+    rereads_sources: bool = False
 
     @classmethod
     def open(cls, settings: Settings) -> BuiltinHarness:
@@ -80,60 +86,32 @@ class BuiltinHarness:
         entry, loaded = task.trial.entry, job.loaded
         if entry["dtype"] != loaded.dtype:
             try:
-                loaded = LoadedModel.load(
-                    job.settings.model, entry["dtype"], loaded.device.type,
-                    job.settings.trust_remote_code,
-                )  # fmt: skip
-            except (MemoryError, RuntimeError) as error:
-                entry["status"] = "unreachable"
-                entry["reason"] = f"no room for a second copy: {' '.join(str(error).split())}"
-                yield Step(note=f"{task.trial.id}: not run; {entry['reason']}")
+                loaded = second_copy(loaded, job.settings, entry["dtype"])
+            except NoRoomError as error:
+                yield unreachable(task.trial, error)
                 return
         yield Step(stage=(f"noise floor, {task.trial.id}", len(task.rows)))
         evaluator = Evaluator(loaded, self.benchmark)
-        for items in _chunks(self.items, entry["batch_size"]):
-            if _open(task, items):
-                yield self._evaluate(evaluator, task, Batch(loaded, self.benchmark, items))
+        for items in chunks(self.items, entry["batch_size"]):
+            if is_open(task, items):
+                yield answer_batch(evaluator, task, Batch(loaded, self.benchmark, items))
 
     def _together(self, job: Job, main: list[OpenTrial]) -> Iterator[Step]:
         """All trials on a batch before the next batch."""
         trials = [task.trial for task in main]
-        tower = job.loaded.facts.tower
-        if tower is None or self.benchmark.media == "video":
-            tokens = next(trial.entry["budget"] for trial in trials if trial.id == "none")
-        else:
-            tokens = tower.patches
-        gallery = gallery_items(self.items), gallery_trials(trials, tokens)
+        gallery = gallery_of(trials, job.loaded, self.benchmark, self.items)
         evaluator = Evaluator(job.loaded, self.benchmark, gallery)
         yield Step(stage=("answers", sum(len(task.rows) for task in main)))
         with sharing(job.loaded, job.settings) as shared:
-            for items in _chunks(self.items, job.settings.batch_size):
-                unanswered = [task for task in main if _open(task, items)]
+            for items in chunks(self.items, job.settings.batch_size):
+                unanswered = [task for task in main if is_open(task, items)]
                 if not unanswered:
                     continue
                 batch = Batch(job.loaded, self.benchmark, items)
                 if shared is not None:
                     shared.remember(batch.pixels)
                 for task in unanswered:
-                    yield self._evaluate(evaluator, task, batch)
-
-    def _evaluate(self, evaluator: Evaluator, task: OpenTrial, batch: Batch) -> Step:
-        """One trial on one batch. All its questions run, so that the batch is the one it was before
-        an interruption; the rows that are missing are written."""
-        rows, files, now = [], {}, time.time()
-        outcomes = evaluator.evaluate(task.trial, batch)
-        for item, outcome in zip(batch.items, outcomes, strict=True):
-            if item.id not in task.rows:
-                continue
-            if outcome.overlay is not None:
-                files[f"{OVERLAYS}/{overlay_name(item.id, task.trial.id)}"] = outcome.overlay
-            text = "" if outcome.answer is None else outcome.answer.text
-            score = 0.0 if outcome.error else float(self.benchmark.score(item, text))
-            rows.append(make_row(
-                task.rows[item.id], task.trial.id, item, text, score, outcome.error,
-                numbers_of(outcome), now,
-            ))  # fmt: skip
-        return Step(rows, files)
+                    yield answer_batch(evaluator, task, batch)
 
     # ------------------------------------------------------------------ timing
 
@@ -152,11 +130,3 @@ def sharing(
 ) -> AbstractContextManager[SharedEncoder | None]:
     """The encoder runs once for trials that leave it alone, where the settings say so."""
     return SharedEncoder(loaded) if settings.share else nullcontext()
-
-
-def _open(task: OpenTrial, items: Sequence[Item]) -> bool:
-    return any(item.id in task.rows for item in items)
-
-
-def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]

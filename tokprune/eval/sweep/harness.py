@@ -35,7 +35,7 @@ class Job:
     folder: Path
     #: all that can be run, repetitions for the noise floor first
     trials: list[OpenTrial]
-    #: batches of one item that budgets were matched on
+    #: batches of one item that budgets were matched on; without inputs where the model is released
     sample: list[Batch] = field(default_factory=list)
     #: seconds that all answers took together
     answering: float = 0.0
@@ -67,8 +67,10 @@ class Harness(Protocol):
     split: str | None
     #: versions beside torch's and transformers' that can change an answer
     runtime: dict[str, str]
-    #: answers come from other processes, which load the model and read the sources themselves
+    #: answers come from other processes, which load the model themselves: this one lets go of it
     own_processes: bool
+    #: these processes start anew and again, and read the sources as they are then
+    rereads_sources: bool
 
     def check_compatible(self, loaded: LoadedModel, settings: Settings) -> dict[str, Any] | None:
         """Check the settings against the model. Returns the ``harness`` entry of run.json, None
@@ -102,8 +104,13 @@ def open_harness(settings: Settings) -> Harness:
 
     Raises:
         ValueError: unknown benchmark, task or split, no item, or lmms-eval is not installed.
+        ImportError: Ray is not installed, and the executor is "ray".
         OSError: unreadable files.
     """
+    if settings.executor == "ray":
+        from tokprune.eval.sweep.on_ray.harness import RayHarness
+
+        return RayHarness.open(settings)
     if settings.harness == "builtin":
         from tokprune.eval.sweep.builtin import BuiltinHarness
 

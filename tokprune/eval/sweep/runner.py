@@ -54,7 +54,9 @@ def run_sweep(
             Nothing has been answered then.
         OSError: model or run folder cannot be read or written, or the disk is full: what was
             written before is intact.
-        TrialsFailedError: lmms-eval failed in some trials; all others have been answered.
+        TrialsFailedError: lmms-eval failed in some trials, or workers on Ray died of some batches;
+            all others have been answered.
+        ImportError: Ray is not installed, and the executor is "ray".
         KeyboardInterrupt: after an interruption.
     """
     harness = open_harness(settings)
@@ -268,7 +270,9 @@ class Sweep:
             self.progress.say(f"{total - missing} of {total} answers are there already")
         if missing and self.harness.own_processes:
             self.loaded = job.loaded = self.loaded.released()
-            self.sample = job.sample = []
+            self.sample = job.sample = [
+                Batch(self.loaded, one.benchmark, one.items) for one in self.sample
+            ]
         with closing(self.harness.answer(job)) as steps:
             for step in steps:
                 self._write(step)
@@ -299,7 +303,7 @@ class Sweep:
 
     def _write(self, step: Step) -> None:
         """Write what a harness has done, rows all or none, and count it."""
-        if step.rows and self.harness.own_processes and self.code() != self.info["code"]:
+        if step.rows and self.harness.rereads_sources and self.code() != self.info["code"]:
             # each process reads the sources anew, so its answers may be of either version
             raise ValueError(
                 f"the sources of tokprune have changed while {step.rows[0]['trial']} was answered; "

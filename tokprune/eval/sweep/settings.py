@@ -26,6 +26,7 @@ from tokprune.eval.sweep.variants import (
 MATCHES = ("mean", "last")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+EXECUTORS = ("local", "ray")
 
 
 def check_harness_name(name: Any) -> str:
@@ -78,10 +79,17 @@ class Settings:
         share: run the encoder once for all trials that leave it alone.
         calibrate: items on which budgets are matched.
         fresh: throw away what the run folder holds.
+        executor: where the builtin harness answers: "local" in this process, or "ray" in workers
+            of a Ray cluster, with one model each. Rows are the same, and a run folder may be
+            continued by the other.
+        address: of the Ray cluster, ``host:port``; None: what RAY_ADDRESS says, else the one that
+            runs on this machine; "local": one of this machine alone, for this sweep.
+        workers: most workers on Ray; None: as many as the cluster has places for.
         harness: who asks the questions: "builtin", or "lmms-eval" in processes of its own, one per
             trial. There ``tasks`` names lmms-eval's tasks (groups and tags as well), and ``limit``
-            counts per task, as lmms-eval does; ``benchmark``, ``split``, ``share`` and
-            ``latency_rounds`` belong to the builtin harness, what follows to lmms-eval.
+            counts per task, as lmms-eval does; ``benchmark``, ``split``, ``share``,
+            ``latency_rounds`` and ``executor`` belong to the builtin harness, what follows to
+            lmms-eval.
         base: id of the lmms-eval model that the method is put into; None: by the model's family.
         processes: data-parallel processes, started by ``accelerate launch``.
         launch: further arguments of ``accelerate launch``, in one text or as a list.
@@ -121,6 +129,9 @@ class Settings:
     share: bool = True
     calibrate: int = 8
     fresh: bool = False
+    executor: str = "local"
+    address: str | None = None
+    workers: int | None = None
     harness: str = "builtin"
     base: str | None = None
     processes: int = 1
@@ -150,7 +161,7 @@ class Settings:
                 object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
         self._check_types()
         for name, choices in (
-            ("match", MATCHES), ("dtype", DTYPES), ("device", DEVICES),
+            ("match", MATCHES), ("dtype", DTYPES), ("device", DEVICES), ("executor", EXECUTORS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -170,6 +181,11 @@ class Settings:
     def _check_harness(self) -> None:
         """No setting of the other harness is used."""
         lmms = self.harness == "lmms-eval"
+        if lmms and self.executor != "local":
+            raise ValueError(
+                f"executor={self.executor!r} belongs to harness builtin, and harness is lmms-eval, "
+                "which spreads over devices and machines by processes, launch and launcher"
+            )
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in _BUILTIN_ONLY if lmms else _LMMS_ONLY:
             value = getattr(self, name)
@@ -178,6 +194,11 @@ class Settings:
                     f"{name}={_shown(value)} belongs to harness "
                     f"{'builtin' if lmms else 'lmms-eval'}, and harness is {self.harness}"
                 )
+        for name in _RAY_ONLY:
+            if self.executor != "ray" and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name}={value!r} belongs to executor ray, and executor is {self.executor}"
+                )
         if lmms and self.tasks is None:
             raise ValueError("tasks is missing; with harness lmms-eval it names lmms-eval's tasks")
 
@@ -185,13 +206,13 @@ class Settings:
         for name, kind in _KINDS.items():
             value = getattr(self, name)
             if kind == "int":
-                if value is None and name in ("limit", "max_new_tokens", "latency_rounds"):
+                if value is None and name in _NO_NUMBER:
                     continue
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name}={value!r} should be a whole number, at least 1")
             elif kind == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} should be true or false")
-            elif value is None and name in ("split", "base", *FILE_OPTIONS):
+            elif value is None and name in ("split", "base", "address", *FILE_OPTIONS):
                 continue
             elif kind == "str" and not (isinstance(value, str) and value):
                 raise ValueError(f"{name}={value!r} should be text")
@@ -239,8 +260,15 @@ class Settings:
 _KINDS = {field.name: re.split(r"\W", str(field.type))[0] for field in dataclasses.fields(Settings)}
 
 #: settings that mean something in one harness only
-_BUILTIN_ONLY = ("benchmark", *FILE_OPTIONS, "split", "share", "latency_rounds")
+_BUILTIN_ONLY = (
+    "benchmark", *FILE_OPTIONS, "split", "share", "latency_rounds", "executor", "address",
+    "workers",
+)  # fmt: skip
 _LMMS_ONLY = ("base", "processes", "launch", "launcher", "include_path", "model_args")
+#: settings that mean something with one executor only
+_RAY_ONLY = ("address", "workers")
+#: numbers that need not be given
+_NO_NUMBER = ("limit", "max_new_tokens", "latency_rounds", "workers")
 #: arguments of the model that the sweep sets
 _SET_BY_SWEEP = frozenset({
     "base", "pretrained", "method", "keep", "setting", "setting_sha", "control", "factor", "dtype",

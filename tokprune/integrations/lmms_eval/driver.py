@@ -50,6 +50,7 @@ class LmmsHarness:
     runtime: dict[str, str]
     split: str | None = None
     own_processes: bool = True
+    rereads_sources: bool = True
     _base: Base = field(init=False)
     #: what lmms-eval loads: a folder where the model is one, else its name on the hub
     _pretrained: str = field(init=False)
