@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep_case
 import tiny
 import torch
 from fake_run import make_run
 
 import tokprune
+from tokprune.eval.benchmarks.base import Item
 from tokprune.eval.report import analyse, build_report, load_run
 from tokprune.eval.report.places_plot import places_plot
 from tokprune.eval.report.plots import styled
-from tokprune.eval.sweep.places import BANDS, kept_places
+from tokprune.eval.sweep import run_sweep
+from tokprune.eval.sweep.places import BANDS, kept_places, placed_items
 from tokprune.testing import tiny_family
 
 
@@ -97,3 +100,23 @@ def test_the_report_draws_them(tmp_path: Path) -> None:
     assert ">1.0<" in plot.wide
     assert "todre" not in plot.wide
     assert "Where kept tokens stand, at 64 tokens" in build_report(folder).markdown.read_text()
+
+
+def test_a_sweep_counts_some_questions(tmp_path: Path) -> None:
+    model = sweep_case.make_model(tmp_path / "model")
+    benchmark = sweep_case.make_benchmark(tmp_path / "questions", 5)
+    settings = sweep_case.settings(model, benchmark, tmp_path / "run", methods=("divprune",))
+    run = run_sweep(settings)
+    for row in run.rows:
+        found = row["evidence"].get("places")
+        assert (found is None) == (row["trial"] == "none")
+        if found is not None:
+            assert sum(found["rows"]) == sum(found["columns"]) == row["tokens_last"]
+
+
+def test_questions_are_counted_evenly_and_not_too_many() -> None:
+    items = [Item(str(n), "t", "i", "?", ("x",)) for n in range(1000)]
+    placed = placed_items(items)
+    assert placed == {str(n) for n in range(0, 1000, 5)}
+    assert placed_items(items[:7]) == {str(n) for n in range(7)}
+    assert placed_items([]) == frozenset()

@@ -23,6 +23,7 @@ from tokprune.eval.sweep.evaluator import Batch, Evaluator
 from tokprune.eval.sweep.harness import Job, OpenTrial, Step
 from tokprune.eval.sweep.latency import measure_latency, timed_trials
 from tokprune.eval.sweep.loaded_model import LoadedModel
+from tokprune.eval.sweep.places import placed_items
 from tokprune.eval.sweep.settings import Settings
 from tokprune.eval.sweep.trials import Trial, TrialMaker
 from tokprune.inputs.frames_processor import FramesProcessor
@@ -100,7 +101,7 @@ class BuiltinHarness:
         """All trials on a batch before the next batch."""
         trials = [task.trial for task in main]
         gallery = gallery_of(trials, job.loaded, self.benchmark, self.items)
-        evaluator = Evaluator(job.loaded, self.benchmark, gallery)
+        evaluator = Evaluator(job.loaded, self.benchmark, gallery, placed_items(self.items))
         yield Step(stage=("answers", sum(len(task.rows) for task in main)))
         with sharing(job.loaded, job.settings) as shared:
             for items in chunks(self.items, job.settings.batch_size):

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tokprune.eval.benchmarks.base import Item
 from tokprune.trace import PrefillTrace
 from tokprune.trace.provenance import cells_of_tile, decoder_tokens
 
 #: bands from top to bottom, from left to right, and from the first frame to the last
 BANDS = 8
+#: questions of a sweep that are counted
+_MOST = 200
+
+
+def placed_items(items: Sequence[Item]) -> frozenset[str]:
+    """Ids of the questions whose kept tokens are counted: evenly spaced over all."""
+    number = min(_MOST, len(items))
+    return frozenset(items[n * len(items) // number].id for n in range(number))
 
 
 def kept_places(prefill: PrefillTrace, row: int) -> dict[str, list[int]] | None:

@@ -13,6 +13,7 @@ from tokprune.eval.sweep.evaluator import Batch, Evaluator
 from tokprune.eval.sweep.harness import OpenTrial, Step
 from tokprune.eval.sweep.identity import checkpoint_hash, code_hash, runtime
 from tokprune.eval.sweep.loaded_model import LoadedModel
+from tokprune.eval.sweep.places import placed_items
 from tokprune.eval.sweep.settings import Settings
 
 
@@ -78,7 +79,8 @@ class Worker:
             if self.shared is not None:
                 # as in a single process, repetitions for the noise floor share nothing
                 self.shared.remember(None if entry["noise"] else self.batch.pixels)
-        return answer_batch(Evaluator(loaded, self.benchmark, self.gallery), task, self.batch)
+        evaluator = Evaluator(loaded, self.benchmark, self.gallery, placed_items(self.items))
+        return answer_batch(evaluator, task, self.batch)
 
     def _model(self, dtype: str) -> LoadedModel:
         """The model in a dtype. A copy goes when the first is asked for again."""
