@@ -75,6 +75,7 @@ def settings(model: Path, benchmark: Path, out: Path, **changes: Any) -> Setting
     small: dict[str, Any] = {
         "methods": ("fastv", "todre"), "keep": (18, 9), "batch_size": 3, "max_new_tokens": 3,
         "noise": False, "latency": False, "controls": False, "device": "cpu", "calibrate": 4,
+        "seeds": (0,),
     }  # fmt: skip
     return Settings(
         model=str(model), out=str(out), benchmark=str(benchmark), **{**small, **changes}

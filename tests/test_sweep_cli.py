@@ -36,7 +36,7 @@ def arguments(home: Path, out: Path, *more: Any) -> list[str]:
             "sweep", "--model", home / "model", "--benchmark", home / "bench" / "small.jsonl",
             "--methods", "fastv,random", "--keep", "1/2", "--no-controls", "--no-noise",
             "--no-latency", "--batch-size", 3, "--max-new-tokens", 3, "--device", "cpu",
-            "--out", out, *more,
+            "--seeds", "0", "--out", out, *more,
         )
     ]  # fmt: skip
 
@@ -103,8 +103,11 @@ def test_config_file_and_options_before_it(
         ])  # fmt: skip
     assert caught.value.code == 0, capsys.readouterr().err
     run = read_run(tmp_path / "run")
-    assert set(run.trials) == {"none", "fastv+rows=text@18", "random+positions=preserve@18"}
-    assert len(run.rows) == 9
+    random = "random+positions=preserve@18"  # three draws of it, since one is luck
+    assert set(run.trials) == {
+        "none", "fastv+rows=text@18", random, f"{random}.s1", f"{random}.s2"
+    }  # fmt: skip
+    assert len(run.rows) == 15
 
 
 def test_bad_input_is_one_line_before_any_work(

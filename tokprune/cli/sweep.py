@@ -94,7 +94,7 @@ def sweep(
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="For methods that draw, separated by commas. Default: 0.")
+        str | None, typer.Option(help="For methods that draw, separated by commas. Default: 0,1,2.")
     ] = None,
     match: Annotated[
         str | None,
