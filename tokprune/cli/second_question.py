@@ -78,9 +78,8 @@ def second_question(
     # the others are in the report
     columns = [n for n, name in enumerate(made.header) if name in _SHOWN]
     for n in columns:
-        shown.add_column(
-            made.header[n], justify="left" if n in made.words else "right", no_wrap=True
-        )
+        shown.add_column(made.header[n], justify="left" if n in made.words else "right")
     for row in made.rows:
-        shown.add_row(*(row[n] for n in columns))
+        # what belongs together stays on a line; the words of the header may break
+        shown.add_row(*(row[n].replace(" ", "\u00a0") for n in columns))
     console(130).print(shown)
