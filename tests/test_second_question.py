@@ -310,7 +310,7 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         app(["second-question", str(run), "--pairs", "5", "--trials", "divprune@18"])
     assert stop.value.code == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out.replace("\u00a0", " ")
     assert "divprune@18" in out
     assert "too few pairs" in out
 
