@@ -91,9 +91,9 @@ class BuiltinHarness:
                 return
         yield Step(stage=(f"noise floor, {task.trial.id}", len(task.rows)))
         evaluator = Evaluator(loaded, self.benchmark)
-        for items in _chunks(self.items, entry["batch_size"]):
+        for items in chunks(self.items, entry["batch_size"]):
             if _open(task, items):
-                yield self._evaluate(evaluator, task, Batch(loaded, self.benchmark, items))
+                yield self.evaluate(evaluator, task, Batch(loaded, self.benchmark, items))
 
     def _together(self, job: Job, main: list[OpenTrial]) -> Iterator[Step]:
         """All trials on a batch before the next batch."""
@@ -107,7 +107,7 @@ class BuiltinHarness:
         evaluator = Evaluator(job.loaded, self.benchmark, gallery)
         yield Step(stage=("answers", sum(len(task.rows) for task in main)))
         with sharing(job.loaded, job.settings) as shared:
-            for items in _chunks(self.items, job.settings.batch_size):
+            for items in chunks(self.items, job.settings.batch_size):
                 unanswered = [task for task in main if _open(task, items)]
                 if not unanswered:
                     continue
@@ -115,9 +115,9 @@ class BuiltinHarness:
                 if shared is not None:
                     shared.remember(batch.pixels)
                 for task in unanswered:
-                    yield self._evaluate(evaluator, task, batch)
+                    yield self.evaluate(evaluator, task, batch)
 
-    def _evaluate(self, evaluator: Evaluator, task: OpenTrial, batch: Batch) -> Step:
+    def evaluate(self, evaluator: Evaluator, task: OpenTrial, batch: Batch) -> Step:
         """One trial on one batch. All its questions run, so that the batch is the one it was before
         an interruption; the rows that are missing are written."""
         rows, files, now = [], {}, time.time()
@@ -158,5 +158,6 @@ def _open(task: OpenTrial, items: Sequence[Item]) -> bool:
     return any(item.id in task.rows for item in items)
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+def chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Items in batches of ``size``, the last one of what is left."""
     return [items[i : i + size] for i in range(0, len(items), size)]
