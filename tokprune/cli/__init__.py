@@ -12,6 +12,7 @@ from tokprune.cli import (  # noqa: F401
     reproduce,
     run,
     sweep,
+    tune,
     vllm,
 )
 from tokprune.cli.app import BadInput, app
