@@ -77,6 +77,9 @@ def tune(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Questions answered together. Default: 16.")
     ] = None,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Without timing what is reported.")
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Throw away what the folder holds.")
     ] = False,
@@ -96,11 +99,14 @@ def tune(
     times = [parse_seconds(text, "--latency") for text in parse_list("latency", latency) or []]
     if not budgets and not times:
         raise BadInput("give at least one budget: --tokens 64 or --latency 120ms")
+    if times and no_latency:
+        raise BadInput("--no-latency leaves no time to hold against --latency; drop one of them")
     given: dict[str, Any] = {
         "images": None if images is None else str(images), "scoring": scoring,
         "dtype": None if dtype is None else dtype.value,
         "device": None if device is None else device.value,
         "trust_remote_code": trust_remote_code or None, "batch_size": batch_size,
+        "latency": False if no_latency else None,
     }  # fmt: skip
     from tokprune.eval.sweep.progress import progress_for
     from tokprune.eval.tune.run import run_tune

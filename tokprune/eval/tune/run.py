@@ -69,8 +69,8 @@ def run_tune(
     held = Path(settings.out) / HELD_OUT
     run_sweep(
         settings.sweeping(
-            *(spec for one in finalists for spec in one.methods()), out=str(held), latency=True,
-            limit=settings.held_out_limit,
+            *(spec for one in finalists for spec in one.methods()), out=str(held),
+            latency=settings.sweep.get("latency", True), limit=settings.held_out_limit,
         ),
         command=command, progress=progress, harness=questions.held_out,
     )  # fmt: skip
