@@ -27,7 +27,15 @@ from tokprune.eval.tune.candidate import Candidate, Part
 from tokprune.eval.tune.questions import Questions, in_turns
 from tokprune.eval.tune.result import Finalists, _adjusted, _contest
 from tokprune.eval.tune.settings import TuneSettings
-from tokprune.eval.tune.space import Budgets, Choice, Layers, Number, Space, dimensions
+from tokprune.eval.tune.space import (
+    STRUCTURE,
+    Budgets,
+    Choice,
+    Layers,
+    Number,
+    Space,
+    dimensions,
+)
 from tokprune.methods import available_methods, image_methods, make_method
 from tokprune.methods.composed import Composed
 from tokprune.methods.setting import load_setting, save_setting, setting_of
@@ -107,6 +115,7 @@ def test_published_settings_are_points_of_the_space(home: Path) -> None:
         for given in candidate.parts[0].options:
             assert given in {f.name for f in dataclasses.fields(available_methods()[name])}
         assert known.params["method"] == name
+        assert not STRUCTURE & known.params.keys()
         keep = candidate.seeking(parse_budget(9), 36)
         usual = make_method(name, **{**space.usual[name], "keep": 9})
         assert keep.at(9, space.facts.decoder_layers) == usual

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,8 +177,6 @@ def _contest(analysis: Analysis, finalists: Finalists) -> Contest:
 
 
 def _adjusted(contests: Sequence[Contest]) -> list[Contest]:
-    from dataclasses import replace
-
     adjusted = holm([math.nan if c.p is None else c.p for c in contests])
     return [
         contest if contest.p is None else replace(contest, p=float(p))

@@ -41,8 +41,8 @@ _WIDE = 2.0
 _STEPS = 3
 #: further budgets, and those of earlier stages, as multiples of the tokens sought
 _TIMES = (1.1, 6.0)
-#: no method at a stage
-NOTHING = "-"
+#: decided beside the options of the methods; published settings tell nothing of these
+STRUCTURE = frozenset({"with_prompt", "prompt", "with_decoder", "decoder", "rectify"})
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,10 @@ class Space:
             if not plan.decoder:
                 after.append(("decoder", self.decoder))
             for stage, names in after:
-                then = choose(stage, Choice((NOTHING, *names)), NOTHING) if names else NOTHING
-                if then in (NOTHING, name):
+                if not names or not choose(f"with_{stage}", Choice((False, True)), False):
+                    continue
+                then = choose(stage, Choice(names), names[0])
+                if then == name:
                     continue
                 times = choose(f"{stage}.times", Number(*_TIMES, log=True), 2.0)
                 before = dataclasses.replace(

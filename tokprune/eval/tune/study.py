@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tokprune.eval.sweep.trials import Trial
 from tokprune.eval.tune.candidate import Candidate, Part
 from tokprune.eval.tune.race import Runner
-from tokprune.eval.tune.space import Choice, Number, Space
+from tokprune.eval.tune.space import STRUCTURE, Choice, Number, Space
 from tokprune.eval.tune.target import Target
 
 #: proposals that may come to nothing, for each that is tried
@@ -291,6 +291,8 @@ class Known:
         self.distributions: dict[str, BaseDistribution] = {}
 
     def __call__(self, name: str, dimension: Choice | Number, usual: Any) -> Any:
+        if name in STRUCTURE:  # that they stand alone is no hint that this is best
+            return usual
         distribution: BaseDistribution
         if isinstance(dimension, Choice):
             distribution = CategoricalDistribution(dimension.values)
