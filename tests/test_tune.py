@@ -66,6 +66,8 @@ def test_dimensions_come_from_annotations() -> None:
     assert dimensions(methods["flowcut"])["tower_keep"] == Budgets(optional=True)
     assert dimensions(methods["hired"])["alpha"] == Number(0, 1)
     assert dimensions(methods["todre"])["stage2"] == Choice((False, True))
+    assert dimensions(methods["cdpruner"])["relevance"] == Choice(("text", "none"))
+    assert "relevance_scope" not in dimensions(methods["cdpruner"])  # image, or the whole batch
     for cls in methods.values():
         assert "seed" not in dimensions(cls)
 

@@ -41,6 +41,8 @@ _WIDE = 2.0
 _STEPS = 3
 #: further budgets, and those of earlier stages, as multiples of the tokens sought
 _TIMES = (1.1, 6.0)
+#: words of options that look at all images of a call together
+_OVER_THE_BATCH = ("call", "batch")
 #: decided beside the options of the methods; published settings tell nothing of these
 STRUCTURE = frozenset({"with_prompt", "prompt", "with_decoder", "decoder", "rectify"})
 
@@ -109,6 +111,10 @@ def _dimension(name: str, hint: Any, default: Any) -> Dimension | None:
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         others = [part for part in parts if part is not type(None)]
+        words = [part for part in others if typing.get_origin(part) is Literal]
+        if words and len(others) > 1:  # words, or something that is made for a purpose
+            parts = (*typing.get_args(words[0]), *([None] if len(others) < len(parts) else []))
+            return _choice(parts)
         if len(others) != 1 or len(parts) != 2:
             return None
         own = _dimension(name, others[0], default)
@@ -118,7 +124,7 @@ def _dimension(name: str, hint: Any, default: Any) -> Dimension | None:
             return dataclasses.replace(own, optional=True)
         return None  # what None comes to, the method knows
     if typing.get_origin(hint) is Literal:
-        return Choice(parts) if len(parts) > 1 else None
+        return _choice(parts)
     if hint is bool:
         return Choice((False, True))
     if typing.get_origin(hint) is not Annotated:
@@ -139,6 +145,13 @@ def _dimension(name: str, hint: Any, default: Any) -> Dimension | None:
         if isinstance(check, Range) and isinstance(default, int | float):
             return _range(check, float(default))
     return None
+
+
+def _choice(values: Sequence[Any]) -> Choice | None:
+    """Words that say "over the batch" are left out: answers must not depend on what else is asked
+    at the same time."""
+    alone = tuple(value for value in values if value not in _OVER_THE_BATCH)
+    return Choice(alone) if len(alone) > 1 else None
 
 
 def _range(check: Range, default: float) -> Number:

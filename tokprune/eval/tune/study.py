@@ -1,13 +1,15 @@
 """What was tried at a budget and what came of it, kept by Optuna in a file.
 
-A study proposes (tree-structured Parzen estimators) and remembers; races decide how far each
-proposal gets. Every proposal is drawn from a generator of its own, seeded by its number, so a study
-that was interrupted goes on as if it had not been.
+A study proposes (by tree-structured Parzen estimators, and by changes to the best) and remembers;
+races decide how far each proposal gets. Every proposal is drawn from a generator of its own, seeded
+by its number, so a study that was interrupted goes on as if it had not been.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +35,10 @@ from tokprune.eval.tune.target import Target
 
 #: proposals that may come to nothing, for each that is tried
 _MISSES = 10
+#: how many of the best may have neighbours
+_PARENTS = 5
+#: choices of a setting that stands alone, and the share of what is new that is not as published
+_ALONE, _VARIED = ("with_prompt", "with_decoder"), 0.4
 #: the round of published settings
 PUBLISHED = -1
 
@@ -203,12 +209,9 @@ class Study:
         every = self.study.get_trials(deepcopy=False)
         made = sum("entry" in t.user_attrs and t.user_attrs["round"] >= 0 for t in every)
         with _quiet():
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=_seed(self.seed, self.target.name, made), multivariate=True, group=True,
-                constant_liar=True, n_startup_trials=2 * self.population,
-            )  # fmt: skip
+            self.study.sampler = self._sampler(made)
             asked = self.study.ask()
-            candidate = self.space.walk(Sampled(asked))
+            candidate = self.space.walk(Sampled(asked, self.study.sampler))
             trial = self.target.match(candidate)
             trial.entry["trial"] = trial.entry["variant"] = f"{self.target.name}.{made:04d}"
             same = next((t for t in self.tried() if _text(t) == trial.entry["repr"]), None)
@@ -220,20 +223,25 @@ class Study:
             if not trial.runs:
                 self.study.tell(asked, state=TrialState.PRUNED)
             elif same is not None:
-                self._repeat(asked, same)
+                # its outcome again would count twice, and draw ever more of the same
+                self.study.tell(asked, state=TrialState.FAIL)
             else:
                 return trial
         return None
 
-    def _repeat(self, asked: optuna.Trial, same: FrozenTrial) -> None:
-        """What is known already counts as it came out, and not at all while that is open."""
-        if not same.state.is_finished():
-            self.study.tell(asked, state=TrialState.FAIL)
-            return
-        for step, value in same.intermediate_values.items():
-            asked.report(value, step)
-        done = same.state is TrialState.COMPLETE
-        self.study.tell(asked, same.value if done else None, state=same.state)
+    def _sampler(self, made: int) -> optuna.samplers.BaseSampler:
+        """Who decides on a proposal: by turns a model of all that is known, and chance, in the
+        neighbourhood of one of the best."""
+        seed = _seed(self.seed, self.target.name, made)
+        best = self.complete()[:_PARENTS]
+        if made % 2 and best:
+            rng = random.Random(seed)
+            weights = [1 / (place + 1) for place in range(len(best))]
+            return Neighbour(rng.choices(best, weights)[0].params, rng)
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constant_liar=True,
+            n_startup_trials=2 * self.population,
+        )  # fmt: skip
 
     def tell(self, runner: Runner) -> None:
         """Put down what became of a runner of a round; what was told before stays."""
@@ -265,13 +273,68 @@ def _seed(seed: int, name: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
 
 
+class Neighbour(optuna.samplers.BaseSampler):
+    """Changes one or two choices of a setting. What follows from a change (the options of a method
+    that joins) is as published more often than not.
+
+    Args:
+        params: of the setting.
+        rng: decides.
+    """
+
+    def __init__(self, params: Mapping[str, Any], rng: random.Random) -> None:
+        self.params: dict[str, Any] = {**dict.fromkeys(_ALONE, False), "rectify": None, **params}
+        self.rng = rng
+        #: the published value of what is decided next
+        self.usual: Any = None
+        names = sorted(self.params.keys() - {"method"})
+        self.changed = set(rng.sample(names, min(len(names), rng.choice((1, 2)))))
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:  # fmt: skip
+        before = self.params.get(param_name, self.usual)
+        if isinstance(param_distribution, CategoricalDistribution):
+            others = [v for v in param_distribution.choices if repr(v) != repr(before)]
+            inside = len(others) < len(param_distribution.choices)
+        else:
+            assert isinstance(param_distribution, FloatDistribution | IntDistribution)
+            low, high = param_distribution.low, param_distribution.high
+            others, inside = [], isinstance(before, int | float) and low <= before <= high
+        new = param_name not in self.params and self.rng.random() < _VARIED
+        if inside and param_name not in self.changed and not new:
+            return before
+        if isinstance(param_distribution, CategoricalDistribution):
+            return self.rng.choice(others or list(param_distribution.choices))
+        if param_distribution.log:
+            value = math.exp(self.rng.uniform(math.log(low), math.log(high)))
+        else:
+            value = self.rng.uniform(low, high)
+        if isinstance(param_distribution, IntDistribution):
+            return max(low, min(high, round(value)))
+        return max(low, min(high, value))
+
+
 class Sampled:
     """A chooser that has the sampler decide."""
 
-    def __init__(self, trial: optuna.Trial) -> None:
-        self.trial = trial
+    def __init__(self, trial: optuna.Trial, sampler: optuna.samplers.BaseSampler) -> None:
+        self.trial, self.sampler = trial, sampler
 
     def __call__(self, name: str, dimension: Choice | Number, usual: Any) -> Any:
+        if isinstance(self.sampler, Neighbour):
+            self.sampler.usual = usual
         if isinstance(dimension, Choice):
             return self.trial.suggest_categorical(name, dimension.values)
         if dimension.whole:
