@@ -117,16 +117,12 @@ class Tuned:
         """One sentence."""
         won = [c for c in self.contests if c.beats]
         n = len(self.contests)
-        budgets = f"{n} budget" + ("s" if n > 1 else "")
-        if not won:
-            return (
-                "The tuned settings do not beat the best published setting significantly at any of "
-                f"{budgets}, on questions that tuning never saw."
-            )
-        names = ", ".join(c.finalists.study["text"] for c in won)
+        names = ", ".join(c.finalists.study["text"] for c in won or self.contests)
+        where = "none" if not won else str(len(won))
         return (
-            f"The tuned settings beat the best published setting significantly at {len(won)} of "
-            f"{budgets} ({names}), on questions that tuning never saw."
+            f"The tuned settings {'beat' if won else 'do not beat'} the best published setting "
+            f"significantly: at {where} of {n} budget{'s' if n > 1 else ''} ({names}), on "
+            "questions that tuning never saw."
         )
 
 
