@@ -33,7 +33,7 @@ def test_an_old_folder_is_read_by_the_names_of_today() -> None:
 def test_an_old_folder_is_reported_recommended_and_compared(tmp_path: Path) -> None:
     report = build_report(OLD, tmp_path, draws=200)
     assert list(report.analysis.series()) == ["fastv", "downsample"]
-    setting = recommend(OLD, max_tokens=288).setting
+    setting = recommend(OLD, max_tokens=288, same_questions=True).setting
     assert (setting["schema"], setting["method"]) == (1, "fastv")
     with pytest.warns(FutureWarning, match="'layer' of fastv is called 'prune_before' now"):
         method = load_setting(setting)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 
 import tokprune
 from tokprune.cli import app
+from tokprune.eval.halves import share_of_images
 from tokprune.eval.recommend import Recommendation
 from tokprune.eval.recommend import recommend as recommend_slowly
 from tokprune.eval.report import analyse, load_run
+from tokprune.eval.report.data import part_of
 from tokprune.methods import ToMe, available_methods, make_method
 from tokprune.methods.base import Method
 from tokprune.methods.setting import load_setting, save_setting
@@ -27,8 +30,9 @@ COUNT = 180
 
 
 def recommend(folder: Path, **limits: Any) -> Recommendation:
-    """With few resamples: intervals are tested elsewhere."""
-    return recommend_slowly(folder, draws=200, **limits)
+    """With few resamples: intervals are tested elsewhere. What is chosen, and reported, is by all
+    questions, unless a test asks for halves."""
+    return recommend_slowly(folder, draws=200, **{"same_questions": True, **limits})
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +183,132 @@ def test_refuses_a_run_of_controls_alone(tmp_path: Path) -> None:
         recommend(tmp_path / "none", max_drop=0.9)
 
 
+# ------------------------------------------------------------------------------ other questions
+
+
+def test_chosen_by_one_half_and_reported_on_the_other(folder: Path) -> None:
+    """Each half by hand: the choice is the best of one, the numbers are those of the other."""
+    data = load_run(folder)
+    aside = share_of_images([(i.image, i.task) for i in data.items], 0.5, 0)
+    others = {i.image for i in data.items} - aside
+    first = analyse(part_of(data, others), draws=20)
+    second = analyse(part_of(data, aside), draws=20)
+    found = recommend(folder, max_tokens=64, same_questions=False)
+    fitting = [r for r in first.results if r.cost("tokens") <= 64 and r.point.method]
+    best = max(fitting, key=lambda r: r.accuracy)
+    assert found.chosen.accuracy == best.accuracy
+    assert found.result.point.trials == best.point.trials
+    there = next(r for r in second.results if r.point.trials == best.point.trials)
+    evidence = found.setting["evidence"]
+    assert evidence["accuracy"] == found.result.accuracy == there.accuracy
+    assert evidence["chosen_on"]["accuracy"] == best.accuracy
+    assert evidence["questions"] + evidence["chosen_on"]["questions"] == len(data.items)
+    again = recommend(folder, max_tokens=64, same_questions=False)
+    assert again.setting == found.setting
+    other = recommend(folder, max_tokens=64, same_questions=False, seed=1)
+    assert other.setting["evidence"]["accuracy"] != evidence["accuracy"]
+
+
+def test_a_choice_by_chance_is_not_flattered(tmp_path: Path) -> None:
+    """Many settings that are all alike: the best of them has luck, which does not come back."""
+    run = fake_run.make_run(tmp_path, count=180, methods=("todre",), controls=(), budgets=(64,))
+    info = json.loads((run / "run.json").read_text())
+    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    trial = next(t for t in info["trials"] if t["method"] == "todre")
+    own = [row for row in rows if row["trial"] == trial["trial"]]
+    rng = random.Random(3)
+    from tokprune.eval.sweep.identity import row_id
+
+    for number in range(40):
+        name = f"todre+tau={number}@64"
+        copy = {**trial, "trial": name, "variant": name, "options": {"tau": number}}
+        info["trials"].append(copy)
+        for row in own:
+            right = rng.random() < 0.5
+            answer = row["answers"][0] if right else "no idea"
+            rows.append({**row, "trial": name, "score": float(right), "answer": answer,
+                         "row": row_id(info, copy, row["item"], row["task"])})  # fmt: skip
+    info["trials"].remove(trial)
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flattered = recommend(run, max_tokens=200).setting["evidence"]["accuracy"]
+    honest = [
+        recommend(run, max_tokens=200, same_questions=False, seed=seed).setting["evidence"]
+        for seed in range(6)
+    ]
+    assert flattered > 0.55
+    assert abs(sum(e["accuracy"] for e in honest) / 6 - 0.5) < 0.04
+    assert all(e["chosen_on"]["accuracy"] > 0.55 for e in honest)
+
+
+def test_a_limit_that_does_not_hold_on_the_other_half(folder: Path) -> None:
+    said = [
+        line
+        for seed in range(8)
+        for line in recommend(folder, max_drop=0.05, same_questions=False, seed=seed).warnings
+    ]
+    assert any("above the limit of 5.0" in line for line in said)
+
+
+def test_reported_on_another_run(tmp_path: Path) -> None:
+    choosing = fake_run.make_run(tmp_path / "a", count=90, methods=("todre",), budgets=(64, 144))
+    other = fake_run.make_run(tmp_path / "b", count=90, methods=("todre",), budgets=(64, 144))
+    with pytest.raises(ValueError, match=r"has \d+ images in common"):
+        recommend(choosing, max_tokens=64, same_questions=False, report_on=other)
+    _renamed(other, image="other-")
+    found = recommend(choosing, max_tokens=64, same_questions=False, report_on=other)
+    everything = recommend(choosing, max_tokens=64)
+    assert found.chosen.accuracy == everything.result.accuracy
+    evidence = found.setting["evidence"]
+    assert (evidence["run"], evidence["chosen_on"]["run"]) == (str(other), str(choosing))
+    with pytest.raises(ValueError, match="exclude each other"):
+        recommend(choosing, max_tokens=64, report_on=other)
+    less = fake_run.make_run(tmp_path / "c", count=90, methods=("todre",), budgets=(144,))
+    _renamed(less, image="other-")
+    with pytest.raises(ValueError, match="has no complete answers of"):
+        recommend(choosing, max_tokens=64, same_questions=False, report_on=less)
+    _renamed(less, image="", model="hash-of-another")
+    with pytest.raises(ValueError, match="of the same weights"):
+        recommend(choosing, max_tokens=64, same_questions=False, report_on=less)
+
+
+def _renamed(folder: Path, image: str, model: str | None = None) -> None:
+    """Other images, or another model, in a run folder."""
+    from tokprune.eval.sweep.identity import row_id
+
+    info = json.loads((folder / "run.json").read_text())
+    info["model"]["hash"] = model or info["model"]["hash"]
+    trials = {t["trial"]: t for t in info["trials"]}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["image"] = image + row["image"]
+        row["row"] = row_id(info, trials[row["trial"]], row["item"], row["task"])
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_too_few_images_for_halves(tmp_path: Path) -> None:
+    run = fake_run.make_run(tmp_path, count=9, methods=("todre",), budgets=(64,))
+    with pytest.raises(ValueError, match="too few to put 50% of them aside: one side"):
+        recommend(run, max_tokens=64, same_questions=False)
+
+
+def test_halves_of_images() -> None:
+    """Images stay whole, both sides have about as much of every task, order does not matter."""
+    questions = [(f"i{n}", task) for n in range(60) for task in ("abc"[n % 3], "d")]
+    aside = share_of_images(questions, 0.25, 0)
+    assert len(aside) == 15
+    for task in "abc":
+        assert sum(own == task and image in aside for image, own in questions) == 5
+    assert share_of_images(questions[::-1], 0.25, 0) == aside
+    assert share_of_images(questions, 0.25, 1) != aside
+    alone = [(f"i{n}", f"{n % 7} {n % 11}") for n in range(77)]  # every image of its own kind
+    with pytest.raises(ValueError, match="77 images are too few"):
+        share_of_images(alone, 0.5, 0)
+    with pytest.raises(ValueError, match="no question of task"):
+        share_of_images([("i", "a"), ("j", "b")], 0.5, 0)
+
+
 # ------------------------------------------------------------------------------ settings
 
 
@@ -274,19 +404,23 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, st
 
 def test_cli(folder: Path, tmp_path: Path, call: Any) -> None:
     target = tmp_path / "setting.json"
-    code, out, err = call(folder, "--max-drop", "10%", "--out", target)
+    code, out, err = call(folder, "--max-drop", "10%", "--same-questions", "--out", target)
     assert code == 0
     assert "accuracy" in out
+    assert "chosen by" not in out
     assert str(target) in out
     assert err.startswith("Warning: the drop of")
-    code, text, _ = call(folder, "--max-drop", "0.1", "--json")
+    code, text, _ = call(folder, "--max-drop", "0.1", "--same-questions", "--json")
     assert code == 0
     assert json.loads(text) == json.loads(target.read_text())
     code, text, _ = call(folder, "--max-latency", "36ms", "--max-tokens", 64, "--json")
     assert json.loads(text)["evidence"]["latency"] <= 0.036
     assert call(folder, "--max-latency", "0.036s", "--max-tokens", 64, "--json")[1] == text
     code, text, _ = call(folder, "--min-accuracy", "75%", "--minimise", "latency", "--json")
-    assert json.loads(text)["evidence"]["accuracy"] >= 0.75
+    assert json.loads(text)["evidence"]["chosen_on"]["accuracy"] >= 0.75
+    code, text, _ = call(folder, "--max-tokens", 64)
+    assert "chosen by 90 questions (accuracy" in text
+    assert "reported on 90 about other images" in text
 
 
 @pytest.mark.parametrize(
@@ -300,6 +434,8 @@ def test_cli(folder: Path, tmp_path: Path, call: Any) -> None:
         (["--max-drop", "2%", "--minimise", "energy"], "energy"),
         (["--max-tokens", "1"], "no setting meets the limits; the nearest misses max-tokens"),
         (["--max-drop", "2%", "--out", "nowhere/at/all.json"], "no such folder"),
+        (["--max-drop", "2%", "--report-on", "x", "--same-questions"], "exclude each other"),
+        (["--max-drop", "2%", "--report-on", "nowhere"], "no such folder"),
     ],
 )
 def test_cli_bad_input(folder: Path, call: Any, args: list[str], message: str) -> None:

@@ -13,6 +13,7 @@ from tokprune.cli import (  # noqa: F401
     run,
     second_question,
     sweep,
+    tune,
     vllm,
 )
 from tokprune.cli.app import BadInput, app

@@ -25,7 +25,7 @@ Options = Annotated[
     list[str] | None, typer.Option(help="Method option name=value; repeat for several.")
 ]
 Setting = Annotated[
-    Path | None, typer.Option(help="JSON of 'tokprune recommend', instead of --method.")
+    Path | None, typer.Option(help="JSON of 'tokprune recommend' or 'tune', instead of --method.")
 ]
 
 

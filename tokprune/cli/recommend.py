@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.values import parse_amount
+from tokprune.cli.values import parse_amount, parse_seconds
 from tokprune.words import parse_budget
 
 
@@ -45,14 +45,26 @@ def recommend(
     confident: Annotated[
         bool, typer.Option("--confident", help="Limits on accuracy hold for the 95 % interval.")
     ] = False,
+    report_on: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of other images to report on, instead of halves."),
+    ] = None,
+    same_questions: Annotated[
+        bool,
+        typer.Option(
+            "--same-questions",
+            help="Choose and report on the same questions, which flatters what is chosen.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the halves and the intervals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the setting to a JSON file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the setting as JSON.")] = False,
 ) -> None:
     """Choose the best setting of a sweep: the cheapest that is accurate enough, or the best that
-    is cheap enough."""
+    is cheap enough. It is chosen by one half of the images, and reported on the other."""
     limits = {
         "max_drop": _share(max_drop, "--max-drop", "2% or 0.02"),
-        "max_latency": _seconds(max_latency),
+        "max_latency": None if max_latency is None else parse_seconds(max_latency, "--max-latency"),
         "max_tokens": parse_amount(max_tokens, "--max-tokens"),
         "min_accuracy": _share(min_accuracy, "--min-accuracy", "80% or 0.8"),
     }
@@ -60,6 +72,8 @@ def recommend(
         raise BadInput(
             "give at least one limit: --max-drop, --max-latency, --max-tokens or --min-accuracy"
         )
+    if report_on is not None and same_questions:
+        raise BadInput("--report-on and --same-questions exclude each other")
     if out is not None and not out.absolute().parent.is_dir():
         raise BadInput(f"--out {out}: no such folder")
     from tokprune.eval.recommend import recommend as choose
@@ -74,6 +88,9 @@ def recommend(
             min_accuracy=limits["min_accuracy"],
             minimise=None if minimise is None else minimise.value,
             confident=confident,
+            report_on=report_on,
+            same_questions=same_questions,
+            seed=seed,
         )
     except ImportError as error:
         raise BadInput(str(error)) from None
@@ -94,6 +111,11 @@ def _print(found: Any) -> None:
 
     r, evidence = found.result, found.setting["evidence"]
     print(found.setting["repr"])
+    if not evidence["chosen_on"]["same_questions"]:
+        print(
+            f"chosen by {found.chosen.n} questions (accuracy {percent(found.chosen.accuracy)} %), "
+            f"reported on {r.n} about other images:"
+        )
     print(
         f"accuracy {percent(r.accuracy)} % {between(r.interval)}, unpruned "
         f"{percent(evidence['unpruned'])} %: {signed(-r.drop)} points "
@@ -123,19 +145,3 @@ def _share(text: str | None, option: str, example: str) -> float | None:
     if isinstance(value, int) and value > 1:
         raise BadInput(f"{option} {text!r} should be a share between 0 and 100 %: {example}")
     return float(value)
-
-
-def _seconds(text: str | None) -> float | None:
-    if text is None:
-        return None
-    word = text.strip().lower()
-    for unit, scale in (("ms", 1e-3), ("s", 1.0)):
-        if word.endswith(unit):
-            try:
-                value = float(word.removesuffix(unit)) * scale
-            except ValueError:
-                break
-            if value > 0:
-                return value
-            break
-    raise BadInput(f"--max-latency {text!r} should be a time with its unit: 120ms or 0.12s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from enum import Enum
 from typing import Annotated, Any
@@ -66,6 +67,21 @@ def parse_amount(text: str | None, option: str) -> int | float | None:
     if re.fullmatch(r"[0-9]+\.[0-9]+", text.strip()) and float(text) > 1:
         return float(text)
     return parse_keep(text, option, schedule=False)
+
+
+def parse_seconds(text: str, option: str) -> float:
+    """``120ms`` or ``0.12s`` → 0.12."""
+    word = text.strip().lower()
+    for unit, scale in (("ms", 1e-3), ("s", 1.0)):
+        if word.endswith(unit):
+            try:
+                value = float(word.removesuffix(unit)) * scale
+            except ValueError:
+                break
+            if 0 < value < math.inf:
+                return value
+            break
+    raise BadInput(f"{option} {text!r} should be a time with its unit: 120ms or 0.12s")
 
 
 def _as_option(error: ValueError, option: str) -> str:

@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks, sweeps, reports, recommendations, published figures."""
+"""Evaluation: benchmarks, sweeps, reports, recommendations, tuning, published figures."""

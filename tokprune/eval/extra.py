@@ -7,8 +7,9 @@ from importlib.util import find_spec
 NEEDED = ("numpy", "scipy", "matplotlib", "jinja2")
 
 
-def check_extra(what: str, needed: tuple[str, ...] = NEEDED) -> None:
-    """Whether the libraries are installed, without importing them; ``what`` needs them.
+def check_extra(what: str, needed: tuple[str, ...] = NEEDED, extra: str = "sweep") -> None:
+    """Whether the libraries are installed, without importing them; ``what`` needs them, and
+    ``extra`` brings them.
 
     Raises:
         ImportError: names those that are missing, and the command that installs them.
@@ -17,5 +18,5 @@ def check_extra(what: str, needed: tuple[str, ...] = NEEDED) -> None:
     if missing:
         raise ImportError(
             f"{what} need {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            "installed: pip install 'tokprune[sweep]'"
+            f"installed: pip install 'tokprune[{extra}]'"
         )

@@ -13,6 +13,7 @@ from tokprune import __version__
 
 if TYPE_CHECKING:
     from tokprune.eval.report.analysis import Analysis, Result
+    from tokprune.eval.report.data import RunData
 
 Cost = Literal["flops", "latency", "tokens"]
 COSTS: tuple[Cost, ...] = ("flops", "latency", "tokens")
@@ -40,8 +41,10 @@ class Recommendation:
 
     #: the JSON object
     setting: dict[str, Any]
-    #: the point it stems from
+    #: what it does on the questions to report on
     result: Result
+    #: what it did on those that it was chosen by
+    chosen: Result
     #: what to know before using it
     warnings: list[str] = field(default_factory=list)
 
@@ -55,10 +58,16 @@ def recommend(
     min_accuracy: float | None = None,
     minimise: Cost | None = None,
     confident: bool = False,
+    report_on: str | Path | None = None,
+    same_questions: bool = False,
     draws: int = 4000,
     seed: int = 0,
 ) -> Recommendation:
     """The best setting of a run under limits.
+
+    It is chosen by one half of the images (drawn at random, with their questions) and reported on
+    the other: of many settings the best on some questions owes a part of its lead to these
+    questions, so what it scores there is too much (the winner's curse).
 
     With a limit on accuracy (``max_drop``, ``min_accuracy``): the one of least cost. With limits
     on cost alone: the one of highest accuracy. Either way no other setting of the run is better in
@@ -71,21 +80,38 @@ def recommend(
         max_drop, max_latency, max_tokens, min_accuracy, confident: see :class:`Limits`.
         minimise: which cost counts: ``"flops"`` of the prefill (default), measured ``"latency"``
             or ``"tokens"``.
-        draws, seed: of the bootstrap behind the intervals.
+        report_on: run folder of the same model on other images, in place of halves: all of
+            ``folder`` is chosen by.
+        same_questions: choose and report on all questions, as if there were no such curse.
+        draws, seed: of the bootstrap behind the intervals; the halves are of the same seed.
 
     Raises:
         ValueError: no limit at all, one out of range, a latency that was not measured, an
-            unreadable run folder, or nothing meets the limits (says what comes nearest).
+            unreadable run folder, or nothing meets the limits (says what comes nearest); too few
+            images for halves; ``report_on`` of another model or of the same images, or without
+            that setting.
         ImportError: an optional library is missing.
     """
     limits = Limits(max_drop, max_latency, max_tokens, min_accuracy, confident)
     _check(limits, minimise)
+    if report_on is not None and same_questions:
+        raise ValueError(f"report_on={str(report_on)!r} and same_questions exclude each other")
     from tokprune.eval.report import analyse, load_run
 
-    analysis = analyse(load_run(folder), draws=draws, seed=seed)
+    data = load_run(folder)
+    whole = analyse(data, draws=draws, seed=seed)
+    if report_on is not None:
+        other = _other(data, report_on)
+        analysis, reported = whole, analyse(other, draws=draws, seed=seed)
+    elif same_questions:
+        analysis = reported = whole
+    else:
+        halves = _halves(data, seed)
+        analysis, reported = (analyse(half, draws=draws, seed=seed) for half in halves)
     if isinstance(max_tokens, float) and max_tokens <= 1:
         limits = replace(limits, max_tokens=max_tokens * analysis.data.tokens)
-    candidates = [r for r in analysis.results if _eligible(r, analysis)]
+    eligible = {r.point.trials for r in whole.results if _eligible(r, whole)}
+    candidates = [r for r in analysis.results if r.point.trials in eligible]
     if not candidates:
         raise ValueError(
             f"{folder}: no method has all its answers, can be seen to have acted, and needs fewer "
@@ -110,12 +136,78 @@ def recommend(
         best = min(fitting, key=lambda r: (_cost(r, by), -r.accuracy, _cost(r, "flops")))
     else:
         best = min(fitting, key=lambda r: (-r.accuracy, _cost(r, by), _cost(r, "flops")))
-    return Recommendation(
-        _setting(best, analysis, str(folder)), best, _warnings(best, analysis, limits)
-    )
+    where = folder if report_on is None else report_on
+    result = _same_setting(best, reported, str(where))
+    setting = setting_from(result, reported, str(where))
+    setting["evidence"]["chosen_on"] = {
+        "run": str(folder), "questions": best.n, "accuracy": best.accuracy, "drop": best.drop,
+        "same_questions": same_questions,
+    }  # fmt: skip
+    return Recommendation(setting, result, best, _warnings(result, whole, limits))
 
 
 # ------------------------------------------------------------------------------ parts
+
+
+def _halves(data: RunData, seed: int) -> tuple[RunData, RunData]:
+    """The questions of a run about one half of the images, and about the other.
+
+    Raises:
+        ValueError: too few images.
+    """
+    from tokprune.eval.halves import share_of_images
+    from tokprune.eval.report.data import part_of
+
+    counted = [(i.image, i.task) for i in data.items if i.task in data.headline]
+    try:
+        aside = share_of_images(counted, 0.5, seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{data.folder}: {error}; report on a run of other images (report_on), or choose and "
+            "report on the same questions (same_questions)"
+        ) from None
+    others = {item.image for item in data.items} - aside
+    return part_of(data, others), part_of(data, aside)
+
+
+def _other(data: RunData, folder: str | Path) -> RunData:
+    """A run to report on.
+
+    Raises:
+        ValueError: of another model, or about the same images.
+    """
+    from tokprune.eval.report import load_run
+
+    other = load_run(folder)
+    if other.run["model"]["hash"] != data.run["model"]["hash"]:
+        raise ValueError(
+            f"report_on={str(folder)!r} is of model {other.run['model']['name']}, and "
+            f"{data.folder} of {data.run['model']['name']}; both should be of the same weights"
+        )
+    shared = {item.image for item in other.items} & {item.image for item in data.items}
+    if shared:
+        raise ValueError(
+            f"report_on={str(folder)!r} has {len(shared)} images in common with {data.folder}; it "
+            "should be of another split"
+        )
+    return other
+
+
+def _same_setting(best: Result, reported: Analysis, folder: str) -> Result:
+    """A setting in another analysis.
+
+    Raises:
+        ValueError: it has no answers there, or none that are a result.
+    """
+    for r in reported.results:
+        if (r.point.method, r.point.options) == (best.point.method, best.point.options):
+            if not r.counts:
+                break
+            return r
+    raise ValueError(
+        f"{folder}: has no complete answers of {best.point.text}, which was chosen; sweep exactly "
+        "this there (as_published=true among its options)"
+    )
 
 
 def _check(limits: Limits, minimise: str | None) -> None:
@@ -192,7 +284,8 @@ def _describe(r: Result, confident: bool) -> str:
     )  # fmt: skip
 
 
-def _setting(r: Result, analysis: Analysis, folder: str) -> dict[str, Any]:
+def setting_from(r: Result, analysis: Analysis, folder: str) -> dict[str, Any]:
+    """The JSON object of a setting, with what it did in the run of a folder."""
     run, point, base = analysis.data.run, r.point, analysis.unpruned
     from tokprune.methods.setting import SCHEMA
 
@@ -241,12 +334,22 @@ def _warnings(r: Result, analysis: Analysis, limits: Limits) -> list[str]:
             f"the best setting is the control {r.point.variant!r}: under these limits no method of "
             "this run beats it"
         )
-    if limits.max_drop is not None and r.drop_interval[1] > limits.max_drop:
+    if limits.max_drop is not None and r.drop > limits.max_drop + 1e-12:
+        lines.append(
+            f"the drop is {signed(r.drop)} points on the questions that it was not chosen by, "
+            f"above the limit of {percent(limits.max_drop)}"
+        )
+    elif limits.max_drop is not None and r.drop_interval[1] > limits.max_drop:
         lines.append(
             f"the drop of {signed(r.drop)} points is within the limit, but its 95 % interval "
             f"{between(r.drop_interval, sign=True)} is not; 'confident' asks for that"
         )
-    if limits.min_accuracy is not None and r.interval[0] < limits.min_accuracy:
+    if limits.min_accuracy is not None and r.accuracy < limits.min_accuracy - 1e-12:
+        lines.append(
+            f"the accuracy is {percent(r.accuracy)} % on the questions that it was not chosen by, "
+            f"below the limit of {percent(limits.min_accuracy)} %"
+        )
+    elif limits.min_accuracy is not None and r.interval[0] < limits.min_accuracy:
         lines.append(
             f"the accuracy of {percent(r.accuracy)} % is within the limit, but its 95 % interval "
             f"{between(r.interval)} is not; 'confident' asks for that"

@@ -94,6 +94,9 @@ class Method(ABC):
     knobs: ClassVar[tuple[str, ...]] = ("keep",)
     #: published variants that deserve a line of their own in a sweep, as options
     variants: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    #: values that a search tries, of options whose annotation does not tell (or tells too many);
+    #: none: it leaves the option alone (:mod:`tokprune.eval.tune.space`)
+    searched: ClassVar[Mapping[str, Sequence[Any]]] = {}
     #: what ``positions=None`` means where positions have one axis: as published
     published_positions: ClassVar[Positions] = "compact"
     #: options by the names that settings of the release before have

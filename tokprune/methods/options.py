@@ -152,8 +152,8 @@ PruneBefore = Annotated[int | tuple[int, ...], LayerNumbers()]
 
 
 @functools.cache
-def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
-    """Name and check of every option of a class that has one."""
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The annotation of every option of a class, ``Any`` where it cannot be read."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         names = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
@@ -162,10 +162,14 @@ def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
                 hints[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
             except (NameError, TypeError, AttributeError):  # names of a function, or for mypy only
                 hints[name] = Any
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _checks(cls: Any) -> tuple[tuple[str, Check], ...]:
+    """Name and check of every option of a class that has one."""
     return tuple(
-        (field.name, check)
-        for field in dataclasses.fields(cls)
-        for check in _from_hint(hints[field.name])
+        (name, check) for name, hint in hints_of(cls).items() for check in _from_hint(hint)
     )
 
 

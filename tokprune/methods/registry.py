@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tokprune.errors import did_you_mean
 from tokprune.methods.base import Method
-from tokprune.methods.options import Renamed
+from tokprune.methods.composed import Composed, composed
+from tokprune.methods.options import Renamed, is_sequence
 from tokprune.plugins import plugins
 
 M = TypeVar("M", bound=Method)
@@ -71,7 +73,8 @@ def image_methods() -> dict[str, type[Method]]:
 def make_method(method: str | Method, **options: Any) -> Method:
     """A method object from a name and options (or an object, whose options may be changed).
 
-    Options by names of an earlier release are taken, with a warning.
+    Options by names of an earlier release are taken, with a warning. ``compose`` has one option,
+    ``methods``: names, methods, or tables with ``method`` and ``options``.
 
     Raises:
         ValueError: unknown name, an option the method does not have (suggests the nearest), or one
@@ -82,6 +85,8 @@ def make_method(method: str | Method, **options: Any) -> Method:
         return dataclasses.replace(method, **_checked(type(method), options)) if options else method
     if not isinstance(method, str):
         raise TypeError(f"method={method!r} should be a method name or a tokprune method object")
+    if method.lower() == Composed.name:
+        return composed(_parts(options))
     known = available_methods()
     cls: type[Method] | None = known.get(method.lower())
     if cls is None:
@@ -97,6 +102,47 @@ def make_method(method: str | Method, **options: Any) -> Method:
                 + (what if field.name == "keep" else "")
             )
     return cls(**options)
+
+
+def _parts(options: Mapping[str, Any]) -> list[Method]:
+    """What the options of ``compose`` put together.
+
+    Raises:
+        ValueError, TypeError: they are others, or a part is no method; says which.
+    """
+    for name in options:
+        if name != "methods":
+            raise ValueError(f"option {name!r} is unknown to compose; it has: methods")
+    listed: Any = options.get("methods")
+    if not is_sequence(listed):
+        raise ValueError(
+            f"methods={listed!r} of compose should be a list of methods, each a table with "
+            "'method' and 'options'"
+        )
+    return [_part(number, part) for number, part in enumerate(listed)]
+
+
+def _part(number: int, part: Any) -> Method:
+    where = f"methods[{number}] of compose"
+    if not isinstance(part, Mapping):
+        try:
+            return make_method(part)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{where}: {error}") from None
+    name, own = part.get("method"), part.get("options", {})
+    if not isinstance(name, str) or not isinstance(own, Mapping) or part.keys() - _TABLE:
+        raise ValueError(
+            f"{where}={dict(part)!r} should be a table with 'method', a name, and 'options', a "
+            "table"
+        )
+    try:
+        return make_method(name, **own)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+#: keys of a part of a composition
+_TABLE = frozenset({"method", "options"})
 
 
 def option_names(cls: type[Method]) -> list[str]:

@@ -1,4 +1,6 @@
-"""Settings: a method with its options as JSON, as ``tokprune recommend`` writes them."""
+"""Settings: a method with its options as JSON, as ``tokprune recommend`` and ``tokprune tune``
+write them. Methods at work together are one of ``compose``, with ``{"methods": [{"method": …,
+"options": …}, …]}`` as options."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 
 from tokprune.files import read_object
 from tokprune.methods.base import Method
+from tokprune.methods.composed import Composed
 from tokprune.methods.registry import make_method
 
 #: 1, of the release before, is read as well: its option names are mapped, its ``repr`` is ignored
@@ -18,7 +21,8 @@ SCHEMA = 2
 
 
 def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
-    """A method from the JSON of ``tokprune recommend``: a file, or the object itself.
+    """A method from the JSON of ``tokprune recommend`` or ``tokprune tune``: a file, or the object
+    itself.
 
     Lists become tuples, since JSON has none, unless only a list will do; where the setting also
     holds the method's ``repr``, that decides.
@@ -59,13 +63,21 @@ def load_setting(setting: str | Path | Mapping[str, Any]) -> Method:
 
 
 def setting_of(method: Method) -> dict[str, Any]:
-    """A method as a setting: the options that are not its defaults."""
-    options = {
-        field.name: plain(getattr(method, field.name))
-        for field in dataclasses.fields(method)
-        if getattr(method, field.name) != field.default
-    }
-    return {"schema": SCHEMA, "method": method.name, "options": options}
+    """A method as a setting: the options that are not its defaults; of a composition its methods,
+    each likewise."""
+    return {"schema": SCHEMA, **_table(method)}
+
+
+def _table(method: Method) -> dict[str, Any]:
+    if isinstance(method, Composed):
+        options: dict[str, Any] = {"methods": [_table(part) for part in method.methods]}
+    else:
+        options = {
+            field.name: plain(getattr(method, field.name))
+            for field in dataclasses.fields(method)
+            if getattr(method, field.name) != field.default
+        }
+    return {"method": method.name, "options": options}
 
 
 def method_of(setting: str | PathLike[str] | Mapping[str, Any] | Method, **options: Any) -> Method:
@@ -110,6 +122,8 @@ def as_tuples(value: Any) -> Any:
 
 def plain(value: Any) -> Any:
     """The value of an option as JSON has it."""
+    if isinstance(value, Method):
+        return _table(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, list | tuple):

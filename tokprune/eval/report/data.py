@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,6 +227,28 @@ def load_run(folder: str | Path) -> RunData:
         overlays=_overlays(run, notes),
         notes=notes,
         metrics=run.metrics(),
+    )
+
+
+def part_of(data: RunData, images: Container[str]) -> RunData:
+    """The questions about some images alone. Costs (``measured``, ``latency``) and gates stay those
+    of all questions: there is more to tell them by, and nothing is chosen by their noise."""
+    where = np.array([item.image in images for item in data.items], dtype=bool)
+    names = ("by_seed", "score", "first", "answer", "shown", "answered", "spent")
+    made: dict[int, Point] = {
+        id(point): replace(point, **{name: getattr(point, name)[where] for name in names})
+        for point in (*data.points, *data.noise, *data.blind)
+    }
+    for point in (*data.points, *data.noise, *data.blind):
+        made[id(point)].base = None if point.base is None else made[id(point.base)]
+    benchmark = {**data.run["benchmark"], "items": int(where.sum())}
+    return replace(
+        data,
+        run={**data.run, "benchmark": benchmark},
+        items=[item for item, inside in zip(data.items, where) if inside],
+        points=[made[id(point)] for point in data.points],
+        noise=[made[id(point)] for point in data.noise],
+        blind=[made[id(point)] for point in data.blind],
     )
 
 

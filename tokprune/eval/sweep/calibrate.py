@@ -14,7 +14,7 @@ from tokprune.errors import UnsupportedModelError, UnsupportedVideoError
 from tokprune.eval.sweep.budgets import Budget, tolerance
 from tokprune.eval.sweep.loaded_model import LoadedModel
 from tokprune.eval.sweep.reduced_input import ReducedInput, downsample_factor
-from tokprune.eval.sweep.variants import Variant
+from tokprune.eval.sweep.variants import Turnable
 from tokprune.methods import Method
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Calibrator:
             self._measured[name] = mean_tokens(self.loaded.model, method, [self.inputs])
         return self._measured[name]
 
-    def match_budget(self, variant: Variant, budget: Budget, seed: int = 0) -> Matched:
+    def match_budget(self, variant: Turnable, budget: Budget, seed: int = 0) -> Matched:
         """The setting of a variant whose tokens come nearest to a budget."""
         target = budget.tokens(self.visual_tokens)
         if variant.turn is not None:
@@ -127,7 +127,7 @@ class Calibrator:
         what = f"keep={keep_of(found[0]):.4g}"
         return Matched(method, seen, self._reason(what, value, target))
 
-    def _turned(self, variant: Variant, target: float, seed: int) -> Matched:
+    def _turned(self, variant: Turnable, target: float, seed: int) -> Matched:
         """A variant that meets a budget by a knob of its own, on the mean over the items."""
         start = variant.to_turn(self.loaded.facts.decoder_layers, seed)
         try:

@@ -18,6 +18,7 @@ _NOT_ANSWERING = (
     "eval/published",
     "eval/recommend.py",
     "eval/report",
+    "eval/tune",
     "integrations/clip_retrieval.py",
     "integrations/exec",
     "integrations/llava_v1",

@@ -32,7 +32,7 @@ def gallery_trials(trials: Sequence[Trial], visual_tokens: float) -> set[str]:
     return {c.id for c in main if c.entry["budget"] == budget}
 
 
-#: letters of an item's id in a file name
+#: letters of an item's id, and of a trial's, in a file name
 _LONGEST = 80
 
 
@@ -40,9 +40,13 @@ def overlay_name(item: str, trial: str) -> str:
     """File name of a record."""
     slug = re.sub(r"[^A-Za-z0-9_.-]+", "-", item)
     if slug != item or len(slug) > _LONGEST:
-        known = hashlib.sha256(item.encode(errors="backslashreplace")).hexdigest()
-        slug = f"{slug[:_LONGEST]}-{known[:6]}"
-    return f"{slug}__{trial}.json"
+        slug = _cut(item, slug)
+    return f"{slug}__{trial if len(trial) <= _LONGEST else _cut(trial, trial)}.json"
+
+
+def _cut(name: str, slug: str) -> str:
+    known = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()
+    return f"{slug[:_LONGEST]}-{known[:6]}"
 
 
 def overlay_record(trace: Trace, row: int, item: str, trial: str) -> dict[str, Any]:

@@ -33,7 +33,11 @@ from tokprune.eval.sweep.trials import Trial, TrialMaker, build_trials
 
 
 def run_sweep(
-    settings: Settings, *, command: Sequence[str] = (), progress: Progress | None = None
+    settings: Settings,
+    *,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+    harness: Harness | None = None,
 ) -> Run:
     """Answer every question of a benchmark in every trial, and write the run folder.
 
@@ -44,6 +48,7 @@ def run_sweep(
         settings: what to do.
         command: how this was started, for the record.
         progress: shows how far it is.
+        harness: who asks which questions, instead of the one that the settings name.
 
     Returns:
         The finished run, read back.
@@ -59,9 +64,9 @@ def run_sweep(
         ImportError: Ray is not installed, and the executor is "ray".
         KeyboardInterrupt: after an interruption.
     """
-    harness = open_harness(settings)
+    harness = open_harness(settings) if harness is None else harness
     progress = Progress() if progress is None else progress
-    with Store(settings.out, settings.fresh) as store, _interruptible(), progress:
+    with Store(settings.out, settings.fresh) as store, interruptible(), progress:
         sweep = Sweep(settings, harness, store, progress)
         sweep.prepare(command)
         try:
@@ -72,7 +77,7 @@ def run_sweep(
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM ends the block like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -135,8 +140,8 @@ class Sweep:
             entries["harness"] = harness
         self.info = {
             "schema": SCHEMA,
-            "created": _now() if earlier is None else earlier["created"],
-            "updated": _now(),
+            "created": now() if earlier is None else earlier["created"],
+            "updated": now(),
             "finished": False,
             "command": shlex.join(command),
             "tokprune": tokprune.__version__,
@@ -250,7 +255,7 @@ class Sweep:
         readable: dict[str, Batch] = {}
         # where many items have no image, a denser choice finds some
         for number in (wanted, 8 * wanted):
-            for item in _spread(self.items, number):
+            for item in spread(self.items, number):
                 single = Batch(self.loaded, benchmark, [item])
                 if len(readable) < wanted and item.id not in readable and single.pixels is not None:
                     readable[item.id] = single
@@ -275,7 +280,7 @@ class Sweep:
             ]
         with closing(self.harness.answer(job)) as steps:
             for step in steps:
-                self._write(step)
+                self.write(step)
         if self.failed:
             self.progress.say(f"{self.failed} questions failed; they count as incorrect")
         if self.settings.latency:
@@ -301,7 +306,7 @@ class Sweep:
                 found.append(OpenTrial(trial, rows))
         return found
 
-    def _write(self, step: Step) -> None:
+    def write(self, step: Step) -> None:
         """Write what a harness has done, rows all or none, and count it."""
         if step.rows and self.harness.rereads_sources and self.code() != self.info["code"]:
             # each process reads the sources anew, so its answers may be of either version
@@ -359,7 +364,7 @@ class Sweep:
 
     def save(self) -> None:
         """Write run.json."""
-        self.info["updated"] = _now()
+        self.info["updated"] = now()
         self.info["trials"] = [trial.entry for trial in [*self.noise, *self.main]]
         self.store.write_json(RUN_FILE, self.info)
 
@@ -372,11 +377,12 @@ def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row["seconds"] or 0.0 for row in rows)
 
 
-def _spread(items: Sequence[Item], number: int) -> list[Item]:
+def spread(items: Sequence[Item], number: int) -> list[Item]:
     """``number`` items, evenly spaced over all."""
     number = min(number, len(items))
     return [items[i * len(items) // number] for i in range(number)]
 
 
-def _now() -> str:
+def now() -> str:
+    """The time as run.json has it: ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -11,8 +11,9 @@ from typing import Any
 from tokprune.eval.sweep.budgets import Budget
 from tokprune.eval.sweep.calibrate import Calibrator, Matched
 from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS, ReducedInput
-from tokprune.eval.sweep.variants import AS_PUBLISHED, UNBUDGETED, Variant
+from tokprune.eval.sweep.variants import AS_PUBLISHED, UNBUDGETED, Turnable, Variant
 from tokprune.methods import Method, make_method
+from tokprune.methods.composed import Composed
 from tokprune.methods.setting import as_tuples
 
 #: batch size of the repetition, and the one for sweeps that run at that size themselves
@@ -59,7 +60,10 @@ class Trial:
 
 
 def json_options(method: Method) -> dict[str, Any]:
-    """All options of a method in JSON types."""
+    """All options of a method in JSON types; of a composition its methods, each with all of its."""
+    if isinstance(method, Composed):
+        parts = [{"method": part.name, "options": json_options(part)} for part in method.methods]
+        return {"methods": parts}
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(method)))
     if options["video_unit"] == "video":  # the default, and no matter for images
         del options["video_unit"]
@@ -98,12 +102,12 @@ class TrialMaker:
             self.none(f"none.{other}", noise=True, dtype=other),
         ]
 
-    def id_of(self, variant: Variant, budget: Budget, seed: int) -> str:
+    def id_of(self, variant: Turnable, budget: Budget, seed: int) -> str:
         """``todre@64``, ``random@64.s1``."""
         name = f"{variant.name}@{budget.tokens(self.calibrator.visual_tokens):.6g}"
         return f"{name}.s{seed}" if seed else name
 
-    def make(self, variant: Variant, budget: Budget, seed: int) -> Trial:
+    def make(self, variant: Turnable, budget: Budget, seed: int) -> Trial:
         """A variant at a budget; a method is matched to it by measuring."""
         tokens = _short(budget.tokens(self.calibrator.visual_tokens), 6)
         entry = self._entry(variant, self.id_of(variant, budget, seed), tokens, budget.text, seed)
@@ -133,7 +137,7 @@ class TrialMaker:
         return self._matched(entry, variant, matched)
 
     def _entry(
-        self, variant: Variant, trial: str, budget: float, text: str | float, seed: int = 0
+        self, variant: Turnable, trial: str, budget: float, text: str | float, seed: int = 0
     ) -> dict[str, Any]:
         return {
             "trial": trial, "variant": variant.name, "method": variant.method, "options": {},
@@ -143,7 +147,7 @@ class TrialMaker:
         }  # fmt: skip
 
     @staticmethod
-    def _matched(entry: dict[str, Any], variant: Variant, matched: Matched) -> Trial:
+    def _matched(entry: dict[str, Any], variant: Turnable, matched: Matched) -> Trial:
         if matched.reason is not None:
             entry |= {"status": "unreachable", "reason": matched.reason}
         if matched.method is None:

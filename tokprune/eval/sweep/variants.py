@@ -7,12 +7,13 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tokprune.errors import did_you_mean
 from tokprune.eval.sweep.identity import canonical
 from tokprune.eval.sweep.reduced_input import REDUCED_INPUTS
 from tokprune.methods import Method, available_methods, image_methods, make_method
+from tokprune.methods.composed import Composed
 from tokprune.methods.setting import as_tuples
 from tokprune.words import option_value, split_outside
 
@@ -34,6 +35,25 @@ def controls(media: str = "image") -> tuple[str, ...]:
     yardsticks = [name for name, cls in methods.items() if cls.control]
     reduced = [name for name in REDUCED_INPUTS if media == "video" or name != "frames"]
     return (*UNBUDGETED, *yardsticks, *reduced)
+
+
+class Turnable(Protocol):
+    """What can be matched to a budget: a variant, or what a search tries."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def control(self) -> bool: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+    @property
+    def unpatched(self) -> str: ...
+    @property
+    def turn(self) -> str | None: ...
+    def to_turn(self, decoder_layers: int, seed: int = 0) -> Method: ...
+    def at(self, keep: int | float, decoder_layers: int, seed: int = 0) -> Method: ...
 
 
 @dataclass(frozen=True)
@@ -190,6 +210,9 @@ def check_variant(name: str, options: Mapping[str, Any]) -> None:
         if options:
             raise ValueError(f"{name!r} is a control and takes no options, got {dict(options)!r}")
         return
+    if name == Composed.name:
+        _check_composed(options)
+        return
     if name not in available_methods():
         known = [*available_methods(), *UNPATCHED]
         hint = did_you_mean(name, known)
@@ -224,6 +247,23 @@ def check_variant(name: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"method {name} with {dict(options)!r}: {error}") from None
 
 
+def _check_composed(options: Mapping[str, Any]) -> None:
+    """A composition is a whole setting: which of its budgets should meet another is not said.
+
+    Raises:
+        ValueError: it is to meet budgets, or cannot be made.
+    """
+    if options.get(AS_PUBLISHED) is not True:
+        raise ValueError(
+            f"{Composed.name} has budgets of its own, so it meets none of a sweep; it should have "
+            f"{AS_PUBLISHED}=true beside its methods"
+        )
+    try:
+        make_method(Composed.name, **_without(options, AS_PUBLISHED))
+    except TypeError as error:
+        raise ValueError(f"method {Composed.name}: {error}") from None
+
+
 def build_variants(
     methods: Sequence[tuple[str, Mapping[str, Any]]],
     with_controls: bool,
@@ -250,7 +290,8 @@ def build_variants(
     if published:
         wanted += [
             (name, options)
-            for name in dict.fromkeys(name for name, _ in wanted if name not in UNPATCHED)
+            for name in dict.fromkeys(name for name, _ in wanted)
+            if name in available_methods()
             for options in available_methods()[name].variants
         ]
     first: list[tuple[str, Mapping[str, Any]]] = [
@@ -267,4 +308,5 @@ def _without(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _variant(name: str, options: Mapping[str, Any]) -> Variant:
     if name in UNPATCHED:
         return Variant(None, True, unpatched=name)
-    return Variant(name, available_methods()[name].control and not options, dict(options))
+    cls = available_methods().get(name, Composed)
+    return Variant(name, cls.control and not options, dict(options))

@@ -1,0 +1,2 @@
+"""Tuning: methods × options × schedules × compositions, searched on some questions at every budget,
+and reported on others."""
