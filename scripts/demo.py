@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The main job on the embedded model: sweep methods, report, choose a setting, use it.
 
-    python3 scripts/dev.py demo [--out DIR] [--limit 300] [--keep 1/2,1/4,1/9,1/36] [--methods all]
+    python3 scripts/dev.py demo [--out DIR] [--limit 256] [--keep 1/2,1/4,1/9,1/36] [--methods all]
 
 Runs the commands that a user would (they are printed), on the model and the benchmark that ship
 with the package; nothing is downloaded:
@@ -136,7 +136,7 @@ def contact_sheet(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (runs/demo)")
-    parser.add_argument("--limit", type=int, default=300, help="questions (300)")
+    parser.add_argument("--limit", type=int, default=256, help="questions (256)")
     parser.add_argument("--keep", default="1/2,1/4,1/9,1/36", help="budgets")
     parser.add_argument("--methods", default=METHODS, help="names, separated by commas, or all")
     options = parser.parse_args()
