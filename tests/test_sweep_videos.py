@@ -276,7 +276,7 @@ def test_report_and_recommendation(whole: Any, home: Path, tmp_path: Path) -> No
     assert images
     with Image.open(io.BytesIO(base64.b64decode(images[0]))) as drawn:
         assert drawn.size == (264, 264)
-    found = recommend(run.folder, max_drop=0.99, draws=50)
+    found = recommend(run.folder, max_drop=0.99, same_questions=True, draws=50)
     method = load_setting(found.setting)
     assert method.name in tokprune.available_methods()
 
