@@ -191,6 +191,33 @@ def furthest(got: Answer, want: Answer) -> float:
     )
 
 
+def assert_as_in_transformers(
+    llm: LLM, folder: str, text: str, prompt: str, asked: Sequence[Any]
+) -> list[Answer]:
+    """Answers of an engine to questions are those of the same setting in transformers."""
+    with prompting(prompt):
+        got = ask_questions(llm, asked)
+        want = in_transformers(folder, text, [(q, image) for q, _, image in asked])
+    assert [own.prompt for own in got] == [own.prompt for own in want]
+    assert [own.kept for own in got] == [own.kept for own in want]
+    assert max(furthest(a, b) for a, b in zip(got, want)) < 1e-4
+    assert [own.text for own in got] == [own.text for own in want]
+    return got
+
+
+def two_images(
+    prompt: str, images: Sequence[Any], number: int, apart: int, keep: int
+) -> list[dict[str, Any]]:
+    """Requests with two of the images each, the second with a keep of its own."""
+    requests: list[dict[str, Any]] = [
+        {"prompt": prompt.format("w7 w8") + " " + prompt.format("w9"),
+         "multi_modal_data": {"image": [images[n], images[(n + apart) % len(images)]]}}
+        for n in range(number)
+    ]  # fmt: skip
+    requests[1]["mm_processor_kwargs"] = {"tokprune": {"keep": keep}}
+    return requests
+
+
 def assert_alike(plain: LLM, others: Sequence[LLM], requests: Sequence[dict[str, Any]]) -> None:
     """Answers of engines to requests together are those of another one to each alone."""
     alone = [own for each in requests for own in ask(plain, [each])]

@@ -11,15 +11,14 @@ import pytest
 from block_models import make
 from serving_case import (
     ask,
-    ask_questions,
     assert_alike,
+    assert_as_in_transformers,
     engine,
     furthest,
     generate,
-    in_transformers,
     loaded,
-    prompting,
     questions,
+    two_images,
 )
 
 import tokprune
@@ -69,13 +68,7 @@ def test_as_in_transformers(
 ) -> None:
     text = json.dumps(setting)
     llm = engines(served or text, folder, ARCHITECTURE, **OPTIONS)
-    with prompting(PROMPT):
-        got = ask_questions(llm, ASKED)
-        want = in_transformers(folder, text, [(q, image) for q, _, image in ASKED])
-    assert [own.prompt for own in got] == [own.prompt for own in want]
-    assert [own.kept for own in got] == [own.kept for own in want]
-    assert max(furthest(a, b) for a, b in zip(got, want)) < 1e-4
-    assert [own.text for own in got] == [own.text for own in want]
+    assert_as_in_transformers(llm, folder, text, PROMPT, ASKED)
 
 
 def test_several_images(seeing: None, folder: str, engines: Any) -> None:
@@ -85,12 +78,7 @@ def test_several_images(seeing: None, folder: str, engines: Any) -> None:
                     max_num_batched_tokens=24, disable_chunked_mm_input=True, max_model_len=512,
                     **OPTIONS)  # fmt: skip
     images = [image for _, _, image in ASKED]
-    requests: list[dict[str, Any]] = [
-        {"prompt": PROMPT.format("w7 w8") + " " + PROMPT.format("w9"),
-         "multi_modal_data": {"image": [images[n], images[(n + 1) % 3]]}}
-        for n in range(3)
-    ]  # fmt: skip
-    requests[1]["mm_processor_kwargs"] = {"tokprune": {"keep": 9}}
+    requests = two_images(PROMPT, images, 3, 1, 9)
     assert_alike(short, [whole, whole, short], requests)
 
 

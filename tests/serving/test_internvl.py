@@ -10,14 +10,13 @@ import pytest
 from block_models import make
 from serving_case import (
     ask,
-    ask_questions,
     assert_alike,
+    assert_as_in_transformers,
     furthest,
     generate,
-    in_transformers,
     loaded,
-    prompting,
     questions,
+    two_images,
 )
 
 ARCHITECTURE = "TokpruneInternVLForConditionalGeneration"
@@ -52,13 +51,7 @@ ASKED = [
 def test_as_in_transformers(served: Any, setting: Any, folder: str, engines: Any) -> None:
     text = json.dumps(setting)
     llm = engines(served or text, folder, ARCHITECTURE, **OPTIONS)
-    with prompting(PROMPT):
-        got = ask_questions(llm, ASKED)
-        want = in_transformers(folder, text, [(q, image) for q, _, image in ASKED])
-    assert [own.prompt for own in got] == [own.prompt for own in want]
-    assert [own.kept for own in got] == [own.kept for own in want]
-    assert max(furthest(a, b) for a, b in zip(got, want)) < 1e-4
-    assert [own.text for own in got] == [own.text for own in want]
+    got = assert_as_in_transformers(llm, folder, text, PROMPT, ASKED)
     if setting.get("method") == "pool":
         assert [own.prompt - 5 for own in got] == [4 * tiles for tiles in SIZES.values()]
 
@@ -68,12 +61,7 @@ def test_chunks_and_several_images(folder: str, engines: Any) -> None:
     short = engines(DIVPRUNE, folder, ARCHITECTURE, enable_prefix_caching=False,
                     max_num_batched_tokens=32, max_model_len=512, **OPTIONS)  # fmt: skip
     images = [image for _, _, image in ASKED]
-    requests: list[dict[str, Any]] = [
-        {"prompt": PROMPT.format("w7 w8") + " " + PROMPT.format("w9"),
-         "multi_modal_data": {"image": [images[n], images[(n + 2) % 5]]}}
-        for n in range(4)
-    ]  # fmt: skip
-    requests[1]["mm_processor_kwargs"] = {"tokprune": {"keep": 30}}
+    requests = two_images(PROMPT, images, 4, 2, 30)
     assert_alike(short, [whole, whole, short], requests)
 
 

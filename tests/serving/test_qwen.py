@@ -23,6 +23,7 @@ from serving_case import (
     model_of,
     not_numbers,
     prompting,
+    two_images,
 )
 from vllm.distributed import parallel_state
 
@@ -113,12 +114,7 @@ def test_chunks_and_several_images(kind: str, folders: Any, engines: Any) -> Non
     whole = engines(*own, enable_prefix_caching=False, **OPTIONS)
     short = engines(*own, max_num_batched_tokens=32, max_model_len=512, **OPTIONS)
     images = [image for _, _, image in ASKED]
-    requests: list[dict[str, Any]] = [
-        {"prompt": PROMPT.format("w7 w8") + " " + PROMPT.format("w9"),
-         "multi_modal_data": {"image": [images[n], images[(n + 2) % 6]]}}
-        for n in range(4)
-    ]  # fmt: skip
-    requests[1]["mm_processor_kwargs"] = {"tokprune": {"keep": 20}}
+    requests = two_images(PROMPT, images, 4, 2, 20)
     assert_alike(whole, [whole, short, short], requests)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from tokprune.cli.app import BadInput, app
-from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
+from tokprune.cli.method import Keep, Name, Options, Setting, method_options, needed_method
 
 
 @app.command("export")
@@ -35,9 +35,7 @@ def export_setting(
     ] = None,
 ) -> None:
     """Print what another engine takes for a setting, as JSON, and on stderr how near it is."""
-    made = named_method(method, method_options(keep, option), setting)
-    if made is None:
-        raise BadInput("give a setting file or a method: --setting FILE, or --method NAME --keep N")
+    made = needed_method(method, method_options(keep, option), setting)
     from tokprune.export import export
 
     found = export(made, to, model=model, image_size=_size(image_size), tokens=tokens)

@@ -54,3 +54,11 @@ def named_method(name: str | None, options: dict[str, Any], setting: Path | None
         return load_setting(setting) if setting is not None else make_method(str(name), **options)
     except TypeError as error:  # an option of the wrong type
         raise BadInput(str(error)) from None
+
+
+def needed_method(name: str | None, options: dict[str, Any], setting: Path | None) -> Method:
+    """The same for commands that are about one."""
+    made = named_method(name, options, setting)
+    if made is None:
+        raise BadInput("give a setting file or a method: --setting FILE, or --method NAME --keep N")
+    return made

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from tokprune.cli.app import BadInput, app
-from tokprune.cli.method import Keep, Name, Options, Setting, method_options, named_method
+from tokprune.cli.app import app
+from tokprune.cli.method import Keep, Name, Options, Setting, method_options, needed_method
 from tokprune.cli.values import parse_keep
 
 
@@ -24,9 +24,7 @@ def vllm_overrides(
     ] = None,
 ) -> None:
     """Print the --hf-overrides by which vLLM serves a model with fewer visual tokens."""
-    made = named_method(method, method_options(keep, option), setting)
-    if made is None:
-        raise BadInput("give a setting file or a method: --setting FILE, or --method NAME --keep N")
+    made = needed_method(method, method_options(keep, option), setting)
     from tokprune.vllm import overrides
 
     most = None if max_keep is None else parse_keep(max_keep, "--max-keep", schedule=False)

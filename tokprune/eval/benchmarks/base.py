@@ -28,6 +28,12 @@ class Item:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
+def evenly_spaced(items: Sequence[Item], number: int) -> list[Item]:
+    """``number`` items, evenly spaced over all."""
+    number = min(number, len(items))
+    return [items[n * len(items) // number] for n in range(number)]
+
+
 class Benchmark(ABC):
     """A set of questions about images, or about videos.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokprune.eval.benchmarks.base import Item
+from tokprune.eval.benchmarks.base import Item, evenly_spaced
 from tokprune.trace import PrefillTrace
 from tokprune.trace.provenance import cells_of_tile, decoder_tokens
 
@@ -16,8 +16,7 @@ _MOST = 200
 
 def placed_items(items: Sequence[Item]) -> frozenset[str]:
     """Ids of the questions whose kept tokens are counted: evenly spaced over all."""
-    number = min(_MOST, len(items))
-    return frozenset(items[n * len(items) // number].id for n in range(number))
+    return frozenset(item.id for item in evenly_spaced(items, _MOST))
 
 
 def kept_places(prefill: PrefillTrace, row: int) -> dict[str, list[int]] | None:

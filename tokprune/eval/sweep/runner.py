@@ -13,7 +13,7 @@ from typing import Any
 
 import tokprune
 from tokprune.bench.environment import environment
-from tokprune.eval.benchmarks.base import Item
+from tokprune.eval.benchmarks.base import evenly_spaced
 from tokprune.eval.sweep.budgets import check_budgets
 from tokprune.eval.sweep.builtin import sharing
 from tokprune.eval.sweep.calibrate import Calibrator
@@ -255,7 +255,7 @@ class Sweep:
         readable: dict[str, Batch] = {}
         # where many items have no image, a denser choice finds some
         for number in (wanted, 8 * wanted):
-            for item in spread(self.items, number):
+            for item in evenly_spaced(self.items, number):
                 single = Batch(self.loaded, benchmark, [item])
                 if len(readable) < wanted and item.id not in readable and single.pixels is not None:
                     readable[item.id] = single
@@ -375,12 +375,6 @@ def _answered(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
     return sum(row["seconds"] or 0.0 for row in rows)
-
-
-def spread(items: Sequence[Item], number: int) -> list[Item]:
-    """``number`` items, evenly spaced over all."""
-    number = min(number, len(items))
-    return [items[i * len(items) // number] for i in range(number)]
 
 
 def now() -> str:

@@ -33,7 +33,6 @@ class Process:
 
     def __init__(self, journal: Journal, setting: dict[str, Any], strict: bool) -> None:
         self.journal, self.setting, self.strict = journal, setting, strict
-        self.models: list[dict[str, Any]] = []
         self.traces: dict[int, tuple[dict[str, Any], Trace]] = {}
         self.shown = False
 
@@ -73,8 +72,7 @@ class Process:
 
     def _add(self, name: str, trace: Trace) -> dict[str, Any]:
         """What all events say of a model."""
-        known = {"number": len(self.models) + 1, "model": name, "method": trace.method}
-        self.models.append(known)
+        known = {"number": len(self.traces) + 1, "model": name, "method": trace.method}
         self.traces[id(trace)] = known, trace
         self.journal.write("loaded", **known)
         return known

@@ -14,6 +14,7 @@ from tokprune.api import trace_of
 from tokprune.engine.cache import cache_in
 from tokprune.families import bind
 from tokprune.trace import PrefillTrace, Trace
+from tokprune.trace.summary import visual_per_layer
 
 
 def watch_text(model: nn.Module, told: Callable[[str, int], None]) -> None:
@@ -104,7 +105,7 @@ class Prompts:
         prefill = trace.last
         assert prefill is not None
         full = prefill.original_counts
-        layers = [[sum(row) for row in layer.counts] for layer in prefill.layers]
+        layers = visual_per_layer(prefill)
         seen = [row for row, count in enumerate(full) if count]
         return cls(
             prompts=len(seen),
